@@ -1,0 +1,316 @@
+"""Frozen configurations of a model, its codec and its training, with a strict JSON round trip.
+
+Everything needed to rebuild a model is one `Config`; it is saved as `config.json` beside the weights.
+"""
+
+import dataclasses
+import json
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+FORMAT_VERSION = 1
+NUM_BYTE_VALUES = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class LevelConfig:
+    """One level of the hierarchy; level 0 is the coarsest (the paper's Global), the last one reads bytes (its Local)."""
+
+    dim: int  # D, width of this level
+    num_layers: int
+    num_heads: int
+    ffn_dim: int = 0  # inner width of the feed-forward layer; 0 stands for 4 * dim
+    patch_size: int = 1  # P, children per element; 1 on the last level
+    byte_dim: int = 0  # width of one byte embedding; 0 stands for dim / span, the paper's concatenation
+    conv_kernels: tuple[int, ...] = ()  # causal convolutional patch encoder; the paper uses 3, 5, 7
+    cross_patch: int = 0  # r, elements of the previous patch whose keys and values are attended
+
+    def __post_init__(self) -> None:
+        for name in ("dim", "num_layers", "num_heads", "patch_size"):
+            _require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
+        for name in ("ffn_dim", "byte_dim", "cross_patch"):
+            _require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must not be negative")
+        _require(self.dim % self.num_heads == 0, f"dim={self.dim} must be divisible by num_heads={self.num_heads}")
+        _require(all(k >= 2 for k in self.conv_kernels), f"conv_kernels={self.conv_kernels} must each be at least 2")
+        if self.ffn_dim == 0:
+            object.__setattr__(self, "ffn_dim", 4 * self.dim)
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.num_heads
+
+
+@dataclass(frozen=True, kw_only=True)
+class MegaByteConfig:
+    """A MegaByte of one or more levels. One level is the flat byte Transformer."""
+
+    levels: tuple[LevelConfig, ...]
+    max_seq_len: int  # context in bytes, a multiple of the coarsest patch
+    positions: Literal["learned", "rotary"] = "learned"
+    unembedder: Literal["slices", "full"] = "slices"  # "slices" is the paper's; "full" maps D to P * D_child at once
+    real_previous: bool = False  # the real previous element at the start of a patch instead of the trainable pad
+    dropout: float = 0.0
+    init_std: float = 0.02
+
+    def __post_init__(self) -> None:
+        _require(len(self.levels) >= 1, "levels is empty; give at least one level")
+        _require(self.levels[-1].patch_size == 1, f"patch_size={self.levels[-1].patch_size} on the last level must be 1")
+        for level in self.levels[:-1]:
+            _require(level.patch_size >= 2, f"patch_size={level.patch_size} above the last level must be at least 2")
+        _require(
+            self.max_seq_len >= 1 and self.max_seq_len % self.patch_size == 0,
+            f"max_seq_len={self.max_seq_len} must be a positive multiple of the patch size {self.patch_size}",
+        )
+        _require(0.0 <= self.dropout < 1.0, f"dropout={self.dropout} must lie in [0, 1)")
+        _require(self.levels[0].cross_patch == 0, "cross_patch on level 0 has no previous patch to attend to; set it to 0")
+        _require(
+            self.levels[-1].byte_dim in (0, self.levels[-1].dim) and not self.levels[-1].conv_kernels,
+            "the last level embeds single bytes: byte_dim and conv_kernels do not apply there",
+        )
+        for index, level in enumerate(self.levels):
+            span = self.span(index)
+            _require(
+                level.byte_dim > 0 or level.dim % span == 0,
+                f"dim={level.dim} of level {index} is no multiple of its {span} bytes; set byte_dim to project instead",
+            )
+            if index:
+                siblings = self.levels[index - 1].patch_size
+                _require(
+                    level.cross_patch <= siblings,
+                    f"cross_patch={level.cross_patch} of level {index} exceeds the {siblings} elements of a patch",
+                )
+            _require(
+                self.positions == "learned" or level.head_dim % 2 == 0,
+                f"rotary positions need an even head_dim, level {index} has {level.head_dim}",
+            )
+            _require(
+                self.unembedder == "full" or level.dim % level.patch_size == 0,
+                f"dim={level.dim} of level {index} does not split into {level.patch_size} slices; use unembedder='full'",
+            )
+
+    def span(self, level: int) -> int:
+        """Bytes covered by one element of `level`: the product of the patch sizes from there down."""
+        span = 1
+        for config in self.levels[level:]:
+            span *= config.patch_size
+        return span
+
+    @property
+    def patch_size(self) -> int:
+        """Bytes in one coarsest patch (the paper's P when there are two levels)."""
+        return self.span(0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageCodecConfig:
+    """Square RGB pictures as bytes, 3 * side * side of them."""
+
+    modality: Literal["image"] = "image"
+    side: int = 32  # pixels
+    scan: Literal["raster", "patch"] = "patch"
+    scan_patch: int = 4  # side of one block of the patch scan, pixels
+
+    def __post_init__(self) -> None:
+        _require(self.side >= 1, f"side={self.side} must be at least 1 pixel")
+        _require(
+            self.scan == "raster" or (self.scan_patch >= 1 and self.side % self.scan_patch == 0),
+            f"scan_patch={self.scan_patch} must divide side={self.side}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AudioCodecConfig:
+    """Mono sound as bytes: one mu-law byte a sample, or two bytes of 16-bit PCM."""
+
+    modality: Literal["audio"] = "audio"
+    sample_rate: int = 16000  # Hz
+    encoding: Literal["mulaw8", "pcm16le", "pcm16be"] = "mulaw8"  # le: low byte first; be: high byte first
+
+    def __post_init__(self) -> None:
+        _require(1000 <= self.sample_rate <= 384000, f"sample_rate={self.sample_rate} Hz must lie in 1000..384000")
+
+    @property
+    def bytes_per_sample(self) -> int:
+        return 1 if self.encoding == "mulaw8" else 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextCodecConfig:
+    """Text, or any raw file: its bytes as they are."""
+
+    modality: Literal["text"] = "text"
+
+
+CodecConfig = ImageCodecConfig | AudioCodecConfig | TextCodecConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How a model is trained. Sizes are in sequences unless a name says otherwise."""
+
+    num_steps: int = 1000
+    seq_len: int = 0  # bytes of one training sequence; 0 stands for the model's context
+    batch_size: int = 16  # sequences of one optimizer step, over all ranks
+    micro_batch_size: int = 0  # sequences of one forward pass on one rank; 0 stands for batch_size / ranks
+    lr: float = 1e-3
+    warmup_steps: int = 100
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    final_lr_fraction: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.98)
+    weight_decay: float = 0.1
+    grad_clip: float = 1.0
+    ema_decay: float = 0.0  # decay per step of the averaged weights that are evaluated and exported; 0 turns it off
+    precision: Literal["bf16", "fp32"] = "bf16"  # bf16 is autocast: weights, optimizer and loss stay float32
+    compile: bool = False
+    eval_every: int = 200  # steps
+    eval_sequences: int = 64
+    checkpoint_every: int = 200  # steps
+    log_every: int = 10  # steps
+    keep_checkpoints: int = 2
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        counts = ("num_steps", "batch_size", "eval_every", "eval_sequences", "checkpoint_every", "log_every", "keep_checkpoints")
+        for name in counts:
+            _require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
+        for name in ("seq_len", "micro_batch_size", "warmup_steps", "weight_decay", "final_lr_fraction", "seed"):
+            _require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must not be negative")
+        _require(self.lr > 0, f"lr={self.lr} must be positive")
+        _require(self.grad_clip > 0, f"grad_clip={self.grad_clip} must be positive")
+        _require(0.0 <= self.ema_decay < 1.0, f"ema_decay={self.ema_decay} must lie in [0, 1)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """One checkpoint's whole description: what the model is, what its bytes mean and how it is trained."""
+
+    name: str
+    model: MegaByteConfig
+    codec: CodecConfig
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.codec, ImageCodecConfig):
+            num_bytes = 3 * self.codec.side**2
+            _require(
+                self.model.max_seq_len == num_bytes,
+                f"max_seq_len={self.model.max_seq_len} must equal the picture's {num_bytes} bytes",
+            )
+            patch = 3 * self.codec.scan_patch**2
+            _require(
+                self.codec.scan == "raster" or patch % self.model.patch_size == 0 or self.model.patch_size % patch == 0,
+                f"the patch scan's blocks of {patch} bytes and the model's patches of {self.model.patch_size} do not align",
+            )
+        _require(
+            self.train.seq_len <= self.model.max_seq_len,
+            f"seq_len={self.train.seq_len} exceeds the model's context of {self.model.max_seq_len} bytes",
+        )
+
+    def to_json(self) -> str:
+        """Indented JSON with `format_version`; `from_json` gives back an equal configuration."""
+        return json.dumps({"format_version": FORMAT_VERSION, **dataclasses.asdict(self)}, indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> "Config":
+        """Reads `to_json`'s text.
+
+        Raises:
+            ValueError: on a newer format, an unknown or missing key, or a value of the wrong type or range.
+        """
+        try:
+            raw = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"the configuration is not valid JSON: {error}") from None
+        _require(isinstance(raw, dict), "the configuration must be a JSON object")
+        check_format_version(raw.pop("format_version", None))
+        return _build(cls, raw, "config")
+
+    def with_overrides(self, assignments: list[str]) -> "Config":
+        """A copy with settings such as `train.lr=1e-3` or `model.levels.0.dim=512` replaced.
+
+        Raises:
+            ValueError: if an assignment names no setting or its value does not fit.
+        """
+        raw = json.loads(self.to_json())
+        del raw["format_version"]
+        for assignment in assignments:
+            key, equals, value = assignment.partition("=")
+            _require(bool(equals), f"--set {assignment!r} must look like train.lr=1e-3")
+            _assign(raw, key, value)
+        return _build(type(self), raw, "config")
+
+
+def check_format_version(version: Any) -> None:
+    """Refuses a file made by a newer program.
+
+    Raises:
+        ValueError: unless `version` is this program's FORMAT_VERSION or an older one.
+    """
+    _require(
+        isinstance(version, int) and 1 <= version <= FORMAT_VERSION,
+        f"format_version={version!r}, this program reads 1..{FORMAT_VERSION}; update the program or export the model again",
+    )
+
+
+def load_config(path: Path) -> Config:
+    """The configuration in a JSON file, with the file named in every refusal."""
+    try:
+        return Config.from_json(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def _assign(raw: Any, key: str, value: str) -> None:
+    *parents, last = key.split(".")
+    try:
+        for part in parents:
+            raw = raw[int(part)] if isinstance(raw, list) else raw[part]
+        index: Any = int(last) if isinstance(raw, list) else last
+        raw[index]  # an unknown key is a mistake, not a new setting
+        try:
+            raw[index] = json.loads(value)
+        except json.JSONDecodeError:
+            raw[index] = value
+    except (KeyError, IndexError, ValueError, TypeError):
+        raise ValueError(f"--set {key}: there is no such setting; config.json of a run lists them all") from None
+
+
+def _build(kind: Any, raw: Any, where: str) -> Any:
+    """`raw` JSON as a value of type `kind`, refusing unknown keys, missing keys and wrong types."""
+    origin = typing.get_origin(kind)
+    if origin is types.UnionType:
+        modality = raw.get("modality") if isinstance(raw, dict) else None
+        for option in typing.get_args(kind):
+            if option.__dataclass_fields__["modality"].default == modality:
+                return _build(option, raw, where)
+        raise ValueError(f"{where}.modality={modality!r} must be image, audio or text")
+    if dataclasses.is_dataclass(kind):
+        _require(isinstance(raw, dict), f"{where} must be a JSON object")
+        hints = typing.get_type_hints(kind)
+        fields = {f.name: f for f in dataclasses.fields(kind)}
+        for key in raw:
+            _require(key in fields, f"{where}.{key} is not a known setting")
+        for name, entry in fields.items():
+            required = entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING
+            _require(not required or name in raw, f"{where}.{name} is missing")
+        return kind(**{key: _build(hints[key], value, f"{where}.{key}") for key, value in raw.items()})
+    if origin is tuple:
+        _require(isinstance(raw, list), f"{where}={raw!r} must be a list")
+        item, *rest = typing.get_args(kind)
+        _require(rest == [...] or len(raw) == len(rest) + 1, f"{where}={raw!r} must have {len(rest) + 1} entries")
+        return tuple(_build(item, value, f"{where}.{index}") for index, value in enumerate(raw))
+    if origin is Literal:
+        _require(raw in typing.get_args(kind), f"{where}={raw!r} must be one of {', '.join(map(str, typing.get_args(kind)))}")
+        return raw
+    if kind is float and isinstance(raw, int) and not isinstance(raw, bool):
+        return float(raw)
+    _require(type(raw) is kind, f"{where}={raw!r} must be of type {kind.__name__}")
+    return raw

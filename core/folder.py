@@ -1,0 +1,147 @@
+"""Folders that are whole or not there: written beside their place, synced, then renamed; every file known by its SHA-256."""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from core.config import FORMAT_VERSION, check_format_version
+from core.errors import UserError
+
+MANIFEST_NAME = "manifest.json"
+_MAX_JSON_BYTES = 1_000_000
+
+
+@contextlib.contextmanager
+def atomic_folder(target: Path) -> Iterator[Path]:
+    """An empty folder to fill; it becomes `target`, manifest included, if the block ends without an error.
+
+    Whatever goes wrong at whatever moment, `target` is afterwards the old folder or the new one.
+
+    Raises:
+        UserError: if the disk is full or does not take the files.
+    """
+    partial = target.with_name(f".{target.name}.partial")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        yield partial
+        write_json(partial / MANIFEST_NAME, _make_manifest(partial))
+        for path in (*sorted(partial.iterdir()), partial):
+            sync(path)
+        _replace_folder(partial, target)
+    except (OSError, SafetensorError) as error:
+        clear_leftovers(target.parent)
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{target} could not be written ({reason}); make room or choose another folder") from error
+    except BaseException:
+        clear_leftovers(target.parent)
+        raise
+
+
+def clear_leftovers(parent: Path) -> None:
+    """Removes what a killed `atomic_folder` left in `parent`, and brings back a folder that it had only moved aside."""
+    for replaced in parent.glob(".*.replaced"):
+        target = replaced.with_name(replaced.name[1 : -len(".replaced")])
+        if not target.exists():
+            replaced.rename(target)
+    for leftover in (*parent.glob(".*.partial"), *parent.glob(".*.replaced")):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def verify_folder(folder: Path) -> dict[str, str]:
+    """SHA-256 in hex of each file in the manifest of `folder`, every one of them just computed and found right.
+
+    Raises:
+        UserError: if the manifest or a file it lists is missing, cut, changed or not a regular file.
+    """
+    manifest = read_json(folder / MANIFEST_NAME)
+    files = manifest.get("files")
+    if set(manifest) != {"format_version", "files"} or not isinstance(files, dict):
+        raise UserError(f"{folder / MANIFEST_NAME} is damaged: it must list the format version and the files")
+    digests = {}
+    for name, expected in files.items():
+        if Path(name).name != name:
+            raise UserError(f"{folder / MANIFEST_NAME} is damaged: {name!r} is not a plain file name")
+        found = _describe(folder / name)
+        if found != expected:
+            raise UserError(f"{folder / name} is damaged: the manifest says {expected}, the file is {found}")
+        digests[name] = found["sha256"]
+    return digests
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a small file, its format version checked.
+
+    Raises:
+        UserError: if there is no such file or it holds anything else.
+    """
+    _require_regular_file(path)
+    if path.stat().st_size > _MAX_JSON_BYTES:
+        raise UserError(f"{path} has {path.stat().st_size} bytes, at most {_MAX_JSON_BYTES} are expected")
+    try:
+        content = json.loads(path.read_bytes())
+        if not isinstance(content, dict):
+            raise ValueError("it must be a JSON object")
+        check_format_version(content.get("format_version"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged: {error}") from None
+    return content
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Writes `content` with this program's format version."""
+    text = json.dumps({"format_version": FORMAT_VERSION, **content}, indent=2, allow_nan=False)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def write_text_atomically(path: Path, text: str) -> None:
+    """Writes a single file so that its name only ever stands for the old text or the new one."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    sync(partial)
+    partial.replace(path)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Returns once a file's bytes, or a folder's names, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _make_manifest(folder: Path) -> dict[str, Any]:
+    return {"files": {path.name: _describe(path) for path in sorted(folder.iterdir())}}
+
+
+def _describe(path: Path) -> dict[str, Any]:
+    _require_regular_file(path)
+    with path.open("rb") as file:
+        return {"num_bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def _require_regular_file(path: Path) -> None:
+    if not path.exists():
+        raise UserError(f"{path} is missing")
+    if not path.is_file():
+        raise UserError(f"{path} is not a regular file")
+
+
+def _replace_folder(source: Path, target: Path) -> None:
+    """Renames `source` to `target`. A full folder cannot be renamed over, so an old one steps aside first."""
+    replaced = target.with_name(f".{target.name}.replaced")
+    if target.exists():
+        target.rename(replaced)
+    source.rename(target)
+    sync(target.parent)
+    shutil.rmtree(replaced, ignore_errors=True)

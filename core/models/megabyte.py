@@ -1,0 +1,347 @@
+"""MegaByte, the multiscale byte Transformer (Yu et al., arXiv 2305.07185).
+
+A large *global* model reads patches of P bytes, a small *local* model predicts the bytes inside each patch:
+
+    h_embed[t]      = E_global[x_t] + E_pos[t]                                              (Eq. 1, patch embedder)
+    h_global_in[k]  = E_global_pad if k = 0 else concat(h_embed[(k-1)P : kP])               (Eq. 2)
+    h_global_out    = Transformer_global(h_global_in)                                       (Eq. 3)
+    h_local_in[k,p] = W_GL h_global_out[k, slice p] + (E_local_pad if p = 0 else E_local[x_(kP+p-1)])   (Eq. 4)
+    h_local_out[k]  = Transformer_local(h_local_in[k])                                      (Eq. 5)
+    p(x_t | x_<t)   = softmax(E_local h_local_out[k, p]),  t = kP + p                       (Eq. 6)
+
+The same three steps (shift the own elements by one, add what the parent says, run a causal Transformer) make any number
+of levels. `levels[0]` is the paper's Global, `levels[-1]` its Local; with a single level this is the flat byte Transformer.
+
+Where the paper leaves a choice: pads are trainable (as in its Fig. 2), levels below the first have learned positions
+inside the patch, Transformers are pre-norm with a final norm. Its section 2.3 gives the options: a causal convolutional
+patch encoder and cross-patch attention. Ours: rotary positions, a projecting patch embedder and a full un-embedder for
+widths that do not divide by P, and the real previous byte (instead of the pad) at the start of a patch.
+"""
+
+# Shapes: B batch, T bytes, N elements of a level (T / span), K rows, L elements of a row, P children, D width, V = 256.
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from core.cache import Cache, LevelCache
+from core.config import NUM_BYTE_VALUES, LevelConfig, MegaByteConfig
+from core.models.layers import CausalConv, Slots, Transformer
+
+
+class PatchEmbedder(nn.Module):
+    """Bytes to elements: embed each byte, add its position, convolve (optional), concatenate `span` of them (Eq. 1, 2)."""
+
+    def __init__(self, config: LevelConfig, span: int, num_positions: int) -> None:
+        super().__init__()
+        byte_dim = config.byte_dim or config.dim // span
+        self.span = span
+        self.embedding = nn.Embedding(NUM_BYTE_VALUES, byte_dim)
+        self.positions = nn.Embedding(num_positions, byte_dim) if num_positions else None
+        self.convs = nn.ModuleList(CausalConv(byte_dim, kernel) for kernel in config.conv_kernels)
+        self.project = nn.Linear(span * byte_dim, config.dim) if config.byte_dim and span > 1 else nn.Identity()
+
+    def forward(self, byte_ids_BT: Tensor, start: int | Tensor = 0, conv_tails: list[Tensor] | None = None) -> Tensor:
+        """Elements `(B, T / span, D)` of whole patches that begin at byte `start` (one for all rows, or one per row)."""
+        h_BTE = self.embedding(byte_ids_BT)
+        if self.positions is not None:
+            h_BTE = h_BTE + self._positions(byte_ids_BT.shape[1], start)
+        for conv, tail in zip(self.convs, conv_tails or [None] * len(self.convs), strict=True):
+            h_BTE = conv(h_BTE, tail)
+        return self.project(rearrange(h_BTE, "b (n s) e -> b n (s e)", s=self.span))
+
+    def _positions(self, length: int, start: int | Tensor) -> Tensor:
+        if isinstance(start, int):
+            return self.positions.weight[start : start + length]
+        return self.positions(start[:, None] + torch.arange(length, device=start.device))
+
+
+class Unembedder(nn.Module):
+    """What an element says to each of its children: one slice of it per child, projected (W_GL of Eq. 4), or all of it."""
+
+    def __init__(self, config: LevelConfig, child_dim: int, kind: str) -> None:
+        super().__init__()
+        self.num_children = config.patch_size
+        self.slices = kind == "slices"
+        if self.slices:
+            self.project = nn.Linear(config.dim // self.num_children, child_dim, bias=False)
+        else:
+            self.project = nn.Linear(config.dim, self.num_children * child_dim, bias=False)
+
+    def forward(self, x_BND: Tensor) -> Tensor:
+        """`(B, N, D)` to `(B, N * P, D_child)`."""
+        if self.slices:
+            return self.project(rearrange(x_BND, "b n (p e) -> b (n p) e", p=self.num_children))
+        return rearrange(self.project(x_BND), "b n (p e) -> b (n p) e", p=self.num_children)
+
+
+class Level(nn.Module):
+    """One level: embeds its own elements, shifts them by one, adds the parent's word and runs a causal Transformer."""
+
+    def __init__(self, config: MegaByteConfig, index: int) -> None:
+        super().__init__()
+        own = config.levels[index]
+        self.config = own
+        self.is_top = index == 0
+        self.span = config.span(index)
+        # Level 0 is a single row, the whole sequence; below, a row is the children of one parent element.
+        self.row_length = config.max_seq_len // self.span if self.is_top else config.levels[index - 1].patch_size
+        self.real_previous = config.real_previous
+        learned = config.positions == "learned"
+        self.embedder = PatchEmbedder(own, self.span, config.max_seq_len if learned and self.is_top else 0)
+        self.pad = nn.Parameter(torch.empty(own.dim))
+        self.positions = nn.Parameter(torch.empty(self.row_length, own.dim)) if learned and not self.is_top else None
+        self.transformer = Transformer(own, self.row_length, not learned, config.dropout)
+        is_last = index == len(config.levels) - 1
+        self.unembedder = None if is_last else Unembedder(own, config.levels[index + 1].dim, config.unembedder)
+
+    def forward(self, byte_ids_BT: Tensor, from_parent_BND: Tensor | None, cache: LevelCache | None = None) -> Tensor:
+        """Outputs `(B, N, D)`; element n has seen its parent and the elements before n, nothing of n itself."""
+        # The last element is nobody's past: Eq. 2 drops it.
+        past_BT = byte_ids_BT[:, : byte_ids_BT.shape[1] - self.span]
+        elements_BND = self.embedder(past_BT, conv_tails=None if cache is None else cache.conv_tails)
+        shifted_BND = torch.cat((self.pad.expand(len(byte_ids_BT), 1, -1).to(elements_BND.dtype), elements_BND), dim=1)
+        row_length = shifted_BND.shape[1] if self.is_top else self.row_length
+        x_BKLD = rearrange(shifted_BND, "b (k l) d -> b k l d", l=row_length)
+        if not self.is_top and not self.real_previous:
+            pads = self.pad.expand(*x_BKLD.shape[:2], 1, -1).to(x_BKLD.dtype)
+            x_BKLD = torch.cat((pads, x_BKLD[:, :, 1:]), dim=2)
+        if self.positions is not None:
+            x_BKLD = x_BKLD + self.positions
+        if from_parent_BND is not None:
+            x_BKLD = x_BKLD + rearrange(from_parent_BND, "b (k l) d -> b k l d", l=row_length)
+        return rearrange(self.transformer(x_BKLD, cache), "b k l d -> b (k l) d")
+
+    def step(self, cache: Cache, level_cache: LevelCache, positions: list[int]) -> Tensor:
+        """The output `(B, D)` of the element that begins at `positions` (of all rows, with one phase)."""
+        in_row = max(positions) // self.span % self.row_length
+        if not self.is_top and in_row == 0 and max(positions) > 0:
+            self.transformer.begin_row(level_cache, self.row_length)
+        x_BD = self._element_before(cache, level_cache, positions, in_row)
+        if self.positions is not None:
+            x_BD = x_BD + self.positions[in_row]
+        if level_cache.from_parent_BLD is not None:
+            x_BD = x_BD + level_cache.from_parent_BLD[:, in_row]
+        return self.transformer.step(x_BD, level_cache, self._slots(level_cache, positions, in_row))
+
+    def new_cache(self, batch_size: int, max_seq_len: int, device: torch.device) -> LevelCache:
+        own, dtype = self.config, self.pad.dtype
+        num_elements = max_seq_len // self.span if self.is_top else self.row_length
+        shape = (own.num_layers, batch_size, own.num_heads, own.cross_patch + num_elements, own.head_dim)
+        byte_dim = self.embedder.embedding.embedding_dim
+        return LevelCache(
+            # Zeros: a masked slot still enters a product with weight 0, so it must be finite.
+            keys=torch.zeros(shape, dtype=dtype, device=device),
+            values=torch.zeros(shape, dtype=dtype, device=device),
+            from_parent_BLD=None
+            if self.is_top
+            else torch.zeros(batch_size, self.row_length, own.dim, dtype=dtype, device=device),
+            conv_tails=[
+                torch.zeros(batch_size, conv.tail_length, byte_dim, dtype=dtype, device=device) for conv in self.embedder.convs
+            ],
+            memory=own.cross_patch,
+        )
+
+    def flops_per_element(self, num_elements: int) -> float:
+        """Forward FLOPs (two per multiply-add) of one element, averaged over a row or a sequence of `num_elements`."""
+        own = self.config
+        keys = (num_elements + 1) / 2 if self.is_top else (self.row_length + 1) / 2 + own.cross_patch
+        multiplies = own.num_layers * (4 * own.dim**2 + 2 * own.dim * own.ffn_dim + 2 * own.dim * keys)
+        matrices = (parameter for parameter in self.embedder.project.parameters() if parameter.ndim > 1)
+        multiplies += sum(matrix.numel() for matrix in matrices)
+        multiplies += self.span * sum(conv.conv.weight.numel() for conv in self.embedder.convs)
+        if self.unembedder is not None:
+            times = own.patch_size if self.unembedder.slices else 1
+            multiplies += times * self.unembedder.project.weight.numel()
+        return 2 * multiplies
+
+    def _element_before(self, cache: Cache, level_cache: LevelCache, positions: list[int], in_row: int) -> Tensor:
+        """The shifted own input: the embedding of the element before, or the pad where there is none to show."""
+        newest = max(positions)
+        pad_BD = self.pad.expand(len(positions), -1)
+        at_patch_start = not self.is_top and in_row == 0 and not self.real_previous
+        if newest == 0 or (at_patch_start and not self.embedder.convs):
+            return pad_BD
+        end = newest % cache.patch_size or cache.patch_size
+        last_bytes = cache.patch_bytes_BP[:, end - self.span : end]
+        start: int | Tensor = newest - self.span
+        if min(positions) < newest:
+            start = (cache.positions_B - self.span).clamp(min=0).to(last_bytes.device)
+        x_BD = self.embedder(last_bytes, start, level_cache.conv_tails)[:, 0]
+        if min(positions) == 0:
+            is_empty_B = (cache.positions_B == 0).to(x_BD.device)
+            x_BD = torch.where(is_empty_B[:, None], pad_BD, x_BD)
+            for tail in level_cache.conv_tails:
+                tail[is_empty_B] = 0
+        return pad_BD if at_patch_start else x_BD
+
+    def _slots(self, level_cache: LevelCache, positions: list[int], in_row: int) -> Slots:
+        """Where the new element is kept and what it attends to; a mask only if the rows differ."""
+        oldest, newest = min(positions), max(positions)
+        if self.is_top:
+            if oldest == newest:
+                return Slots(write=in_row, read=slice(0, in_row + 1))
+            write_B = torch.tensor(positions, device=level_cache.keys.device) // self.span
+            slots_S = torch.arange(in_row + 1, device=write_B.device)
+            return Slots(write=write_B, read=slice(0, in_row + 1), mask_BS=slots_S <= write_B[:, None])
+        memory = level_cache.memory
+        write, patch = memory + in_row, self.span * self.row_length
+        if newest < patch:
+            return Slots(write=write, read=slice(memory, write + 1))
+        if oldest >= patch or memory == 0:
+            return Slots(write=write, read=slice(0, write + 1))
+        has_memory_B = torch.tensor(positions, device=level_cache.keys.device) >= patch
+        slots_S = torch.arange(write + 1, device=has_memory_B.device)
+        return Slots(write=write, read=slice(0, write + 1), mask_BS=(slots_S >= memory) | has_memory_B[:, None])
+
+
+class MegaByte(nn.Module):
+    """A `core.models.ByteModel`: `logits[:, t]` is the law of byte t given the bytes before t."""
+
+    def __init__(self, config: MegaByteConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.levels = nn.ModuleList(Level(config, index) for index in range(len(config.levels)))
+        has_memory = [bool(level.cross_patch or level.conv_kernels) for level in config.levels]
+        # Deeper levels begin each patch afresh unless they look across patches or convolve.
+        self._num_levels_with_past = max([1] + [index + 1 for index, memory in enumerate(has_memory) if memory])
+        self.apply(self._init_weights)
+        for level in self.levels:
+            for parameter in (level.pad, level.positions):
+                if parameter is not None:
+                    _truncated_normal(parameter, config.init_std)
+            for block in level.transformer.blocks:
+                for linear in (block.attention.out, block.ffn_out):
+                    _truncated_normal(linear.weight, config.init_std / (2 * level.config.num_layers) ** 0.5)
+
+    def forward(self, byte_ids_BT: Tensor) -> Tensor:
+        """Logits `(B, T, V)` in float32 of byte values `(B, T)`, any T from 0 to the context.
+
+        Raises:
+            ValueError: if T exceeds the context.
+        """
+        num_bytes = byte_ids_BT.shape[1]
+        if num_bytes > self.config.max_seq_len:
+            raise ValueError(f"{num_bytes} bytes exceed the model's context of {self.config.max_seq_len}; score them in windows")
+        if num_bytes == 0:
+            return self.levels[-1].pad.new_zeros(len(byte_ids_BT), 0, NUM_BYTE_VALUES, dtype=torch.float32)
+        # The added bytes come after all others, so no logit that is kept can see them.
+        whole_BT = F.pad(byte_ids_BT, (0, -num_bytes % self.config.patch_size))
+        out_BND = None
+        for level in self.levels:
+            out_BND = level(whole_BT, out_BND)
+            if level.unembedder is not None:
+                out_BND = level.unembedder(out_BND)
+        return self._to_logits(out_BND[:, :num_bytes])
+
+    def new_cache(self, batch_size: int, max_seq_len: int) -> Cache:
+        """Buffers for `batch_size` sequences of up to `max_seq_len` bytes (rounded up to whole coarsest patches).
+
+        Raises:
+            ValueError: if batch_size < 1 or max_seq_len exceeds the context.
+        """
+        return self._new_cache(batch_size, max_seq_len, self.levels[-1].pad.device)
+
+    @torch.no_grad()
+    def prefill(self, byte_ids_BT: Tensor, cache: Cache) -> Tensor:
+        """Starts the cache's sequences with byte values `(B, T)`, T >= 0; logits `(B, V)` of the byte after them.
+
+        Whole patches are read in parallel, the rest byte by byte.
+
+        Raises:
+            ValueError: if B is not the cache's, or no room is left for a byte after them.
+        """
+        num_bytes = byte_ids_BT.shape[1]
+        if len(byte_ids_BT) != cache.batch_size:
+            raise ValueError(f"{len(byte_ids_BT)} sequences given for a cache of {cache.batch_size}")
+        if num_bytes >= cache.max_seq_len:
+            raise ValueError(f"{num_bytes} bytes leave no room in a cache of {cache.max_seq_len}; keep fewer of them")
+        cache.reset()
+        num_whole = num_bytes - num_bytes % self.config.patch_size
+        if num_whole:
+            self._read_patches(byte_ids_BT[:, :num_whole], cache)
+        logits_BV = self._predict(cache)
+        for t in range(num_whole, num_bytes):
+            logits_BV = self.step(byte_ids_BT[:, t], cache)
+        return logits_BV
+
+    @torch.no_grad()
+    def step(self, byte_ids_B: Tensor, cache: Cache) -> Tensor:
+        """Appends one byte to each row; logits `(B, V)` of the next one.
+
+        Raises:
+            ValueError: if the cache is full, or its rows stand at different places inside a patch.
+        """
+        cache.append(byte_ids_B)
+        return self._predict(cache)
+
+    def num_parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def num_parameters_per_level(self) -> list[int]:
+        return [sum(parameter.numel() for parameter in level.parameters()) for level in self.levels]
+
+    def flops_per_byte(self, num_bytes: int) -> float:
+        """Forward FLOPs per byte of a sequence of `num_bytes`, two per multiply-add, attention included."""
+        total = 2.0 * NUM_BYTE_VALUES * self.levels[-1].config.dim
+        for level in self.levels:
+            total += level.flops_per_element(-(-num_bytes // level.span)) / level.span
+        return total
+
+    def cache_bytes(self, batch_size: int, max_seq_len: int) -> int:
+        """Memory of `new_cache(batch_size, max_seq_len)`, without making it."""
+        return self._new_cache(batch_size, max_seq_len, torch.device("meta")).num_bytes
+
+    def _new_cache(self, batch_size: int, max_seq_len: int, device: torch.device) -> Cache:
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size} must be at least 1")
+        if not 1 <= max_seq_len <= self.config.max_seq_len:
+            raise ValueError(f"max_seq_len={max_seq_len} must lie in 1..{self.config.max_seq_len}, the model's context")
+        patch_size = self.config.patch_size
+        max_seq_len = -(-max_seq_len // patch_size) * patch_size
+        return Cache(
+            levels=[level.new_cache(batch_size, max_seq_len, device) for level in self.levels],
+            patch_bytes_BP=torch.zeros(batch_size, patch_size, dtype=torch.int64, device=device),
+            positions_B=torch.zeros(batch_size, dtype=torch.int64),
+            max_seq_len=max_seq_len,
+        )
+
+    def _read_patches(self, byte_ids_BT: Tensor, cache: Cache) -> None:
+        """Leaves the cache as after stepping through these whole patches, just before the next one begins."""
+        out_BND = None
+        for level, level_cache in zip(self.levels[: self._num_levels_with_past], cache.levels, strict=False):
+            out_BND = level(byte_ids_BT, out_BND, level_cache)
+            if level.unembedder is not None:
+                out_BND = level.unembedder(out_BND)
+        cache.patch_bytes_BP.copy_(byte_ids_BT[:, -self.config.patch_size :])
+        cache.positions_B.fill_(byte_ids_BT.shape[1])
+
+    def _predict(self, cache: Cache) -> Tensor:
+        """Wakes every level whose next element begins at the cache's positions; logits `(B, V)` of that byte."""
+        positions = cache.positions_B.tolist()
+        children = [*cache.levels[1:], None]
+        for level, level_cache, child_cache in zip(self.levels, cache.levels, children, strict=True):
+            if positions[0] % level.span:
+                continue
+            out_BD = level.step(cache, level_cache, positions)
+            if child_cache is not None:
+                child_cache.from_parent_BLD.copy_(level.unembedder(out_BD[:, None]))
+        return self._to_logits(out_BD)
+
+    def _to_logits(self, h: Tensor) -> Tensor:
+        """Eq. 6: the output matrix is the last level's byte embedding."""
+        # fp32: bf16 keeps 8 significant bits, too few for a per-byte likelihood that is summed over a whole file.
+        with torch.autocast(h.device.type, enabled=False):
+            return F.linear(h.float(), self.levels[-1].embedder.embedding.weight.float())
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """N(0, init_std) truncated at two sigma for every matrix, zero for biases; norms keep 1 and 0 (appendix A.1)."""
+        if isinstance(module, (nn.Linear, nn.Embedding, nn.Conv1d)):
+            _truncated_normal(module.weight, self.config.init_std)
+            if getattr(module, "bias", None) is not None:
+                nn.init.zeros_(module.bias)
+
+
+def _truncated_normal(parameter: Tensor, std: float) -> None:
+    nn.init.trunc_normal_(parameter, std=std, a=-2 * std, b=2 * std)
