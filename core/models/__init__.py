@@ -5,7 +5,7 @@ from typing import Protocol
 from torch import Tensor
 
 from core.cache import Cache
-from core.config import Config, MegaByteConfig
+from core.config import CodecConfig, Config, MegaByteConfig
 from core.models.megabyte import MegaByte
 
 __all__ = ["ByteModel", "MegaByte", "build_model"]
@@ -15,6 +15,7 @@ class ByteModel(Protocol):
     """`logits[:, t]` is the law of byte t given the bytes before t; all 256 values are data."""
 
     config: MegaByteConfig
+    codec_config: CodecConfig | None  # what the bytes mean; None if that was not said
 
     def forward(self, byte_ids_BT: Tensor) -> Tensor:
         """Logits `(B, T, 256)`, float32, of int64 byte values `(B, T)`, any T up to `config.max_seq_len`."""
@@ -29,6 +30,8 @@ class ByteModel(Protocol):
         """Appends one byte to each row; logits `(B, 256)` of the next."""
 
 
-def build_model(config: Config | MegaByteConfig) -> ByteModel:
-    """A freshly initialised model of a configuration (or of its `model` part)."""
-    return MegaByte(config.model if isinstance(config, Config) else config)
+def build_model(config: Config) -> ByteModel:
+    """A freshly initialised model that knows what its bytes mean."""
+    model = MegaByte(config.model)
+    model.codec_config = config.codec
+    return model

@@ -26,38 +26,61 @@ class Slots:
     """Where one decoding step writes and what it may read.
 
     Attributes:
-        write: the slot of the new element, one for all rows (int) or one per row `(B,)`.
-        read: the slots attended to; those before `read.start` are not filled in any row.
+        positions: the slot of the new element: one for all rows, or `(B, 1, 1)`, broadcastable to heads.
+        write: the index of that slot in `(B, H, S)`.
+        read: the slots attended to; those before `read.start` are filled in no row.
         mask_BS: True where a row may attend, over the slots of `read`; None if every row may attend to all.
     """
 
-    write: int | Tensor
+    positions: int | Tensor
+    write: tuple
     read: slice
     mask_BS: Tensor | None = None
 
+    @classmethod
+    def same(cls, slot: int, first: int = 0, mask_BS: Tensor | None = None) -> "Slots":
+        """All rows write `slot` and read from `first` on."""
+        return cls(slot, (slice(None), slice(None), slot), slice(first, slot + 1), mask_BS)
+
+    @classmethod
+    def per_row(cls, slots_B: Tensor) -> "Slots":
+        """Each row writes its own slot and reads all up to it."""
+        num_slots = int(slots_B.max()) + 1
+        mask_BS = torch.arange(num_slots, device=slots_B.device) <= slots_B[:, None]
+        rows = torch.arange(len(slots_B), device=slots_B.device)
+        return cls(slots_B[:, None, None], (rows, slice(None), slots_B), slice(0, num_slots), mask_BS)
+
 
 class Rotary(nn.Module):
-    """Rotary position embedding (arXiv 2104.09864) of `(..., L, C)`, by slot."""
+    """Rotary position embedding (arXiv 2104.09864) by slot: the tables that `rotate` takes."""
 
     def __init__(self, head_dim: int, num_slots: int) -> None:
         super().__init__()
         # float64: at a million positions a float32 angle is wrong by more than 0.01 radian.
         frequency = 10000.0 ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
         angle = torch.arange(num_slots, dtype=torch.float64)[:, None] * frequency
-        self.register_buffer("cos", angle.cos().float(), persistent=False)
-        self.register_buffer("sin", angle.sin().float(), persistent=False)
+        cos, sin = angle.cos(), angle.sin()
+        self.register_buffer("cos", torch.cat((cos, cos), dim=-1).float(), persistent=False)
+        self.register_buffer("sin", torch.cat((-sin, sin), dim=-1).float(), persistent=False)
 
-    def forward(self, x: Tensor, slots: slice | int | Tensor) -> Tensor:
-        return _rotate(x, self.cos[slots], self.sin[slots])
+    def forward(self, slots: slice | int | Tensor) -> "Rotation":
+        return self.cos[slots], self.sin[slots]
 
-    def back(self, x: Tensor, distance: int) -> Tensor:
-        """Moves rotated keys `distance` slots towards the beginning; rotations add up."""
-        return _rotate(x, self.cos[distance], -self.sin[distance])
+    def back(self, distance: int) -> "Rotation":
+        """Moves keys that are already rotated `distance` slots towards the beginning; rotations add up."""
+        return self.cos[distance], -self.sin[distance]
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    first, second = x.float().chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, first * sin + second * cos), dim=-1).to(x.dtype)
+Rotation = tuple[Tensor, Tensor]  # cosines and signed sines, both broadcastable to (..., C)
+
+
+def rotate(x: Tensor, rotation: Rotation | None) -> Tensor:
+    """`x` `(..., C)` with its two halves turned against each other; unchanged without a rotation."""
+    if rotation is None:
+        return x
+    cos, sin = rotation
+    wide = x.float()
+    return torch.addcmul(wide * cos, wide.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -75,49 +98,37 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
 class Attention(nn.Module):
     """Multi-head attention inside rows and to the last `memory` elements of the row before."""
 
-    def __init__(self, config: LevelConfig, row_length: int, rotary: bool) -> None:
+    def __init__(self, config: LevelConfig) -> None:
         super().__init__()
         self.num_heads = config.num_heads
         self.memory = config.cross_patch
         self.qkv = nn.Linear(config.dim, 3 * config.dim)
         self.out = nn.Linear(config.dim, config.dim)
-        self.rotary = Rotary(config.head_dim, self.memory + row_length) if rotary else None
 
-    def forward(self, x_BKLD: Tensor, cache: LevelCache | None = None, layer: int = 0) -> Tensor:
+    def forward(self, x_BKLD: Tensor, rotation: Rotation | None, cache: LevelCache | None = None, layer: int = 0) -> Tensor:
+        """Attends within and across rows; `rotation` covers the S slots of memory and row."""
         num_rows, length = x_BKLD.shape[1:3]
         q, k, v = rearrange(self.qkv(x_BKLD), "b k l (three h c) -> three b k h l c", three=3, h=self.num_heads)
-        own = slice(self.memory, self.memory + length)
-        if self.memory and num_rows > 1:
-            mask = self._mask(num_rows, length, x_BKLD.device)
-            k_all, v_all = self._with_row_before(k), self._with_row_before(v)
-            if self.rotary is not None:
-                k_all = self.rotary(k_all, slice(0, own.stop))
-                k = k_all[..., self.memory :, :]
-                q = self.rotary(q, own)
-            mask = mask.expand(x_BKLD.shape[0], -1, -1, -1, -1).flatten(0, 1)
-        else:
-            mask = None
-            if self.rotary is not None:
-                q, k = self.rotary(q, own), self.rotary(k, own)
-            k_all, v_all = k, v
+        mask = None
+        own_rotation = rotation and tuple(table[self.memory :] for table in rotation)
+        q, own_k = rotate(q, own_rotation), rotate(k, own_rotation)
         if cache is not None:
-            cache.store(layer, k, v)
-        out = attend(q.flatten(0, 1), k_all.flatten(0, 1), v_all.flatten(0, 1), mask)
+            cache.store(layer, own_k, v)
+        if self.memory and num_rows > 1:
+            k, v = rotate(self._with_row_before(k), rotation), self._with_row_before(v)
+            mask = self._mask(num_rows, length, x_BKLD.device).expand(len(x_BKLD), -1, -1, -1, -1).flatten(0, 1)
+        else:
+            k = own_k
+        out = attend(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), mask)
         return self.out(rearrange(out, "(b k) h l c -> b k l (h c)", k=num_rows))
 
-    def step(self, x_BD: Tensor, cache: LevelCache, layer: int, slots: Slots) -> Tensor:
-        q, k, v = rearrange(self.qkv(x_BD), "b (three h c) -> three b h c", three=3, h=self.num_heads)
-        if self.rotary is not None:
-            at = slots.write if isinstance(slots.write, int) else slots.write[:, None]
-            q, k = self.rotary(q, at), self.rotary(k, at)
+    def step(self, x_BD: Tensor, rotation: Rotation | None, cache: LevelCache, layer: int, slots: Slots) -> Tensor:
+        # view, not rearrange: this runs for every byte of every layer.
+        qkv = self.qkv(x_BD).view(len(x_BD), 3, self.num_heads, -1)
+        q, k = rotate(qkv[:, :2], rotation).unbind(1)
         keys, values = cache.keys[layer], cache.values[layer]
-        if isinstance(slots.write, int):
-            keys[:, :, slots.write] = k
-            values[:, :, slots.write] = v
-        else:
-            row = torch.arange(len(x_BD), device=x_BD.device)
-            keys[row, :, slots.write] = k
-            values[row, :, slots.write] = v
+        keys[slots.write] = k
+        values[slots.write] = qkv[:, 2]
         mask = None if slots.mask_BS is None else slots.mask_BS[:, None, None]
         out = F.scaled_dot_product_attention(q[:, :, None], keys[:, :, slots.read], values[:, :, slots.read], attn_mask=mask)
         return self.out(out.flatten(1))
@@ -137,21 +148,21 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """x + attention(norm(x)), then x + feed-forward(norm(x)), with ReLU as in the paper's appendix A.1."""
 
-    def __init__(self, config: LevelConfig, row_length: int, rotary: bool, dropout: float) -> None:
+    def __init__(self, config: LevelConfig, dropout: float) -> None:
         super().__init__()
         self.attention_norm = nn.LayerNorm(config.dim)
-        self.attention = Attention(config, row_length, rotary)
+        self.attention = Attention(config)
         self.ffn_norm = nn.LayerNorm(config.dim)
         self.ffn_in = nn.Linear(config.dim, config.ffn_dim)
         self.ffn_out = nn.Linear(config.ffn_dim, config.dim)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x_BKLD: Tensor, cache: LevelCache | None = None, layer: int = 0) -> Tensor:
-        x_BKLD = x_BKLD + self.dropout(self.attention(self.attention_norm(x_BKLD), cache, layer))
+    def forward(self, x_BKLD: Tensor, rotation: Rotation | None, cache: LevelCache | None = None, layer: int = 0) -> Tensor:
+        x_BKLD = x_BKLD + self.dropout(self.attention(self.attention_norm(x_BKLD), rotation, cache, layer))
         return x_BKLD + self.dropout(self._feed_forward(x_BKLD))
 
-    def step(self, x_BD: Tensor, cache: LevelCache, layer: int, slots: Slots) -> Tensor:
-        x_BD = x_BD + self.attention.step(self.attention_norm(x_BD), cache, layer, slots)
+    def step(self, x_BD: Tensor, rotation: Rotation | None, cache: LevelCache, layer: int, slots: Slots) -> Tensor:
+        x_BD = x_BD + self.attention.step(self.attention_norm(x_BD), rotation, cache, layer, slots)
         return x_BD + self._feed_forward(x_BD)
 
     def _feed_forward(self, x: Tensor) -> Tensor:
@@ -161,31 +172,37 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """The layers of one level and the norm after them."""
 
-    def __init__(self, config: LevelConfig, row_length: int, rotary: bool, dropout: float) -> None:
+    def __init__(self, config: LevelConfig, row_length: int, is_rotary: bool, dropout: float) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(Block(config, row_length, rotary, dropout) for _ in range(config.num_layers))
+        self.memory = config.cross_patch
+        self.row_length = row_length
+        self.rotary = Rotary(config.head_dim, self.memory + row_length) if is_rotary else None
+        self.blocks = nn.ModuleList(Block(config, dropout) for _ in range(config.num_layers))
         self.norm = nn.LayerNorm(config.dim)
 
     def forward(self, x_BKLD: Tensor, cache: LevelCache | None = None) -> Tensor:
+        """Rows to rows; a cache keeps what the elements after the last row may attend to."""
+        rotation = self.rotary and self.rotary(slice(0, self.memory + x_BKLD.shape[2]))
         for layer, block in enumerate(self.blocks):
-            x_BKLD = block(x_BKLD, cache, layer)
+            x_BKLD = block(x_BKLD, rotation, cache, layer)
         return self.norm(x_BKLD)
 
     def step(self, x_BD: Tensor, cache: LevelCache, slots: Slots) -> Tensor:
+        """One more element of every row."""
+        rotation = self.rotary and self.rotary(slots.positions)
         for layer, block in enumerate(self.blocks):
-            x_BD = block.step(x_BD, cache, layer, slots)
+            x_BD = block.step(x_BD, rotation, cache, layer, slots)
         return self.norm(x_BD)
 
-    def begin_row(self, cache: LevelCache, row_length: int) -> None:
+    def begin_row(self, cache: LevelCache) -> None:
         """Moves the last r elements of the finished row into the memory slots."""
-        if cache.memory == 0:
+        if self.memory == 0:
             return
-        last = slice(row_length, row_length + cache.memory)
-        keys = cache.keys[..., last, :]
-        rotary = self.blocks[0].attention.rotary
-        # The slots overlap when r > L / 2, so the source is copied before it is overwritten.
-        cache.keys[..., : cache.memory, :] = keys.clone() if rotary is None else rotary.back(keys, row_length)
-        cache.values[..., : cache.memory, :] = cache.values[..., last, :].clone()
+        last = slice(self.row_length, self.row_length + self.memory)
+        back = self.rotary and self.rotary.back(self.row_length)
+        # clone: the slots overlap when r > L / 2.
+        cache.keys[..., : self.memory, :] = rotate(cache.keys[..., last, :].clone(), back)
+        cache.values[..., : self.memory, :] = cache.values[..., last, :].clone()
 
 
 class CausalConv(nn.Module):

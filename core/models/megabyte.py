@@ -26,7 +26,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from core.cache import Cache, LevelCache
-from core.config import NUM_BYTE_VALUES, LevelConfig, MegaByteConfig
+from core.config import NUM_BYTE_VALUES, CodecConfig, LevelConfig, MegaByteConfig
 from core.models.layers import CausalConv, Slots, Transformer
 
 
@@ -98,10 +98,7 @@ class Level(nn.Module):
 
     def forward(self, byte_ids_BT: Tensor, from_parent_BND: Tensor | None, cache: LevelCache | None = None) -> Tensor:
         """Outputs `(B, N, D)`; element n has seen its parent and the elements before n, nothing of n itself."""
-        # The last element is nobody's past: Eq. 2 drops it.
-        past_BT = byte_ids_BT[:, : byte_ids_BT.shape[1] - self.span]
-        elements_BND = self.embedder(past_BT, conv_tails=None if cache is None else cache.conv_tails)
-        shifted_BND = torch.cat((self.pad.expand(len(byte_ids_BT), 1, -1).to(elements_BND.dtype), elements_BND), dim=1)
+        shifted_BND = self._shifted_elements(byte_ids_BT, cache)
         row_length = shifted_BND.shape[1] if self.is_top else self.row_length
         x_BKLD = rearrange(shifted_BND, "b (k l) d -> b k l d", l=row_length)
         if not self.is_top and not self.real_previous:
@@ -113,11 +110,17 @@ class Level(nn.Module):
             x_BKLD = x_BKLD + rearrange(from_parent_BND, "b (k l) d -> b k l d", l=row_length)
         return rearrange(self.transformer(x_BKLD, cache), "b k l d -> b (k l) d")
 
+    def _shifted_elements(self, byte_ids_BT: Tensor, cache: LevelCache | None) -> Tensor:
+        """The pad, then the embedded elements but the last one, which is nobody's past (Eq. 2)."""
+        past_BT = byte_ids_BT[:, : byte_ids_BT.shape[1] - self.span]
+        elements_BND = self.embedder(past_BT, conv_tails=None if cache is None else cache.conv_tails)
+        return torch.cat((self.pad.expand(len(byte_ids_BT), 1, -1).to(elements_BND.dtype), elements_BND), dim=1)
+
     def step(self, cache: Cache, level_cache: LevelCache, positions: list[int]) -> Tensor:
         """The output `(B, D)` of the element that begins at `positions` (of all rows, with one phase)."""
         in_row = max(positions) // self.span % self.row_length
         if not self.is_top and in_row == 0 and max(positions) > 0:
-            self.transformer.begin_row(level_cache, self.row_length)
+            self.transformer.begin_row(level_cache)
         x_BD = self._element_before(cache, level_cache, positions, in_row)
         if self.positions is not None:
             x_BD = x_BD + self.positions[in_row]
@@ -181,19 +184,16 @@ class Level(nn.Module):
         oldest, newest = min(positions), max(positions)
         if self.is_top:
             if oldest == newest:
-                return Slots(write=in_row, read=slice(0, in_row + 1))
-            write_B = torch.tensor(positions, device=level_cache.keys.device) // self.span
-            slots_S = torch.arange(in_row + 1, device=write_B.device)
-            return Slots(write=write_B, read=slice(0, in_row + 1), mask_BS=slots_S <= write_B[:, None])
-        memory = level_cache.memory
-        write, patch = memory + in_row, self.span * self.row_length
+                return Slots.same(in_row)
+            return Slots.per_row(torch.tensor(positions, device=level_cache.keys.device) // self.span)
+        slot, patch = level_cache.memory + in_row, self.span * self.row_length
         if newest < patch:
-            return Slots(write=write, read=slice(memory, write + 1))
-        if oldest >= patch or memory == 0:
-            return Slots(write=write, read=slice(0, write + 1))
+            return Slots.same(slot, first=level_cache.memory)
+        if oldest >= patch:
+            return Slots.same(slot)
         has_memory_B = torch.tensor(positions, device=level_cache.keys.device) >= patch
-        slots_S = torch.arange(write + 1, device=has_memory_B.device)
-        return Slots(write=write, read=slice(0, write + 1), mask_BS=(slots_S >= memory) | has_memory_B[:, None])
+        slots_S = torch.arange(slot + 1, device=has_memory_B.device)
+        return Slots.same(slot, mask_BS=(slots_S >= level_cache.memory) | has_memory_B[:, None])
 
 
 class MegaByte(nn.Module):
@@ -202,6 +202,7 @@ class MegaByte(nn.Module):
     def __init__(self, config: MegaByteConfig) -> None:
         super().__init__()
         self.config = config
+        self.codec_config: CodecConfig | None = None
         self.levels = nn.ModuleList(Level(config, index) for index in range(len(config.levels)))
         has_memory = [bool(level.cross_patch or level.conv_kernels) for level in config.levels]
         # Deeper levels begin each patch afresh unless they look across patches or convolve.
