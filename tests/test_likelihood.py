@@ -1,0 +1,123 @@
+"""Scores are the model's own law, in bits, whatever the windows."""
+
+import numpy as np
+import pytest
+import torch
+
+from core.config import AudioCodecConfig, ImageCodecConfig
+from core.errors import UserError
+from core.likelihood import score, split_windows
+from tests.model_cases import CASES, CONTEXT, PATCH, build
+
+
+def stream_of(num_bytes: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, num_bytes, dtype=np.uint8)
+
+
+def naive_bits(model, stream: np.ndarray, start: int, t: int) -> float:
+    """-log2 p(byte t | bytes start..t), by one forward pass of its own."""
+    with torch.no_grad():
+        logits = model(torch.from_numpy(stream[start : t + 1].astype(np.int64))[None])[0, -1].double()
+    return -logits.log_softmax(-1)[int(stream[t])].item() / np.log(2)
+
+
+def test_uniform_model_gives_eight_bits():
+    model = build(CASES["exact"])
+    torch.nn.init.zeros_(model.levels[-1].embedder.embedding.weight)
+    result = score(model, stream_of(100))
+    assert result.bits_per_byte == pytest.approx(8.0, abs=1e-6)
+    assert (result.num_bytes, result.total_bits) == (100, pytest.approx(800.0, abs=1e-4))
+
+
+@pytest.mark.parametrize(("window", "hop"), [(32, 32), (32, 8), (32, 5), (16, 16), (20, 3), (1, 1)])
+def test_each_byte_is_scored_once_with_the_window_s_context(window, hop):
+    model, stream = build(CASES["exact"]), stream_of(75)
+    result = score(model, stream, window=window, hop=hop)
+    for t in range(len(stream)):
+        start = next(start for start in range(0, len(stream), hop) if t < start + window)
+        assert result.bits[t] == pytest.approx(naive_bits(model, stream, start, t), abs=1e-4)
+    assert result.total_bits == pytest.approx(float(result.bits.astype(np.float64).sum()), abs=1e-9)
+
+
+@pytest.mark.parametrize("num_bytes", [0, 1, 31, 32, 33, 64, 75])
+def test_windows_cover_every_byte_exactly_once(num_bytes):
+    for window, hop in [(32, 32), (32, 7), (5, 5), (5, 1)]:
+        windows = list(split_windows(num_bytes, window, hop))
+        covered = [t for w in windows for t in range(w.first_scored, w.end)]
+        assert covered == list(range(num_bytes))
+        assert all(w.end - w.start <= window for w in windows)
+
+
+def test_a_smaller_hop_never_takes_context_away():
+    windows = list(split_windows(1000, 32, 8))
+    assert all(w.first_scored - w.start >= 32 - 8 for w in windows[1:])
+
+
+def test_strided_takes_each_byte_from_the_pass_that_has_it_in_a_first_half():
+    model, stream = build(CASES["exact"]), stream_of(CONTEXT + 11)
+    result = score(model, stream, strided=True)
+    half = PATCH // 2
+    for start in (0, CONTEXT):
+        for t in range(start, min(start + CONTEXT, len(stream))):
+            in_window = t - start
+            from_second = in_window >= PATCH and in_window % PATCH >= half
+            first_byte = start + half if from_second else start
+            assert result.bits[t] == pytest.approx(naive_bits(model, stream, first_byte, t), abs=1e-4)
+
+
+def test_strided_gives_more_than_half_a_patch_of_local_context_nowhere():
+    model, stream = build(CASES["exact"]), stream_of(CONTEXT)
+    basic, strided = score(model, stream), score(model, stream, strided=True)
+    in_first_half = np.arange(CONTEXT) % PATCH < PATCH // 2
+    np.testing.assert_allclose(basic.bits[in_first_half], strided.bits[in_first_half], atol=1e-5)
+    assert (basic.bits[PATCH:][~in_first_half[PATCH:]] != strided.bits[PATCH:][~in_first_half[PATCH:]]).all()
+
+
+def test_many_streams_together_score_as_each_alone():
+    model = build(CASES["all_rotary"])
+    streams = [stream_of(n, seed=n) for n in (0, 1, 3, 32, 33, 70, 5)]
+    together = score(model, streams)
+    for stream, result in zip(streams, together, strict=True):
+        np.testing.assert_allclose(result.bits, score(model, stream).bits, atol=1e-5)
+        assert result.num_bytes == len(stream)
+
+
+def test_no_bytes_have_no_rate_and_one_byte_has_the_first_law():
+    model = build(CASES["exact"])
+    assert score(model, b"").bits_per_byte is None
+    assert score(model, b"").total_bits == 0.0
+    first = model.prefill(torch.zeros(1, 0, dtype=torch.int64), model.new_cache(1, 8))[0].double().log_softmax(-1)
+    assert score(model, b"\x07").total_bits == pytest.approx(-first[7].item() / np.log(2), abs=1e-5)
+
+
+def test_only_counted_bytes_enter_the_totals():
+    model, stream = build(CASES["exact"]), stream_of(64)
+    counted = np.arange(64) >= 20
+    result = score(model, stream, counted=counted)
+    assert result.num_bytes == 44
+    assert result.total_bits == pytest.approx(float(result.bits[counted].astype(np.float64).sum()))
+    assert len(result.bits) == 64
+
+
+def test_progress_reports_every_byte():
+    done = []
+    score(build(CASES["exact"]), [stream_of(50), stream_of(7)], progress=done.append)
+    assert sum(done) == 57
+
+
+def test_windows_that_do_not_fit_are_refused():
+    model = build(CASES["exact"])
+    for options, sentence in [
+        ({"window": 33}, "window=33 bytes must lie in 1..32"),
+        ({"window": 16, "hop": 17}, "hop=17 bytes must lie in 1..16"),
+        ({"hop": -1}, "hop=-1"),
+    ]:
+        with pytest.raises(UserError, match=sentence):
+            score(model, stream_of(10), **options)
+    model.codec_config = ImageCodecConfig(side=4)
+    with pytest.raises(UserError, match="whole pictures"):
+        score(model, stream_of(32), hop=8)
+    with pytest.raises(UserError, match="strided inference needs text or sound"):
+        score(model, stream_of(32), strided=True)
+    model.codec_config = AudioCodecConfig()
+    assert score(model, stream_of(32), strided=True).strided
