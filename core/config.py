@@ -49,7 +49,7 @@ class MegaByteConfig:
 
     levels: tuple[LevelConfig, ...]
     max_seq_len: int  # context in bytes, a multiple of the coarsest patch
-    positions: Literal["learned", "rotary"] = "learned"
+    positions: Literal["learned", "rotary", "both"] = "learned"  # learned vectors are added, rotary turns queries and keys
     unembedder: Literal["slices", "full"] = "slices"  # "slices" is the paper's; "full" maps D to P * D_child at once
     real_previous: bool = False  # the real previous element at the start of a patch instead of the trainable pad
     dropout: float = 0.0
@@ -83,13 +83,21 @@ class MegaByteConfig:
                     f"cross_patch={level.cross_patch} of level {index} exceeds the {siblings} elements of a patch",
                 )
             _require(
-                self.positions == "learned" or level.head_dim % 2 == 0,
+                not self.is_rotary or level.head_dim % 2 == 0,
                 f"rotary positions need an even head_dim, level {index} has {level.head_dim}",
             )
             _require(
                 self.unembedder == "full" or level.dim % level.patch_size == 0,
                 f"dim={level.dim} of level {index} does not split into {level.patch_size} slices; use unembedder='full'",
             )
+
+    @property
+    def has_learned_positions(self) -> bool:
+        return self.positions in ("learned", "both")
+
+    @property
+    def is_rotary(self) -> bool:
+        return self.positions in ("rotary", "both")
 
     def span(self, level: int) -> int:
         """Bytes covered by one element of `level`: the product of the patch sizes from there down."""

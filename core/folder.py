@@ -47,13 +47,16 @@ def atomic_folder(target: Path) -> Iterator[Path]:
 
 
 def clear_leftovers(parent: Path) -> None:
-    """Removes what a killed `atomic_folder` left in `parent`, and brings back a folder that it had only moved aside."""
+    """Removes what a killed `atomic_folder` or `atomic_file` left in `parent`; a folder that was only moved aside comes back."""
     for replaced in parent.glob(".*.replaced"):
         target = replaced.with_name(replaced.name[1 : -len(".replaced")])
         if not target.exists():
             replaced.rename(target)
     for leftover in (*parent.glob(".*.partial"), *parent.glob(".*.replaced")):
-        shutil.rmtree(leftover, ignore_errors=True)
+        if leftover.is_dir():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            leftover.unlink()  # of a single file that was being written
 
 
 def verify_folder(folder: Path) -> dict[str, str]:
@@ -74,6 +77,8 @@ def verify_folder(folder: Path) -> dict[str, str]:
         if found != expected:
             raise UserError(f"{folder / name} is damaged: the manifest says {expected}, the file is {found}")
         digests[name] = found["sha256"]
+    if (folder / MANIFEST_NAME).read_text(encoding="utf-8") != _json_text({"files": files}):
+        raise UserError(f"{folder / MANIFEST_NAME} is damaged: it is not laid out as it was written")
     return digests
 
 
@@ -98,17 +103,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Writes `content` with this program's format version."""
-    text = json.dumps({"format_version": FORMAT_VERSION, **content}, indent=2, allow_nan=False)
-    path.write_text(text + "\n", encoding="utf-8")
-
-
-def write_text_atomically(path: Path, text: str) -> None:
-    """Writes a single file so that its name only ever stands for the old text or the new one."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    sync(partial)
-    partial.replace(path)
-    sync(path.parent)
+    path.write_text(_json_text(content), encoding="utf-8")
 
 
 def sync(path: Path) -> None:
@@ -118,6 +113,10 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _json_text(content: dict[str, Any]) -> str:
+    return json.dumps({"format_version": FORMAT_VERSION, **content}, indent=2, allow_nan=False) + "\n"
 
 
 def _make_manifest(folder: Path) -> dict[str, Any]:

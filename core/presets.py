@@ -43,7 +43,7 @@ def _text(name: str) -> Config:
             real_previous=True,
         ),
         codec=TextCodecConfig(),
-        train=_SHIPPED_TRAINING,
+        train=_shipped_training(num_steps=5700, batch_size=32),
     )
 
 
@@ -52,14 +52,15 @@ def _image32(name: str) -> Config:
         name=name,
         model=MegaByteConfig(
             levels=(
-                LevelConfig(dim=240, num_layers=3, num_heads=4, patch_size=48),
-                LevelConfig(dim=256, num_layers=4, num_heads=4, cross_patch=48),
+                LevelConfig(dim=288, num_layers=3, num_heads=4, patch_size=48),
+                LevelConfig(dim=256, num_layers=3, num_heads=4, cross_patch=48),
             ),
             max_seq_len=3 * 32 * 32,
+            positions="both",
             real_previous=True,
         ),
         codec=ImageCodecConfig(side=32, scan="patch", scan_patch=4),
-        train=_SHIPPED_TRAINING,
+        train=_shipped_training(num_steps=2400, batch_size=96),
     )
 
 
@@ -68,20 +69,30 @@ def _audio(name: str) -> Config:
         name=name,
         model=MegaByteConfig(
             levels=(
-                LevelConfig(dim=256, num_layers=5, num_heads=4, patch_size=8),
-                LevelConfig(dim=192, num_layers=3, num_heads=4, cross_patch=8),
+                LevelConfig(dim=320, num_layers=4, num_heads=5, patch_size=8),
+                LevelConfig(dim=192, num_layers=2, num_heads=3, cross_patch=8),
             ),
             max_seq_len=8192,
             positions="rotary",
-            unembedder="full",
             real_previous=True,
+            dropout=0.1,
         ),
         codec=AudioCodecConfig(sample_rate=16000, encoding="mulaw8"),
-        train=_SHIPPED_TRAINING,
+        train=_shipped_training(num_steps=1200, batch_size=32),
     )
 
 
-_SHIPPED_TRAINING = TrainConfig(num_steps=4000, batch_size=16, lr=1.5e-3, warmup_steps=200, ema_decay=0.995)
+def _shipped_training(num_steps: int, batch_size: int) -> TrainConfig:
+    return TrainConfig(
+        num_steps=num_steps,
+        batch_size=batch_size,
+        lr=2e-3,
+        warmup_steps=200,
+        ema_decay=0.998,
+        eval_every=200,
+        eval_sequences=128,
+        checkpoint_every=1000,
+    )
 
 
 def _paper(
@@ -98,6 +109,7 @@ def _paper(
         model=MegaByteConfig(
             levels=(global_model, local_model),
             max_seq_len=max_seq_len,
+            positions="both" if local_model.cross_patch else "learned",  # section 2.3: rotary across patches
             unembedder="slices" if exact else "full",
             dropout=0.1,
             init_std=0.006,

@@ -51,6 +51,7 @@ CASES: dict[str, MegaByteConfig] = {
     "exact": two_level(),
     "rotary": two_level(positions="rotary"),
     "convolution": two_level(global_conv_kernels=(3, 5, 7)),
+    "both_positions": two_level(positions="both"),
     "cross_patch": two_level(local_cross_patch=PATCH),
     "cross_patch_rotary": two_level(local_cross_patch=PATCH, positions="rotary"),
     "one_element_cross_patch": two_level(local_cross_patch=1, positions="rotary"),
@@ -59,7 +60,7 @@ CASES: dict[str, MegaByteConfig] = {
     "real_previous": two_level(real_previous=True),
     "dropout": two_level(dropout=0.1),
     "all_learned": two_level(**ALL_OPTIONS),
-    "all_rotary": two_level(**ALL_OPTIONS, positions="rotary"),
+    "all_rotary": two_level(**ALL_OPTIONS, positions="both"),
     "flat": MegaByteConfig(
         levels=(LevelConfig(dim=16, num_layers=2, num_heads=2),), max_seq_len=CONTEXT, positions="rotary", init_std=0.2
     ),

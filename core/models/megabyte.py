@@ -88,11 +88,11 @@ class Level(nn.Module):
         # Level 0 is a single row, the whole sequence; below, a row is the children of one parent element.
         self.row_length = config.max_seq_len // self.span if self.is_top else config.levels[index - 1].patch_size
         self.real_previous = config.real_previous
-        learned = config.positions == "learned"
+        learned = config.has_learned_positions
         self.embedder = PatchEmbedder(own, self.span, config.max_seq_len if learned and self.is_top else 0)
         self.pad = nn.Parameter(torch.empty(own.dim))
         self.positions = nn.Parameter(torch.empty(self.row_length, own.dim)) if learned and not self.is_top else None
-        self.transformer = Transformer(own, self.row_length, not learned, config.dropout)
+        self.transformer = Transformer(own, self.row_length, config.is_rotary, config.dropout)
         is_last = index == len(config.levels) - 1
         self.unembedder = None if is_last else Unembedder(own, config.levels[index + 1].dim, config.unembedder)
 

@@ -1,0 +1,278 @@
+"""Sound as bytes: safe reading down to mono 16-bit samples, mu-law and PCM streams, resampling, WAV writing."""
+
+import io
+import math
+import os
+import re
+import struct
+import wave
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import soundfile
+
+from core.codecs.files import FileKind, atomic_file
+from core.config import AudioCodecConfig
+from core.errors import UserError
+
+MAX_SECONDS = 600
+MAX_RATE_HZ = 384_000
+MAX_CHANNELS = 8
+# Above this rate a file may last correspondingly shorter, so that memory is bounded by MAX_SECONDS.
+_FULL_LENGTH_RATE_HZ = 48_000
+_BLOCK_FRAMES = 4096  # damage in a compressed file costs at most one block
+_MAX_WAV_CHUNKS = 1000
+_MAX_UNFINISHED_BYTES = 256 * 2**20
+_UNKNOWN_WAV_LENGTH = b"\xff\xff\xff\xff"
+_UNKNOWN_FRAMES = 2**62
+_CHUNK_NAME = re.compile(rb"[A-Za-z0-9 ]{4}")
+
+_ZERO_CROSSINGS = 64  # of the resampling filter, on each side
+_CUTOFF = 0.955  # of the lower Nyquist frequency
+_KAISER_BETA = 9.0
+
+
+@dataclass(frozen=True, eq=False)
+class Sound:
+    """A mono 16-bit sound."""
+
+    samples: np.ndarray  # int16 (N,)
+    sample_rate: int  # Hz
+    notes: tuple[str, ...] = ()  # what was done to the file to get here, for a person
+    is_truncated: bool = False  # whether the file promised more samples than it holds
+
+    @property
+    def seconds(self) -> float:
+        return self.samples.size / self.sample_rate
+
+
+@dataclass(frozen=True)
+class AudioLayout:
+    """The time axis of a stream."""
+
+    num_samples: int
+    sample_rate: int  # Hz
+    num_bytes: int
+    notes: tuple[str, ...] = ()
+    is_truncated: bool = False
+    num_documents = 1
+    counted = None
+
+    @property
+    def document_bytes(self) -> int:
+        return self.num_bytes
+
+
+def read_sound(file: BinaryIO, name: str, kind: FileKind, max_seconds: float = MAX_SECONDS) -> Sound:
+    """An open sound file, mixed down to mono and rounded to 16 bits, as far as its data reaches.
+
+    Raises:
+        UserError: if it is too long, or damaged so that nothing can be read.
+    """
+    try:
+        file, fraction = _check_wav(file) if kind.name == "wav" else (file, 1.0)
+        with _ForwardSoundFile(file) as source:
+            _require_readable(source, name)
+            sound = _read_samples(source, name, max_seconds)
+            if kind.name == "flac" and 0 < source.frames < _UNKNOWN_FRAMES:
+                fraction = sound.samples.size / source.frames
+    except UserError:
+        raise
+    # The library answers damage with its own errors, with RuntimeError, TypeError or AssertionError.
+    except Exception:
+        raise UserError(f"{name} is damaged, no sound can be read from it; score its raw bytes with --bytes file") from None
+    if sound.samples.size == 0:
+        raise UserError(f"{name} holds no sound, only a header; score its raw bytes with --bytes file")
+    return sound if fraction == 1.0 else _cut_short(sound, fraction)
+
+
+def resample(sound: Sound, sample_rate: int) -> Sound:
+    """The sound at another rate, by a polyphase filter with linear phase and unit gain at 0 Hz.
+
+    A sinc windowed by Kaiser's window (beta 9, 64 zero crossings on each side): flat up to 0.91 of the lower Nyquist frequency,
+    and at least 85 dB down from that frequency on.
+    """
+    if sample_rate == sound.sample_rate:
+        return sound
+    common = math.gcd(sample_rate, sound.sample_rate)
+    up, down = sample_rate // common, sound.sample_rate // common
+    cutoff = _CUTOFF * min(1.0, up / down)
+    reach = math.ceil(_ZERO_CROSSINGS / cutoff)  # samples that count on each side
+    padded = np.pad(sound.samples.astype(np.float32), reach)
+    windows = np.lib.stride_tricks.sliding_window_view(padded, 2 * reach)[1:]
+    resampled = np.empty(math.ceil(sound.samples.size * up / down), np.float32)
+    # Output n lies at input n * down / up: the outputs phase, phase + up, ... share one filter.
+    for phase in range(min(up, resampled.size)):
+        centre, remainder = divmod(phase * down, up)
+        distances = np.arange(1 - reach, reach + 1) - remainder / up
+        outputs = resampled[phase::up]
+        outputs[...] = windows[centre::down][: outputs.size] @ _filter(distances, cutoff, reach)
+    note = f"resampled from {sound.sample_rate} Hz to {sample_rate} Hz"
+    return Sound(_to_int16(resampled), sample_rate, (*sound.notes, note), sound.is_truncated)
+
+
+class AudioCodec:
+    """Samples as mu-law bytes or as the two bytes of 16-bit PCM."""
+
+    modality = "audio"
+    suffix = ".wav"
+
+    def __init__(self, config: AudioCodecConfig) -> None:
+        self.config = config
+
+    def encode(self, media: Sound, resample: bool = False) -> tuple[np.ndarray, AudioLayout]:
+        """The sound's bytes in time order.
+
+        Raises:
+            UserError: if the sound has another rate than the codec and is not to be resampled.
+        """
+        media = self._at_own_rate(media, resample)
+        if self.config.encoding == "mulaw8":
+            stream = _MULAW_BYTES[media.samples.view(np.uint16)]
+        else:
+            stream = media.samples.astype(self._sample_type).view(np.uint8)
+        layout = AudioLayout(media.samples.size, media.sample_rate, stream.size, media.notes, media.is_truncated)
+        return stream, layout
+
+    def decode(self, stream: np.ndarray, layout: AudioLayout) -> Sound:
+        if self.config.encoding == "mulaw8":
+            samples = _MULAW_SAMPLES[stream]
+        else:
+            samples = np.ascontiguousarray(stream).view(self._sample_type).astype(np.int16)
+        return Sound(samples, layout.sample_rate, layout.notes, layout.is_truncated)
+
+    def unscan(self, values: np.ndarray, layout: AudioLayout) -> np.ndarray:
+        """Values of a stream, (T, ...), summed over the bytes of each sample, (N, ...): bits add up."""
+        return values.reshape(-1, self.config.bytes_per_sample, *values.shape[1:]).sum(axis=1, dtype=values.dtype)
+
+    def round_prefix(self, num_bytes: int) -> int:
+        """The bytes of the whole samples that `num_bytes` bytes complete."""
+        return num_bytes - num_bytes % self.config.bytes_per_sample
+
+    def prefix_says(self, num_bytes: int) -> str:
+        return f"{num_bytes / self.config.bytes_per_sample / self.config.sample_rate:.2f} s"
+
+    def splice(self, original: Sound, num_samples: int, decoded: Sound) -> Sound:
+        """`decoded` with its first samples those of `original`, which mu-law has only approximated."""
+        samples = np.concatenate([original.samples[:num_samples], decoded.samples[num_samples:]])
+        return Sound(samples, decoded.sample_rate, decoded.notes, decoded.is_truncated)
+
+    def write(self, media: Sound, path: Path) -> None:
+        with atomic_file(path) as file, wave.open(file, "wb") as target:
+            target.setparams((1, 2, media.sample_rate, media.samples.size, "NONE", "not compressed"))
+            target.writeframes(media.samples.astype("<i2").tobytes())
+
+    @property
+    def _sample_type(self) -> str:
+        return "<i2" if self.config.encoding == "pcm16le" else ">i2"
+
+    def _at_own_rate(self, sound: Sound, may_resample: bool) -> Sound:
+        if sound.sample_rate != self.config.sample_rate and not may_resample:
+            raise UserError(
+                f"the sound has {sound.sample_rate} Hz, the model expects {self.config.sample_rate} Hz; "
+                "resample it, or choose a model of its rate"
+            )
+        return resample(sound, self.config.sample_rate)
+
+
+def _mulaw_samples() -> np.ndarray:
+    """The 16-bit sample each byte stands for: the continuous formula with mu = 255 at 256 evenly spaced levels."""
+    levels = np.arange(256) / 127.5 - 1
+    amplitudes = np.sign(levels) * (256 ** np.abs(levels) - 1) / 255
+    return np.clip(np.rint(amplitudes * 32768), -32768, 32767).astype(np.int16)
+
+
+def _mulaw_bytes() -> np.ndarray:
+    """The nearest level's byte for each sample, indexed by the sample's bits as an unsigned number."""
+    amplitudes = np.arange(65536, dtype=np.uint16).view(np.int16) / 32768
+    levels = np.sign(amplitudes) * np.log1p(255 * np.abs(amplitudes)) / math.log(256)
+    return np.floor((levels + 1) * 127.5 + 0.5).astype(np.uint8)
+
+
+_MULAW_SAMPLES = _mulaw_samples()
+_MULAW_BYTES = _mulaw_bytes()
+
+
+def _filter(distances: np.ndarray, cutoff: float, reach: int) -> np.ndarray:
+    window = np.i0(_KAISER_BETA * np.sqrt(np.maximum(0.0, 1 - (distances / reach) ** 2)))
+    taps = np.sinc(cutoff * distances) * window
+    return (taps / taps.sum()).astype(np.float32)
+
+
+def _to_int16(samples: np.ndarray) -> np.ndarray:
+    return np.clip(np.rint(samples), -32768, 32767).astype(np.int16)
+
+
+class _ForwardSoundFile(soundfile.SoundFile):
+    """A sound file that is only read onwards; the seek after each block, which SoundFile makes, fails near a cut."""
+
+    def seekable(self) -> bool:
+        return False
+
+
+def _check_wav(file: BinaryIO) -> tuple[BinaryIO, float]:
+    """A WAV file that can be read to its end, and how much of the sample data that its header promises is there."""
+    size_format = ">4sI" if file.read(12).startswith(b"RIFX") else "<4sI"
+    for _ in range(_MAX_WAV_CHUNKS):
+        chunk, size = struct.unpack(size_format, file.read(8))
+        start = file.tell()
+        if chunk == b"data":
+            break
+        file.seek(start + size + size % 2)  # chunks begin at even places
+    else:
+        raise ValueError("there is no sample data among the first chunks")
+    is_unfinished = size == 0 and not _CHUNK_NAME.match(file.read(4))
+    present = file.seek(0, os.SEEK_END) - start
+    file.seek(0)
+    if is_unfinished:
+        # A recorder that was killed never came back to fill in the length.
+        head = file.read(start)[:-4] + _UNKNOWN_WAV_LENGTH
+        return io.BytesIO(head + file.read(_MAX_UNFINISHED_BYTES)), 1.0
+    return file, 1.0 if size in (0, 0xFFFFFFFF) else min(1.0, present / size)
+
+
+def _require_readable(source: soundfile.SoundFile, name: str) -> None:
+    if source.channels > MAX_CHANNELS:
+        raise UserError(f"{name} has {source.channels} channels, at most {MAX_CHANNELS} are mixed down; give fewer")
+    if not 1 <= source.samplerate <= MAX_RATE_HZ:
+        raise UserError(f"{name} has {source.samplerate} Hz, 1 to {MAX_RATE_HZ} Hz are read; resample it")
+
+
+def _read_samples(source: soundfile.SoundFile, name: str, max_seconds: float) -> Sound:
+    """The samples that can be read, counted while reading because headers lie about lengths."""
+    max_samples = max_seconds * min(source.samplerate, _FULL_LENGTH_RATE_HZ)
+    blocks, num_samples, is_clipped = [], 0, False
+    for block in _mono_blocks(source):
+        num_samples += block.size
+        if num_samples > max_samples:
+            seconds = max_samples / source.samplerate
+            raise UserError(f"{name} is longer than {seconds:.0f} s, the most that is read at its rate; cut it into parts")
+        is_clipped = is_clipped or not bool((np.abs(block) <= 1.0).all())  # also True for what is not a number
+        blocks.append(_to_int16(np.nan_to_num(block, posinf=1.0, neginf=-1.0) * 32768))
+    notes = []
+    if source.channels > 1:
+        notes.append(f"mixed down from {source.channels} channels")
+    if source.subtype != "PCM_16":
+        notes.append(f"turned into 16-bit samples from {source.subtype_info}")
+    if is_clipped:
+        notes.append("cut off at full scale")
+    return Sound(np.concatenate([np.empty(0, np.int16), *blocks]), source.samplerate, tuple(notes))
+
+
+def _mono_blocks(source: soundfile.SoundFile) -> Iterator[np.ndarray]:
+    while True:
+        try:
+            frames = source.read(_BLOCK_FRAMES, dtype="float32", always_2d=True)
+        except soundfile.LibsndfileError:
+            return
+        if len(frames) == 0:
+            return
+        yield frames.mean(axis=1)
+
+
+def _cut_short(sound: Sound, fraction: float) -> Sound:
+    note = f"ends early: {sound.seconds:.2f} s of {sound.seconds / fraction:.2f} s are there"
+    return Sound(sound.samples, sound.sample_rate, (*sound.notes, note), is_truncated=True)

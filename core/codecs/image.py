@@ -1,0 +1,287 @@
+"""Pictures as bytes: safe reading, tiles, and the raster and patch scans as a permutation and its inverse."""
+
+import itertools
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import BinaryIO, Literal
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from core.codecs.files import FileKind, ImpatientReader, atomic_file, require_size
+from core.config import ImageCodecConfig
+from core.errors import UserError
+
+MAX_PIXELS = 40_000_000
+MAX_SIDE = 16_384
+_MAX_FILE_BYTES = 256 * 2**20  # more than MAX_PIXELS of three 16-bit values
+_MAX_READS = 1_000_000
+_STRIP_PIXELS = 2**20  # pictures are converted in strips, so that only two copies of one are ever in memory
+_ORIENTATION_TAG = 0x0112
+_OFFER = "score its raw bytes with --bytes file"
+
+Rule = Literal["tile", "grid", "fit", "crop"]
+
+
+@dataclass(frozen=True, eq=False)
+class Picture:
+    """An upright RGB picture."""
+
+    pixels: np.ndarray  # uint8 (H, W, 3)
+    notes: tuple[str, ...] = ()  # what was done to the file to get here, for a person
+
+    @property
+    def height(self) -> int:
+        return self.pixels.shape[0]
+
+    @property
+    def width(self) -> int:
+        return self.pixels.shape[1]
+
+
+@dataclass(frozen=True, eq=False)
+class ImageLayout:
+    """Where the tiles of a stream lie in a picture."""
+
+    height: int  # pixels
+    width: int  # pixels
+    corners: tuple[tuple[int, int], ...]  # top and left pixel of each tile, in stream order
+    document_bytes: int  # bytes of one tile
+    counted: np.ndarray  # bool (T,), False where an earlier tile holds the same sub-pixel
+    notes: tuple[str, ...] = ()
+
+    @property
+    def num_documents(self) -> int:
+        return len(self.corners)
+
+
+def read_picture(file: BinaryIO, name: str, kind: FileKind) -> Picture:
+    """The first frame of an open picture file as upright 8-bit RGB.
+
+    Raises:
+        UserError: if the picture is too large, cut short or damaged.
+    """
+    require_size(file, name, _MAX_FILE_BYTES)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(ImpatientReader(file, _MAX_READS), formats=[kind.name.upper()]) as image:
+                return _read_image(image, name)
+    except UserError:
+        raise
+    except Image.DecompressionBombError:
+        raise UserError(_too_large(name, "far too many")) from None
+    # Decoders answer damage with whatever exception they ran into (OSError, SyntaxError, struct.error, IndexError ...).
+    except Exception:
+        raise UserError(f"{name} is cut short or damaged, so no picture can be read from it; {_OFFER}") from None
+
+
+class ImageCodec:
+    """RGB bytes of square tiles, the three bytes of a pixel side by side."""
+
+    modality = "image"
+    suffix = ".png"
+
+    def __init__(self, config: ImageCodecConfig) -> None:
+        self.config = config
+        # order[t] is the place of the stream's byte t in a tile's (side, side, 3) bytes; places is its inverse.
+        self._order = _scan_order(config)
+        self._places = np.argsort(self._order)
+
+    @property
+    def document_bytes(self) -> int:
+        return self._order.size
+
+    def encode(self, media: Picture, rule: Rule = "tile") -> tuple[np.ndarray, ImageLayout]:
+        """The picture's tiles one after another, each in scan order.
+
+        Args:
+            media: The picture.
+            rule: "tile": all of it at its own size; the last row and column of tiles shift inward, and what they overlap is
+                counted once. "grid": whole tiles only, the rest at the right and the bottom is left out. "fit": one tile,
+                scaled until it is covered. "crop": one tile, cut from the centre.
+
+        Returns:
+            The stream, uint8 (T,), and its layout.
+
+        Raises:
+            UserError: if the picture is smaller than a tile and is not to be fitted.
+        """
+        side = self.config.side
+        media = _FRAMINGS[rule](media, side)
+        corners = tuple(itertools.product(_tile_starts(media.height, side), _tile_starts(media.width, side)))
+        stream = self._scan(np.stack([_tile(media.pixels, corner, side) for corner in corners]))
+        counted = self._scan(_counted_tiles(media.pixels.shape, corners, side))
+        return stream, ImageLayout(media.height, media.width, corners, self.document_bytes, counted, media.notes)
+
+    def decode(self, stream: np.ndarray, layout: ImageLayout) -> Picture:
+        return Picture(self.unscan(stream, layout), layout.notes)
+
+    def unscan(self, values: np.ndarray, layout: ImageLayout) -> np.ndarray:
+        """Values of a stream, (T, ...), in picture shape, (H, W, 3, ...); where tiles overlap, the counted ones."""
+        side, rest = self.config.side, values.shape[1:]
+        tiles = values.reshape(layout.num_documents, self.document_bytes, *rest)[:, self._places]
+        tiles = tiles.reshape(layout.num_documents, side, side, 3, *rest)
+        picture = np.empty((layout.height, layout.width, 3, *rest), values.dtype)
+        for corner, tile in zip(reversed(layout.corners), reversed(tiles), strict=True):
+            _tile(picture, corner, side)[...] = tile
+        return picture
+
+    def round_prefix(self, num_bytes: int) -> int:
+        """The bytes of the whole rows, of blocks or of pixels, that `num_bytes` bytes complete."""
+        num_bytes = min(max(num_bytes, 0), self.document_bytes)
+        return num_bytes - num_bytes % (self._row_height * self.config.side * 3)
+
+    def prefix_says(self, num_bytes: int) -> str:
+        rows = self.round_prefix(num_bytes) // (self.config.side * 3)
+        return f"top {rows} of {self.config.side} rows"
+
+    def write(self, media: Picture, path: Path) -> None:
+        with atomic_file(path) as file:
+            Image.fromarray(media.pixels).save(file, format="PNG")
+
+    @property
+    def _row_height(self) -> int:
+        return self.config.scan_patch if self.config.scan == "patch" else 1
+
+    def _scan(self, tiles: np.ndarray) -> np.ndarray:
+        return tiles.reshape(len(tiles), -1)[:, self._order].reshape(-1)
+
+
+def _scan_order(config: ImageCodecConfig) -> np.ndarray:
+    places = np.arange(3 * config.side**2)
+    if config.scan == "raster":
+        return places
+    blocks, patch = config.side // config.scan_patch, config.scan_patch
+    return places.reshape(blocks, patch, blocks, patch, 3).swapaxes(1, 2).reshape(-1)
+
+
+def _tile(pixels: np.ndarray, corner: tuple[int, int], side: int) -> np.ndarray:
+    top, left = corner
+    return pixels[top : top + side, left : left + side]
+
+
+def _tile_starts(length: int, side: int) -> list[int]:
+    return [*range(0, length - side, side), length - side]
+
+
+def _counted_tiles(shape: tuple[int, ...], corners: tuple[tuple[int, int], ...], side: int) -> np.ndarray:
+    """For each tile, (num_tiles, side, side, 3), whether it is the first to hold a sub-pixel."""
+    first_tile = np.empty(shape, np.int32)
+    for index, corner in reversed(list(enumerate(corners))):
+        _tile(first_tile, corner, side)[...] = index
+    return np.stack([_tile(first_tile, corner, side) == index for index, corner in enumerate(corners)])
+
+
+def _keep_all(picture: Picture, side: int) -> Picture:
+    if min(picture.height, picture.width) < side:
+        raise UserError(
+            f"the picture has {picture.width}x{picture.height} pixels, fewer than the model's {side}x{side}; "
+            f"enlarge it (the fit rule does), or {_OFFER}"
+        )
+    return picture
+
+
+def _crop_to_whole_tiles(picture: Picture, side: int) -> Picture:
+    _keep_all(picture, side)
+    height, width = (length - length % side for length in (picture.height, picture.width))
+    return replace(picture, pixels=picture.pixels[:height, :width])
+
+
+def _crop_centre(picture: Picture, side: int) -> Picture:
+    _keep_all(picture, side)
+    top, left = (picture.height - side) // 2, (picture.width - side) // 2
+    return _reframed(picture, _tile(picture.pixels, (top, left), side), "cropped")
+
+
+def _fit(picture: Picture, side: int) -> Picture:
+    fitted = ImageOps.fit(Image.fromarray(picture.pixels), (side, side), Image.Resampling.LANCZOS)
+    return _reframed(picture, np.asarray(fitted), "scaled and cropped")
+
+
+def _reframed(picture: Picture, pixels: np.ndarray, verb: str) -> Picture:
+    height, width, _ = pixels.shape
+    if (height, width) == (picture.height, picture.width):
+        return picture
+    note = f"{verb} from {picture.width}x{picture.height} to {width}x{height} pixels"
+    return Picture(np.ascontiguousarray(pixels), (*picture.notes, note))
+
+
+_FRAMINGS: dict[Rule, Callable[[Picture, int], Picture]] = {
+    "tile": _keep_all,
+    "grid": _crop_to_whole_tiles,
+    "fit": _fit,
+    "crop": _crop_centre,
+}
+
+
+def _read_image(image: Image.Image, name: str) -> Picture:
+    width, height = image.size
+    if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
+        raise UserError(_too_large(name, f"{width}x{height}"))
+    is_16_bit = image.mode.startswith("I") or ";16" in str(image.tile)
+    # Exactly one load: Pillow may report damage on the first load of a file only.
+    image.load()
+    pixels, notes = _to_rgb(image)
+    if is_16_bit:
+        notes.append("16 bits per value scaled to 8")
+    if getattr(image, "is_animated", False):
+        notes.append("first frame of several")
+    orientation = _read_orientation(image)
+    if orientation in _TURNS:
+        pixels = np.ascontiguousarray(_TURNS[orientation](pixels))
+        notes.append("turned upright by its EXIF tag")
+    return Picture(pixels, tuple(notes))
+
+
+def _to_rgb(image: Image.Image) -> tuple[np.ndarray, list[str]]:
+    width, height = image.size
+    pixels = np.empty((height, width, 3), np.uint8)
+    is_opaque = True
+    rows = max(1, _STRIP_PIXELS // width)
+    for top in range(0, height, rows):
+        strip = image.crop((0, top, width, min(top + rows, height)))
+        target = pixels[top : top + rows]
+        if strip.mode.startswith("I"):
+            # Pillow's own conversion of 16-bit grey cuts values off at 255.
+            target[...] = np.rint(np.asarray(strip).astype(np.float32) / 257)[..., None]
+        elif strip.has_transparency_data:
+            rgba = np.asarray(strip.convert("RGBA"))
+            target[...] = _over_white(rgba)
+            is_opaque = is_opaque and bool((rgba[..., 3] == 255).all())
+        else:
+            target[...] = np.asarray(strip.convert("RGB"))
+    return pixels, [] if is_opaque else ["alpha laid on white"]
+
+
+def _over_white(rgba: np.ndarray) -> np.ndarray:
+    colour, alpha = rgba[..., :3].astype(np.uint16), rgba[..., 3:].astype(np.uint16)
+    return (colour * alpha + 255 * (255 - alpha) + 127) // 255
+
+
+def _read_orientation(image: Image.Image) -> int:
+    try:
+        return image.getexif().get(_ORIENTATION_TAG, 1)
+    # Damaged EXIF data says nothing about the pixels, so the picture stays as it lies.
+    except Exception:
+        return 1
+
+
+_TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {
+    2: np.fliplr,
+    3: lambda pixels: np.rot90(pixels, 2),
+    4: np.flipud,
+    5: lambda pixels: pixels.swapaxes(0, 1),
+    6: lambda pixels: np.rot90(pixels, -1),
+    7: lambda pixels: np.rot90(pixels, 2).swapaxes(0, 1),
+    8: np.rot90,
+}
+
+
+def _too_large(name: str, size: str) -> str:
+    return (
+        f"{name} has {size} pixels; pictures of at most {MAX_PIXELS:,} pixels and {MAX_SIDE:,} on a side are read, "
+        "so make it smaller"
+    )

@@ -1,0 +1,93 @@
+"""What a run learns with: the model, its optimizer, the averaged weights and the counters, captured and restored as one."""
+
+import torch
+from torch import Tensor, nn
+
+from core.checkpoint import Checkpoint, TrainState, load_train_state, load_weights, model_tensors
+from core.config import TrainConfig
+from core.distributed import Ranks
+from core.errors import UserError
+from core.optim import average_decay, build_optimizer, update_average
+
+
+class Learner:
+    """The live counterpart of a saved step; `capture` and `restore` are each other's inverse to the last bit."""
+
+    def __init__(self, model: nn.Module, config: TrainConfig, ranks: Ranks) -> None:
+        self.model = model.to(ranks.device)
+        self.optimizer = build_optimizer(model, config)
+        self.weights = model_tensors(model)
+        self.average = {name: tensor.clone() for name, tensor in self.weights.items()} if config.ema_decay else None
+        self.step = 0
+        self.bytes_seen = 0
+        self.seconds = 0.0
+        self.best_bits_per_byte: float | None = None
+        self._config = config
+        self._ranks = ranks
+
+    @property
+    def evaluated_weights(self) -> dict[str, Tensor]:
+        """The weights that are evaluated and exported: the averaged ones if the run keeps them."""
+        return self.weights if self.average is None else self.average
+
+    def update(self, found_inf: Tensor) -> None:
+        """Moves the weights along the gradients that lie ready, unless `found_inf` is 1."""
+        self.optimizer.found_inf = found_inf
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.average is not None:
+            update_average(self.average, self.weights, average_decay(self.step, self._config.ema_decay))
+        self.step += 1
+
+    def capture(self) -> TrainState:
+        """Everything but the weights, on the host. All ranks must call it, for each has generators of its own."""
+        tensors = dict(self._optimizer_tensors())
+        tensors |= {f"average.{name}": tensor for name, tensor in (self.average or {}).items()}
+        for kind, generator_state in _generator_states(self._ranks.device).items():
+            for rank, gathered in enumerate(self._ranks.gather(generator_state)):
+                tensors[f"random.{kind}.{rank}"] = gathered
+        return TrainState(
+            step=self.step,
+            bytes_seen=self.bytes_seen,
+            seconds=self.seconds,
+            best_bits_per_byte=self.best_bits_per_byte,
+            tensors=tensors,
+        )
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Goes back to a saved step.
+
+        Raises:
+            UserError: if it belongs to another model or lacks a part of the state.
+        """
+        state = load_train_state(checkpoint.folder)
+        load_weights(self.model, checkpoint)
+        device = self._ranks.device
+        try:
+            for name, parameter in self.model.named_parameters():
+                moments = {key: state.tensors[f"optimizer.{key}.{name}"].to(device) for key in ("step", "exp_avg", "exp_avg_sq")}
+                self.optimizer.state[parameter] = moments
+            for name, tensor in (self.average or {}).items():
+                tensor.copy_(state.tensors[f"average.{name}"])
+        except KeyError as error:
+            raise UserError(f"{checkpoint.folder / 'state.safetensors'} lacks {error}; start a new run instead") from None
+        for kind in _generator_states(device):
+            # Absent if the run goes on with more ranks or on another device; the fresh seed stands then.
+            if (saved := state.tensors.get(f"random.{kind}.{self._ranks.rank}")) is not None:
+                torch.cuda.set_rng_state(saved, device) if kind == "cuda" else torch.set_rng_state(saved)
+        self.step, self.bytes_seen, self.seconds = state.step, state.bytes_seen, state.seconds
+        self.best_bits_per_byte = state.best_bits_per_byte
+
+    def _optimizer_tensors(self) -> dict[str, Tensor]:
+        return {
+            f"optimizer.{key}.{name}": tensor
+            for name, parameter in self.model.named_parameters()
+            for key, tensor in self.optimizer.state[parameter].items()
+        }
+
+
+def _generator_states(device: torch.device) -> dict[str, Tensor]:
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return states

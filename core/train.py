@@ -1,0 +1,338 @@
+"""Training: one loop over steps, one learner that a restart brings back, one folder that holds it all."""
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from core.checkpoint import export_model, latest_checkpoint, remove_old_checkpoints, save_checkpoint, step_folder
+from core.codecs import atomic_file, build_codec
+from core.config import Config, TrainConfig, load_config
+from core.data import Loader, build_shards, evaluation_windows
+from core.distributed import Ranks, join_ranks, keep_gradients_local
+from core.errors import UserError
+from core.evaluate import autocast, evaluate, sum_nll
+from core.folder import MANIFEST_NAME
+from core.learner import Learner
+from core.models import build_model
+from core.optim import FiniteGuard, learning_rate, set_learning_rate
+from core.report import Report
+from core.run_folder import StopSignals, claim_run
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainResult:
+    """Where a finished run stands."""
+
+    steps: int
+    bytes_seen: int
+    bits_per_byte: float  # on the validation data, of the exported weights
+    export: Path
+
+
+def train(
+    config: Config,
+    data_paths: list[Path],
+    valid_paths: list[Path],
+    out: Path,
+    *,
+    resume: bool = False,
+    device: str = "cpu",
+    log: Callable[[str], None] | None = None,
+) -> TrainResult:
+    """Trains a model in the folder `out`; `out`/export always holds the weights with the best validation so far.
+
+    Under torchrun every rank calls this with the same arguments. Ctrl-C or SIGTERM saves a checkpoint after the step at
+    hand, then ends the program with exit code 130 or 143.
+
+    Raises:
+        UserError: if the data, the folder or the settings cannot be used, or the loss stops being a finite number.
+    """
+    out = Path(out)
+    with join_ranks(device) as ranks, claim_run(out, resume) if ranks.is_first else nullcontext():
+        run = _Run(config, data_paths, valid_paths, out, ranks, log or logger.info)
+        run.start(resume)
+        out_of_memory_advice = explain_out_of_memory(run.micro_batch_size, run.seq_len)
+        with repeatable_kernels(ranks.device), out_of_memory_advice, StopSignals() as stop:
+            return run.loop(stop)
+
+
+class MeanNll(nn.Module):
+    """The training loss: mean negative log-likelihood over every byte, in nats. One module, so one graph to compile."""
+
+    def __init__(self, model: nn.Module, precision: str) -> None:
+        super().__init__()
+        self.model = model
+        self._precision = precision
+
+    def forward(self, byte_ids_BT: Tensor) -> Tensor:
+        with autocast(byte_ids_BT.device, self._precision):
+            logits = self.model(byte_ids_BT)
+        return sum_nll(logits, byte_ids_BT) / byte_ids_BT.numel()
+
+
+class _Run:
+    """One process's part of a run: what the loop works with, and what it writes on its way."""
+
+    def __init__(
+        self,
+        config: Config,
+        data_paths: list[Path],
+        valid_paths: list[Path],
+        out: Path,
+        ranks: Ranks,
+        log: Callable[[str], None],
+    ) -> None:
+        settings = config.train
+        self.config = config
+        self.out = out
+        self.ranks = ranks
+        self.log = log if ranks.is_first else lambda _: None
+        self.data_names = ", ".join(Path(path).name for path in data_paths)
+        self.seq_len = settings.seq_len or config.model.max_seq_len
+        self.micro_batch_size = micro_batch_size(settings, ranks.num_ranks)
+
+        codec = build_codec(config.codec)
+        data, valid = ranks.first_rank_first(
+            lambda: [build_shards(paths, codec, out / "data", self.log) for paths in (data_paths, valid_paths)]
+        )
+        self.windows = evaluation_windows(valid, self.seq_len, settings.eval_sequences)
+        self.loader = Loader(
+            data,
+            self.seq_len,
+            settings.batch_size,
+            settings.seed,
+            aligned=config.codec.modality == "image",
+            rank=ranks.rank,
+            world_size=ranks.num_ranks,
+        )
+        torch.manual_seed(settings.seed)  # the same initial weights on every rank
+        self.learner = Learner(build_model(config), settings, ranks)
+        torch.manual_seed(settings.seed + 1 + ranks.rank)  # but dropout of its own
+
+    def start(self, resume: bool) -> None:
+        """Goes on from the newest intact checkpoint, or from the beginning if there is none to go on from."""
+        config_path = self.out / "config.json"
+        if resume:
+            require_same_course(load_config(config_path), self.config)
+            if checkpoint := latest_checkpoint(self.out):
+                self.learner.restore(checkpoint)
+                self.log(f"going on from {checkpoint.folder}")
+        self.ranks.wait()  # the others have read the old configuration
+        if self.ranks.is_first:
+            with atomic_file(config_path) as file:
+                file.write(self.config.to_json().encode())
+
+    def loop(self, stop: StopSignals) -> TrainResult:
+        """Next batch, forward, backward, clip, optimizer; every so many steps evaluate, report, save."""
+        settings, learner, ranks = self.config.train, self.learner, self.ranks
+        objective = MeanNll(learner.model, settings.precision)
+        objective = ranks.average_gradients(torch.compile(objective) if settings.compile else objective)
+        guard = FiniteGuard(ranks.device)
+        batches = self.loader.iterate(learner.step, settings.num_steps - learner.step, pin=ranks.device.type == "cuda")
+        learner.model.train()
+
+        with self.new_report() as report:
+            for batch in batches:
+                lr = learning_rate(learner.step, settings)
+                set_learning_rate(learner.optimizer, lr)
+                loss = self.accumulate_gradients(objective, batch)
+                grad_norm = nn.utils.clip_grad_norm_(learner.model.parameters(), settings.grad_clip)
+                learner.update(guard.watch(learner.step, loss, grad_norm))
+                report.advance()
+
+                step, is_last = learner.step, learner.step == settings.num_steps
+                is_stopping = ranks.any(stop.received is not None)
+                is_evaluating = is_last or step % settings.eval_every == 0
+                is_reporting = is_evaluating or step % settings.log_every == 0
+                is_saving = is_last or is_stopping or step % settings.checkpoint_every == 0
+                if not (is_reporting or is_saving):
+                    continue
+
+                # Only from here on does the host wait for the device.
+                require_finite(guard, settings)
+                learner.bytes_seen, learner.seconds = step * settings.batch_size * self.seq_len, report.seconds
+                bytes_per_s = report.bytes_per_s()
+                valid_bits_per_byte = self.evaluate() if is_evaluating else None
+                if is_reporting:
+                    report.write(
+                        step=step,
+                        loss_nats=loss.item(),
+                        valid_bits_per_byte=valid_bits_per_byte,
+                        lr=lr,
+                        grad_norm=grad_norm.item(),
+                        bytes_seen=learner.bytes_seen,
+                        bytes_per_s=bytes_per_s,
+                        seconds=learner.seconds,
+                    )
+                if is_saving:
+                    self.save()
+                if is_stopping:
+                    stop.leave()
+                report.restart_clock()
+
+        return TrainResult(
+            steps=learner.step,
+            bytes_seen=learner.bytes_seen,
+            bits_per_byte=learner.best_bits_per_byte,
+            export=self.out / "export",
+        )
+
+    def new_report(self) -> Report:
+        return Report(
+            self.out / "metrics.jsonl",
+            step=self.learner.step,
+            num_steps=self.config.train.num_steps,
+            bytes_per_step=self.config.train.batch_size * self.seq_len,
+            seconds=self.learner.seconds,
+            speaks=self.ranks.is_first,
+        )
+
+    def accumulate_gradients(self, objective: nn.Module, batch: Tensor) -> Tensor:
+        """Leaves the gradient of the whole batch in the parameters; the mean loss over all ranks, still on the device."""
+        micro_batches = batch.split(self.micro_batch_size)
+        total = torch.zeros((), device=self.ranks.device)
+        for index, micro_batch in enumerate(micro_batches):
+            byte_ids = micro_batch.to(self.ranks.device, non_blocking=True).long()
+            is_last = index == len(micro_batches) - 1
+            with nullcontext() if is_last else keep_gradients_local(objective):
+                loss = objective(byte_ids) / len(micro_batches)
+                loss.backward()
+            total += loss.detach()
+        return self.ranks.sum(total) / self.ranks.num_ranks
+
+    def evaluate(self) -> float:
+        """Validates the weights, and exports them if they are the best so far."""
+        learner = self.learner
+        bits_per_byte = evaluate(
+            learner.model,
+            learner.evaluated_weights,
+            self.windows,
+            self.micro_batch_size,
+            self.config.train.precision,
+            self.ranks,
+        )
+        self.log(f"step {learner.step}: {bits_per_byte:.4f} bits/byte on the validation data")
+        best = learner.best_bits_per_byte
+        if best is None or bits_per_byte < best or not (self.out / "export" / MANIFEST_NAME).exists():
+            learner.best_bits_per_byte = bits_per_byte
+            if self.ranks.is_first:
+                export_model(self.out / "export", self.config, learner.evaluated_weights, self.card())
+        return bits_per_byte
+
+    def save(self) -> None:
+        """Writes a checkpoint of the step just finished, then removes the oldest ones."""
+        state = self.learner.capture()
+        if self.ranks.is_first:
+            save_checkpoint(step_folder(self.out, state.step), self.config, self.learner.weights, state)
+            remove_old_checkpoints(self.out, state.step, self.config.train.keep_checkpoints)
+
+    def card(self) -> dict[str, Any]:
+        """What a person should know about the weights as they are now."""
+        config, learner = self.config, self.learner
+        return {
+            "name": config.name,
+            "modality": config.codec.modality,
+            "preset": config.name,
+            "data": self.data_names,
+            "license_note": "",
+            "bytes_seen": learner.bytes_seen,
+            "num_steps": learner.step,
+            "train_seconds": round(learner.seconds, 1),
+            "num_parameters": learner.model.num_parameters(),
+            "flops_per_byte": learner.model.flops_per_byte(self.seq_len),
+            "bits_per_byte": {
+                "valid": {
+                    "value": learner.best_bits_per_byte,
+                    "protocol": "basic",
+                    "window": self.seq_len,
+                    "hop": self.seq_len,
+                    "num_bytes": self.windows.size,
+                }
+            },
+            "engine": f"torch-{config.train.precision}",
+        }
+
+
+def micro_batch_size(settings: TrainConfig, num_ranks: int) -> int:
+    """Sequences of one forward pass on one rank.
+
+    Raises:
+        UserError: if the batch does not divide into ranks and micro-batches of equal size; a mean of their means would be wrong.
+    """
+    size = settings.micro_batch_size or max(1, settings.batch_size // num_ranks)
+    if settings.batch_size % (size * num_ranks):
+        raise UserError(
+            f"batch_size={settings.batch_size} must be a multiple of micro_batch_size={size} times {num_ranks} processes"
+        )
+    return size
+
+
+def require_same_course(saved: Config, given: Config) -> None:
+    """Refuses to resume with settings that would make it another run: what is learned from which bytes in which order.
+
+    Raises:
+        UserError: naming the first setting that differs.
+    """
+    for name in ("model", "codec"):
+        if getattr(saved, name) != getattr(given, name):
+            raise UserError(f"the run was started with another {name} than the one given; resume it with its own config.json")
+    for name in ("seq_len", "batch_size", "seed"):
+        was, now = getattr(saved.train, name), getattr(given.train, name)
+        if was != now:
+            raise UserError(f"train.{name}={now}, but the run was started with {was}; give the same to resume it")
+    if bool(saved.train.ema_decay) != bool(given.train.ema_decay):
+        raise UserError(f"train.ema_decay={given.train.ema_decay}, but the run was started with {saved.train.ema_decay}")
+
+
+def require_finite(guard: FiniteGuard, settings: TrainConfig) -> None:
+    """Ends a run whose weights are frozen.
+
+    Raises:
+        UserError: naming the first step whose loss or gradient was not finite.
+    """
+    if (step := guard.bad_step()) is not None:
+        raise UserError(
+            f"the loss or its gradient was not a finite number at step {step + 1}, so the weights were left as they were; "
+            f"resume with a learning rate below train.lr={settings.lr}"
+        )
+
+
+@contextmanager
+def repeatable_kernels(device: torch.device) -> Iterator[None]:
+    """Only kernels that give the same bits each time, so that a resumed run equals an unbroken one.
+
+    A CPU's always do. On an H100 the fastest attention gradient does not, and going without it costs a tenth of the speed.
+    """
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(before or device.type == "cuda", warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+@contextmanager
+def explain_out_of_memory(micro_batch_size: int, seq_len: int) -> Iterator[None]:
+    """Turns the device's or the host's refusal of memory into advice.
+
+    Raises:
+        UserError: naming the batch that did not fit and a smaller one.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        is_out_of_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+        if not is_out_of_memory:
+            raise
+        smaller = f"train.micro_batch_size={micro_batch_size // 2}" if micro_batch_size > 1 else f"train.seq_len={seq_len // 2}"
+        raise UserError(
+            f"out of memory with {micro_batch_size} sequences of {seq_len} bytes at once; try --set {smaller}"
+        ) from error

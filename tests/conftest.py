@@ -1,0 +1,110 @@
+"""What the tests share: tolerances, tiny exported models, and media made on the spot."""
+
+import wave
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from core.checkpoint import export_model, model_tensors
+from core.config import AudioCodecConfig, Config, ImageCodecConfig, LevelConfig, MegaByteConfig, TextCodecConfig
+from core.models import build_model
+
+# Largest difference of log-probabilities, in nats, between two ways of computing the same thing.
+TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2}
+
+
+def _levels(patch_size: int, byte_dim: int) -> tuple[LevelConfig, ...]:
+    coarse = LevelConfig(dim=32, num_layers=1, num_heads=2, patch_size=patch_size, byte_dim=byte_dim)
+    return coarse, LevelConfig(dim=16, num_layers=1, num_heads=2)
+
+
+# Wide initial weights: predictions far from uniform, so that a wrong one shows.
+TINY_CONFIGS = {
+    "image32": Config(
+        name="image32",
+        model=MegaByteConfig(levels=_levels(48, 4), unembedder="full", max_seq_len=3 * 8 * 8, init_std=0.3),
+        codec=ImageCodecConfig(side=8, scan="patch", scan_patch=4),
+    ),
+    "audio": Config(
+        name="audio",
+        model=MegaByteConfig(levels=_levels(8, 4), max_seq_len=256, init_std=0.3),
+        codec=AudioCodecConfig(sample_rate=8000, encoding="mulaw8"),
+    ),
+    "text": Config(
+        name="text",
+        model=MegaByteConfig(levels=_levels(4, 8), max_seq_len=128, init_std=0.3),
+        codec=TextCodecConfig(),
+    ),
+}
+
+
+@pytest.fixture(scope="session")
+def tolerances() -> dict[torch.dtype, float]:
+    return TOLERANCES
+
+
+@pytest.fixture(scope="session")
+def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder like weights/: one exported random model for each modality, under the shipped names."""
+    folder = tmp_path_factory.mktemp("weights")
+    for seed, (name, config) in enumerate(TINY_CONFIGS.items()):
+        torch.manual_seed(seed)
+        model = build_model(config)
+        card = {
+            "name": name,
+            "modality": config.codec.modality,
+            "data": "none",
+            "num_parameters": model.num_parameters(),
+            "bits_per_byte": {"test": {"value": 8.5, "protocol": "basic", "window": 128, "hop": 128, "num_bytes": 1000}},
+        }
+        export_model(folder / name, config, model_tensors(model), card)
+    return folder
+
+
+@pytest.fixture
+def make_png(tmp_path: Path) -> Callable[..., Path]:
+    """Writes a picture of random pixels."""
+
+    def make(name: str = "picture.png", width: int = 8, height: int = 8, seed: int = 0) -> Path:
+        pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+        return _saved(tmp_path / name, lambda path: Image.fromarray(pixels).save(path, "PNG"))
+
+    return make
+
+
+@pytest.fixture
+def make_wav(tmp_path: Path) -> Callable[..., Path]:
+    """Writes a mono 16-bit sine with some noise."""
+
+    def make(name: str = "sound.wav", num_samples: int = 400, sample_rate: int = 8000, seed: int = 0) -> Path:
+        noise = np.random.default_rng(seed).normal(0, 300, num_samples)
+        samples = (8000 * np.sin(np.arange(num_samples) / 9) + noise).astype("<i2")
+
+        def save(path: Path) -> None:
+            with wave.open(str(path), "wb") as target:
+                target.setparams((1, 2, sample_rate, num_samples, "NONE", "not compressed"))
+                target.writeframes(samples.tobytes())
+
+        return _saved(tmp_path / name, save)
+
+    return make
+
+
+@pytest.fixture
+def make_text(tmp_path: Path) -> Callable[..., Path]:
+    """Writes bytes, by default some lines of text."""
+
+    def make(name: str = "text.txt", content: bytes = b"The lamp was lit.\nNobody came.\n" * 10) -> Path:
+        return _saved(tmp_path / name, lambda path: path.write_bytes(content))
+
+    return make
+
+
+def _saved(path: Path, save: Callable[[Path], object]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save(path)
+    return path

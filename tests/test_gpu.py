@@ -1,0 +1,42 @@
+"""The same promises on a GPU; skipped where there is none."""
+
+import numpy as np
+import pytest
+import torch
+
+from core.likelihood import score
+from core.sample import generate
+from tests.model_cases import CASES, CONTEXT, build, random_bytes
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine"),
+]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_cached_steps_on_the_gpu_equal_the_full_forward_on_the_cpu(name, tolerance):
+    model, byte_ids = build(CASES[name]), random_bytes(2, CONTEXT)
+    with torch.no_grad():
+        expected = model(byte_ids)
+        model.cuda()
+        torch.testing.assert_close(model(byte_ids.cuda()).cpu(), expected, **tolerance[torch.float32])
+    cache = model.new_cache(2, CONTEXT)
+    logits = [model.prefill(byte_ids[:, :9].cuda(), cache)]
+    logits += [model.step(byte_ids[:, t].cuda(), cache) for t in range(9, CONTEXT - 1)]
+    torch.testing.assert_close(torch.stack(logits, 1).cpu(), expected[:, 9:], **tolerance[torch.float32])
+
+
+@pytest.mark.parametrize("name", ["exact", "all_rotary", "three_levels"])
+def test_bf16_scores_are_close_to_the_cpu_s(name):
+    model = build(CASES[name])
+    stream = np.random.default_rng(0).integers(0, 256, 20 * CONTEXT, dtype=np.uint8)
+    on_cpu, on_gpu = score(model, stream), score(model.cuda(), stream)
+    assert (on_cpu.engine, on_gpu.engine) == ("torch-fp32", "cuda-bf16")
+    assert on_gpu.bits_per_byte == pytest.approx(on_cpu.bits_per_byte, rel=0.005)
+
+
+def test_a_seed_gives_the_same_bytes_beside_any_neighbours_on_the_gpu():
+    model = build(CASES["all_rotary"]).cuda()
+    alone = generate(model, b"abc", 20, seed=5)[0]
+    assert np.array_equal(alone, generate(model, [b"abc", b"other"], 20, seed=5, num_samples=3)[0])

@@ -1,0 +1,213 @@
+"""The page's handlers without a browser, and its endpoints through the client that scripts use."""
+
+import json
+import socket
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import gradio as gr
+import numpy as np
+import pytest
+from gradio_client import Client, handle_file
+from gradio_client.exceptions import AppError
+from page_server import served_page
+from PIL import Image
+
+from app import ui
+from app.service import Service
+from app.tabs import complete, likelihood
+from core.errors import UserError
+
+SETTINGS = {"model": "", "num_bytes": None, "samples": 1, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "seed": 3}
+
+
+@pytest.fixture(scope="module")
+def service(tiny_models: Path) -> Service:
+    return Service(weights=tiny_models, runs=tiny_models / "no-runs")
+
+
+@pytest.fixture(scope="module")
+def page_url(tiny_models: Path) -> Iterator[str]:
+    with served_page(tiny_models) as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def client(page_url: str) -> Client:
+    return Client(page_url, verbose=False)
+
+
+def form(path: Path | None = None, text: str = "", keep: float = 50, **settings) -> dict | None:
+    source = complete.FROM_TEXT if text else complete.FROM_FILE
+    return complete.request(source, None if path is None else str(path), text, keep, **SETTINGS | settings)
+
+
+def test_no_file_shows_the_empty_state(service):
+    assert list(likelihood.score_steps(service, None, "", "media")) == [(likelihood.EMPTY, None)]
+
+
+def test_sidecar_holds_pixels_in_rows_and_their_bits(service, make_png):
+    path = make_png(width=11, height=9)
+    steps = likelihood.score_steps(service, str(path), "", "media")
+    assert next(steps)[0]["state"] == "working"
+    summary, document = next(steps)
+    sidecar = Path(document["file"]["path"])
+    stored = sidecar.read_bytes()
+    steps.close()
+
+    score = service.score_file(path)
+    count = 11 * 9 * 3
+    units = np.frombuffer(stored, "<u2", count, offset=count + count % 2)
+    assert (document["kind"], document["width"], document["height"], document["count"]) == ("image", 11, 9, count)
+    assert stored[:count] == np.asarray(Image.open(path)).tobytes()
+    np.testing.assert_allclose(units / 1024, score.media_bits.reshape(-1), atol=1 / 1024)
+    assert summary["headline"] == f"{score.bits_per_byte:.3f}"
+    assert [bar["label"] for bar in summary["bars"]] == ["image32", "xz", "PNG", "random bytes"]
+    assert not sidecar.exists()
+
+
+def test_each_kind_opens_the_view_that_fits(service, make_png, make_wav, make_text, tmp_path):
+    binary = tmp_path / "noise.bin"
+    binary.write_bytes(np.random.default_rng(0).bytes(300))
+
+    def kind(path: Path, scored_as: str = "media") -> str:
+        return list(likelihood.score_steps(service, str(path), "", scored_as))[-1][1]["kind"]
+
+    assert [kind(make_png()), kind(make_wav()), kind(make_text())] == ["image", "audio", "text"]
+    assert [kind(binary), kind(make_png(), "file")] == ["raw", "raw"]
+
+
+def test_refused_file_says_the_same_sentence_twice(service, tmp_path):
+    empty = tmp_path / "empty.txt"
+    empty.touch()
+    with pytest.raises(ValueError, match=r".") as refusal:
+        service.score_file(empty)
+    steps = likelihood.score_steps(service, str(empty), "", "media")
+    next(steps)
+    summary, document = next(steps)
+    with pytest.raises(gr.Error) as error:
+        next(steps)
+    assert summary["state"] == "error"
+    assert document is None
+    assert summary["text"] == error.value.message == str(refusal.value)
+
+
+def test_form_without_a_source_is_no_request():
+    assert form() is None
+    assert form(text="a")["keep"] == 1.0
+
+
+def test_plan_is_told_before_anything_is_made(service, make_png):
+    words, shown = complete.preview(service, form(make_png(), samples=3))
+    assert words.startswith("Keeps top 4 of 8 rows")
+    assert "3 times" in words
+    assert [card["id"] for card in shown["items"]] == ["kept"]
+
+
+def test_refused_settings_show_in_the_plan(service, make_png):
+    words, shown = complete.preview(service, form(make_png(), num_bytes=5000))
+    assert shown["state"] == "empty"
+    assert shown["text"] == words != complete.NO_PLAN
+
+
+@pytest.mark.parametrize("kind", ["png", "wav", "text"])
+def test_finished_cards_carry_the_bytes_of_the_service(service, make_png, make_wav, make_text, kind, tmp_path):
+    path = {"png": make_png, "wav": make_wav, "text": make_text}[kind]()
+    request = form(path, samples=2, num_bytes=40 if kind != "png" else None)
+    job = service.complete(**request)
+    list(job.run())
+    expected = [service.write_completion(result, tmp_path) for result in job.results]
+
+    for shown, _ in complete.complete_steps(service, request):
+        stored = [Path(card["file"]["path"]).read_bytes() for card in shown["items"] if "file" in card]
+    assert stored == [output.read_bytes() for output in expected]
+    assert [card["id"] for card in shown["items"]] == ["kept", "sample-0", "sample-1"]
+    assert json.dumps(shown)
+
+
+def test_stop_keeps_what_is_there_and_frees_the_model(service):
+    steps = complete.complete_steps(service, form(text="The lamp", num_bytes=5000))
+    next(steps)
+    shown, painter = next(steps)
+    assert painter.job.loaded.lock.locked()
+    steps.close()
+    assert not painter.job.loaded.lock.locked()
+
+    stopping = complete.stopped_steps(painter)
+    shown = next(stopping)
+    kept = Path(shown["items"][-1]["file"]["path"]).read_bytes()
+    stopping.close()
+    assert shown["items"][-1]["caption"].startswith("stopped after")
+    assert kept.startswith(b"The lamp")
+    assert len(kept) > len(b"The lamp")
+
+
+def test_no_source_is_refused_in_one_sentence(service):
+    with pytest.raises(gr.Error, match="nothing to complete"):
+        next(complete.complete_steps(service, None))
+
+
+def test_scripts_of_the_views_never_parse_html():
+    folder = Path(ui.__file__).parent / "views"
+    assert len(list(folder.glob("*.js"))) >= 8
+    for script in folder.glob("*.js"):
+        assert not {"innerHTML", "outerHTML", "insertAdjacentHTML", "document.write"} & set(script.read_text().split())
+        assert "innerHTML" not in script.read_text()
+    for template in folder.glob("*.html"):
+        assert "${" not in template.read_text()
+        assert "{{" not in template.read_text()
+
+
+def test_busy_port_is_one_sentence():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(UserError, match=rf"^port {port} .*--port$"):
+            ui.check_port("127.0.0.1", port)
+
+
+def test_score_endpoint_answers_the_object_of_the_service(client, service, make_png):
+    path = make_png()
+    answer = client.predict(handle_file(path), "", api_name="/score")
+    assert answer == json.loads(json.dumps(service.score_file(path).to_dict() | {"file": path.name}))
+
+
+def test_generate_endpoint_gives_the_bytes_of_the_service(client, service, make_wav, tmp_path):
+    path = make_wav()
+    files, facts = client.predict(
+        handle_file(path), "", "", keep=0.5, num_bytes=30, samples=2, temperature=1.0, top_k=0, top_p=1.0, seed=5,
+        api_name="/generate",
+    )  # fmt: skip
+    job = service.complete(path, keep=0.5, num_bytes=30, samples=2, seed=5)
+    list(job.run())
+    expected = [service.write_completion(result, tmp_path).read_bytes() for result in job.results]
+    assert [Path(file).read_bytes() for file in files] == expected
+    assert [fact["seed"] for fact in facts] == [5, 5]
+    assert facts[0]["source"] == path.name
+    assert set(facts[0]) == set(job.results[0].to_dict())
+
+
+def test_endpoints_refuse_in_the_words_of_the_service(client, make_text):
+    with pytest.raises(AppError, match="temperature=-1"):
+        client.predict(None, "some text", "", 0.5, 10, 1, -1.0, 0, 1.0, 0, api_name="/generate")
+    with pytest.raises(AppError, match="nothing to score"):
+        client.predict(None, "", api_name="/score")
+
+
+def test_files_of_this_machine_cannot_be_scored_by_their_path(page_url, tmp_path):
+    secret = tmp_path / "secret.txt"
+    secret.write_text("not yours")
+    file = {"path": str(secret), "meta": {"_type": "gradio.FileData"}}
+    body = json.dumps({"data": [file, ""]}).encode()
+    request = urllib.request.Request(
+        f"{page_url}gradio_api/call/score", body, {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request) as answer:
+        event = json.load(answer)["event_id"]
+    with urllib.request.urlopen(f"{page_url}gradio_api/call/score/{event}") as stream:
+        assert "bits_per_byte" not in stream.read().decode()
+    with pytest.raises(urllib.error.HTTPError, match="403"):
+        urllib.request.urlopen(f"{page_url}gradio_api/file={secret}")
