@@ -13,8 +13,12 @@ from core.checkpoint import export_model, model_tensors
 from core.config import AudioCodecConfig, Config, ImageCodecConfig, LevelConfig, MegaByteConfig, TextCodecConfig
 from core.models import build_model
 
-# Largest difference of log-probabilities, in nats, between two ways of computing the same thing.
-TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2}
+# How far logits, or bits, may lie apart that were computed in two ways; as arguments of `assert_close` and `assert_allclose`.
+TOLERANCE = {
+    torch.float64: {"rtol": 0.0, "atol": 1e-9},
+    torch.float32: {"rtol": 0.0, "atol": 1e-4},
+    torch.bfloat16: {"rtol": 0.0, "atol": 5e-2},
+}
 
 
 def _levels(patch_size: int, byte_dim: int) -> tuple[LevelConfig, ...]:
@@ -43,8 +47,8 @@ TINY_CONFIGS = {
 
 
 @pytest.fixture(scope="session")
-def tolerances() -> dict[torch.dtype, float]:
-    return TOLERANCES
+def tolerance() -> dict[torch.dtype, dict[str, float]]:
+    return TOLERANCE
 
 
 @pytest.fixture(scope="session")

@@ -40,7 +40,9 @@ def browser() -> Iterator[Any]:
     if CHROMIUM is None:
         pytest.skip("there is no Chromium on this machine; apt-get install chromium")
     with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"])
+        browser = driver.chromium.launch(
+            executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
+        )
         yield browser
         browser.close()
 
@@ -155,7 +157,7 @@ def test_refused_file_is_told_in_a_sentence(open_page, make_png):
     page = open_page()
     upload(page, path)
     page.wait_for_selector("#summary-view .message.error")
-    sentence = page.inner_text("#summary-view .message.error p")
+    sentence = page.text_content("#summary-view .message.error p")
     assert "cut" in sentence
     assert "Traceback" not in page.content()
     assert sentence in page.inner_text(".toast-body")

@@ -17,31 +17,11 @@ from app.service import Service
 from core.codecs import read_media
 
 ROOT = Path(__file__).parents[1]
-SCORE_KEYS = [
-    "file",
-    "model",
-    "modality",
-    "scored_as",
-    "num_bytes",
-    "total_bits",
-    "bits_per_byte",
-    "window",
-    "hop",
-    "strided",
-    "engine",
-]
+PROTOCOL_KEYS = ["window", "hop", "strided", "engine"]
+SCORE_KEYS = ["file", "model", "modality", "scored_as", "num_bytes", "total_bits", "bits_per_byte", *PROTOCOL_KEYS]
 TOTAL_KEYS = ["num_files", "num_bytes", "total_bits", "bits_per_byte", "seconds"]
-GENERATE_KEYS = [
-    "source",
-    "output",
-    "model",
-    "seed",
-    "num_bytes_kept",
-    "num_bytes_generated",
-    "bits_per_byte",
-    "engine",
-    "seconds",
-]
+MADE_KEYS = ["num_bytes_kept", "num_bytes_generated", "bits_per_byte", "engine", "seconds"]
+GENERATE_KEYS = ["source", "output", "model", "seed", *MADE_KEYS]
 
 
 @pytest.fixture

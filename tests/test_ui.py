@@ -202,9 +202,7 @@ def test_files_of_this_machine_cannot_be_scored_by_their_path(page_url, tmp_path
     secret.write_text("not yours")
     file = {"path": str(secret), "meta": {"_type": "gradio.FileData"}}
     body = json.dumps({"data": [file, ""]}).encode()
-    request = urllib.request.Request(
-        f"{page_url}gradio_api/call/score", body, {"Content-Type": "application/json"}
-    )
+    request = urllib.request.Request(f"{page_url}gradio_api/call/score", body, {"Content-Type": "application/json"})
     with urllib.request.urlopen(request) as answer:
         event = json.load(answer)["event_id"]
     with urllib.request.urlopen(f"{page_url}gradio_api/call/score/{event}") as stream:

@@ -1,0 +1,282 @@
+"""The command line: `python -m app VERB`. Results go to stdout, progress and notes to stderr.
+
+Exit codes: 0 all done, 1 something failed, 2 wrong usage, 130 and 143 ended by Ctrl-C and by SIGTERM.
+`--help` and wrong usage are answered at once: what takes seconds to import is imported by the verb that needs it.
+"""
+
+import argparse
+import logging
+import os
+import signal
+import sys
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from app.console import LogHandler, Report, complain, emit, progress_bar, say
+from app.messages import plain_sentence
+from app.settings import CompletionSettings
+
+if TYPE_CHECKING:
+    from app.service import CompletionJob, FileScore, ModelInfo, ScoreTotal
+
+
+def run_ui(args: argparse.Namespace) -> int:
+    """Serves the page until it is stopped."""
+    from app import ui
+    from app.service import Service
+
+    ui.launch(Service(), args.host, args.port, not args.no_browser)
+    return 0
+
+
+def run_train(args: argparse.Namespace) -> int:
+    """Trains a preset, or goes on with a run."""
+    from app.service import train_model
+
+    overrides = [assignment for group in args.set for assignment in group]
+    result = train_model(
+        args.preset, args.data, args.valid, args.out, resume=args.resume, device=args.device, overrides=overrides, log=say
+    )
+    if os.environ.get("RANK", "0") == "0":  # under torchrun the first process speaks for all
+        seen = f"{result.steps} steps and {result.bytes_seen} bytes"
+        emit(f"{result.bits_per_byte:.4f} bits/byte after {seen}, model in {result.export}")
+    return 0
+
+
+def run_score(args: argparse.Namespace) -> int:
+    """Scores files and folders: a line for each, then one for all of them."""
+    from app.render import export_score
+    from app.service import Failure, ScoreTotal, Service, list_files
+
+    report, total = Report(args.json), ScoreTotal()
+    outputs = _claim_outputs(list_files(args.paths), args, report)
+    options = {"model": args.model, "scored_as": args.bytes, "hop": args.hop, "strided": args.strided}
+    with progress_bar() as advance:
+        results = Service().score_files([file for file, _ in outputs], progress=advance, **options)
+        for (file, paths), result in zip(outputs, results, strict=True):
+            if isinstance(result, Failure):
+                report.failure(file, result.message)
+                continue
+            total.add(result)
+            report.notes(file, result.notes)
+            with report.failures_of(file):
+                if paths:
+                    export_score(result, *paths)
+            report.result(result.to_dict(), f"{_figures(result)}  {result.model}  {file}")
+    report.result({"total": total.to_dict()}, f"{_figures(total)}  total, files: {total.num_files}")
+    return report.exit_code
+
+
+def run_generate(args: argparse.Namespace) -> int:
+    """Completes files, or makes something from nothing."""
+    try:
+        settings = CompletionSettings(**{field.name: getattr(args, field.name) for field in fields(CompletionSettings)})
+    except ValueError as error:
+        args.parser.error(str(error))
+    from app.outputs import OutputFolder, completion_paths
+    from app.service import Service, list_files
+
+    report, service = Report(args.json), Service()
+    folder = OutputFolder(args.out, list_files(args.paths) if args.paths else [None], args.force)
+    for source, stem in folder.names():
+        with report.failures_of(source):
+            job = service.complete(source, model=args.model, **asdict(settings))
+            paths = completion_paths(job, args.out, stem)
+            folder.claim(paths)
+            report.notes(source, job.notes)
+            _run_job(job, paths, report)
+    return report.exit_code
+
+
+def run_info(args: argparse.Namespace) -> int:
+    """Says what the models are."""
+    from app.service import Service
+
+    report, service = Report(args.json), Service()
+    for info in [service.model_info(args.model)] if args.model else service.models():
+        report.result(info.to_dict(), _description(info))
+    return report.exit_code
+
+
+def _claim_outputs(files: list[Path], args: argparse.Namespace, report: Report) -> list[tuple[Path, list[Path]]]:
+    """The files that may be scored, each with the paths of its outputs, which are none without --out."""
+    if args.out is None:
+        return [(file, []) for file in files]
+    from app.outputs import OutputFolder, score_paths
+
+    folder = OutputFolder(args.out, files, args.force)
+    claimed = []
+    for file, stem in folder.names():
+        with report.failures_of(file):
+            paths = score_paths(args.out, stem)
+            folder.claim(paths)
+            claimed.append((file, paths))
+    return claimed
+
+
+def _run_job(job: "CompletionJob", paths: list[Path], report: Report) -> None:
+    """Makes the samples of a job and writes each as soon as it is finished."""
+    num_bytes = job.plan.num_bytes_to_generate
+    with progress_bar(num_bytes * len(paths)) as advance:
+        for progress in job.run():
+            advance(progress.sample * num_bytes + progress.done_bytes)
+            if completion := progress.completion:
+                path = paths[completion.sample]
+                job.codec.write(completion.media, path)
+                made = f"{completion.num_bytes_generated} bytes made after {completion.num_bytes_kept} kept"
+                report.result(completion.to_dict(path), f"{completion.bits_per_byte:8.4f} bits/byte  {made}  {path}")
+
+
+def _figures(result: "FileScore | ScoreTotal") -> str:
+    rate = "none" if result.bits_per_byte is None else f"{result.bits_per_byte:.4f}"
+    return f"{rate:>8} bits/byte {result.num_bytes:10d} bytes"
+
+
+def _description(info: "ModelInfo") -> str:
+    rates = [f"{split} {entry['value']:.4f}" for split, entry in (info.bits_per_byte or {}).items()]
+    size = f"{info.num_parameters / 1e6:.2f} M parameters, context {info.max_seq_len} bytes, patches of {info.patch_size}"
+    facts = [info.modality, size, info.codec, f"data {info.data}", f"bits/byte {', '.join(rates) or 'not measured'}"]
+    return f"{info.name}: {'; '.join(facts)}; SHA-256 {info.digest[:16]}; {info.path}"
+
+
+def _add_ui(verbs: "argparse._SubParsersAction[Parser]") -> None:
+    parser = verbs.add_parser("ui", help="the page (the default)", description="Serves the page on this machine.")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
+    parser.add_argument("--port", type=_port, default=7860, help="port to listen on (%(default)s)")
+    parser.add_argument("--no-browser", action="store_true", help="do not open a browser")
+    parser.set_defaults(handler=run_ui)
+
+
+def _add_train(verbs: "argparse._SubParsersAction[Parser]") -> None:
+    parser = verbs.add_parser(
+        "train", help="train a model", description="Trains a model. Under torchrun, all processes together."
+    )
+    parser.add_argument("--preset", required=True, metavar="NAME", help="configuration to start from")
+    parser.add_argument("--data", required=True, nargs="+", type=Path, metavar="PATH", help="files or folders to learn from")
+    parser.add_argument("--valid", required=True, nargs="+", type=Path, metavar="PATH", help="files or folders to validate on")
+    parser.add_argument("--out", required=True, type=Path, metavar="RUN", help="folder of the run")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (%(default)s)")
+    parser.add_argument(
+        "--set", nargs="+", action="append", default=[], metavar="KEY=VALUE", help="replace settings, such as train.lr=1e-3"
+    )
+    parser.set_defaults(handler=run_train)
+
+
+def _add_score(verbs: "argparse._SubParsersAction[Parser]") -> None:
+    parser = verbs.add_parser("score", help="bits per byte of files", description="Says how likely each byte of files is.")
+    parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="files, or folders of files")
+    _add_model(parser)
+    parser.add_argument(
+        "--bytes", choices=("media", "file"), default="media", help="score pixels, samples and text, or the file's own bytes"
+    )
+    parser.add_argument("--hop", type=_at_least_1, default=0, metavar="N", help="bytes from one window to the next (the window)")
+    parser.add_argument("--strided", action="store_true", help="strided inference: two passes, better predictions")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="write each file's bits (NPZ) and heatmap (PNG) here")
+    _add_manners(parser)
+    parser.set_defaults(handler=run_score)
+
+
+def _add_generate(verbs: "argparse._SubParsersAction[Parser]") -> None:
+    parser = verbs.add_parser("generate", help="complete files", description="Keeps the first part of files and makes the rest.")
+    parser.add_argument(
+        "paths", nargs="*", type=Path, metavar="PATH", help="files, or folders of files; none starts from nothing"
+    )
+    _add_model(parser)
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the results")
+    keep = parser.add_mutually_exclusive_group()
+    keep.add_argument("--keep", type=float, metavar="FRACTION", help="part that is kept, 0 to 1 (0.5)")
+    keep.add_argument("--keep-bytes", type=int, metavar="N", help="the same as a number of bytes")
+    parser.add_argument(
+        "--num-bytes", type=int, metavar="N", help="bytes to make (rest of a picture, as much sound as was cut, 500 of text)"
+    )
+    parser.add_argument("--samples", type=int, default=1, metavar="N", help="completions of each file (%(default)s)")
+    parser.add_argument("--temperature", type=float, default=1.0, metavar="T", help="0 takes the likeliest byte (%(default)s)")
+    parser.add_argument("--top-k", type=int, metavar="K", help="choose among the K likeliest bytes, 1 to 256 (all)")
+    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="choose among bytes of this total probability (1)")
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="the same seed gives the same bytes (%(default)s)")
+    _add_manners(parser)
+    parser.set_defaults(handler=run_generate, parser=parser)
+
+
+def _add_info(verbs: "argparse._SubParsersAction[Parser]") -> None:
+    parser = verbs.add_parser("info", help="the models", description="Says what the shipped models and those in runs/ are.")
+    _add_model(parser)
+    parser.add_argument("--json", action="store_true", help="print one JSON object a model")
+    parser.set_defaults(handler=run_info)
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", metavar="NAME|DIR", help="a shipped model, or the folder of a run or an export")
+
+
+def _add_manners(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--force", action="store_true", help="overwrite existing results")
+    parser.add_argument("--json", action="store_true", help="print one JSON object a result")
+
+
+def _at_least_1(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} must be at least 1")
+    return number
+
+
+def _port(text: str) -> int:
+    number = int(text)
+    if not 1 <= number <= 65535:
+        raise argparse.ArgumentTypeError(f"{number} must lie in 1..65535")
+    return number
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line and never guesses at shortened option names."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**{"allow_abbrev": False, **settings})
+
+    def error(self, message: str) -> NoReturn:
+        complain(f"{message}; {self.prog} --help lists the options")
+        raise SystemExit(2)
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """The verb's handler and its settings; leaves with exit code 2 on wrong usage."""
+    parser = Parser(prog="python -m app", description="Byte-level likelihood and generation for pictures, sound and text.")
+    verbs = parser.add_subparsers(metavar="VERB", required=True)
+    for add in (_add_ui, _add_train, _add_score, _add_generate, _add_info):
+        add(verbs)
+    # The page is the default, also with options of its own.
+    if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):
+        arguments = ["ui", *arguments]
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str]) -> int:
+    """Runs one verb; the exit code."""
+    args = parse(arguments)
+    try:
+        return args.handler(args)
+    except BrokenPipeError:
+        # Whoever read the results has gone; the interpreter's own flush at the end must not complain about it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    except (ValueError, OSError) as error:
+        complain(plain_sentence(error, None))
+        return 1
+
+
+def _leave(number: int, _frame: object) -> NoReturn:
+    raise SystemExit(128 + number)
+
+
+if __name__ == "__main__":
+    for _number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(_number, _leave)
+    for _stream in (sys.stdout, sys.stderr):
+        _stream.reconfigure(errors="backslashreplace")  # a terminal that lacks a letter still gets the line
+    logging.basicConfig(level=logging.WARNING, handlers=[LogHandler()])
+    sys.exit(main(sys.argv[1:]))

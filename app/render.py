@@ -1,0 +1,288 @@
+"""Numbers to pictures: bits as colours on a fixed scale, over a picture, a waveform, a text or a hex dump, with a legend."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from app.service import FileScore, is_readable
+from core.codecs import Picture, Sound, atomic_file
+
+MAX_BITS = 8.0  # uniform bytes; the scale is fixed so that two pictures can be compared
+CLIPPED = (255, 0, 144)  # more than MAX_BITS; no colour of the scale is like it
+NOT_SCORED = (160, 160, 160)
+
+# Every fifth entry of matplotlib's viridis (CC0); the entries between follow to within 1/255.
+_ANCHORS = (
+    "440154 46085c 471063 481769 481d6f 482475 472a7a 46307e 453781 433d84 414287 3f4889 3d4e8a "
+    "3a538b 38598c 355e8d 33638d 31688e 2e6d8e 2c718e 2a768e 297b8e 27808e 25848e 23898e 218e8d "
+    "20928c 1f978b 1e9c89 1fa188 21a585 24aa83 28ae80 2eb37c 35b779 3dbc74 46c06f 50c46a 5ac864 "
+    "65cb5e 70cf57 7cd250 89d548 95d840 a2da37 b0dd2f bddf26 cae11f d8e219 e5e419 f1e51d fde725 "
+)
+_BACKGROUND, _INK, _FAINT = "white", "black", "#666666"
+_MARGIN = 12  # pixels
+_PANEL = 256  # a small picture is enlarged to about this side
+_MAX_PANEL = 1024
+_WAVE_WIDTH, _WAVE_HEIGHT = 1024, 256
+_CELL_WIDTH, _CELL_HEIGHT = 9, 18
+_TEXT_COLUMNS = 100
+_HEX_COLUMNS = 16
+_MAX_CHARACTERS = 10_000
+_MAX_HEX_BYTES = 4096
+_FONT_SIZE = 13
+
+
+def viridis() -> np.ndarray:
+    """The colour table, uint8 (256, 3), from dark blue to yellow; even in lightness and safe for colour-blind readers."""
+    anchors = np.frombuffer(bytes.fromhex("".join(_ANCHORS)), dtype=np.uint8).reshape(-1, 3)
+    places = np.linspace(0, 255, len(anchors))
+    return np.stack([np.interp(np.arange(256), places, channel).round() for channel in anchors.T], axis=1).astype(np.uint8)
+
+
+VIRIDIS = viridis()
+
+
+def heat(bits: np.ndarray, vmax: float = MAX_BITS) -> np.ndarray:
+    """Colours uint8 (..., 3) of bits (...) on the scale 0..vmax; values above it and NaN have colours of their own."""
+    bits = np.asarray(bits, dtype=np.float32)
+    steps = np.nan_to_num(np.clip(bits / vmax, 0.0, 1.0), nan=0.0) * 255
+    colours = VIRIDIS[steps.round().astype(np.uint8)]
+    colours[bits > vmax] = CLIPPED
+    colours[np.isnan(bits)] = NOT_SCORED
+    return colours
+
+
+def overlay(pixels: np.ndarray, colours: np.ndarray, opacity: float = 0.5) -> np.ndarray:
+    """Colours laid over a picture, both uint8 (H, W, 3)."""
+    mixed = (1.0 - opacity) * pixels.astype(np.float32) + opacity * colours.astype(np.float32)
+    return mixed.round().astype(np.uint8)
+
+
+def heatmap(result: FileScore) -> Image.Image:
+    """A picture of a scored file: its content coloured by bits per byte, its figures and the legend."""
+    bits = result.media_bits
+    if isinstance(result.media, Picture):
+        panel = picture_heatmap(result.media.pixels, bits)
+    elif isinstance(result.media, Sound):
+        panel = waveform_heatmap(result.media.samples, bits / result.codec.config.bytes_per_sample, result.media.sample_rate)
+    elif is_readable(result.media.data):
+        panel = text_heatmap(result.media.data, bits)
+    else:
+        panel = hex_heatmap(result.media.data, bits)
+    return _stack([_caption(result), panel, legend()])
+
+
+def export_score(result: FileScore, bits_path: Path, heatmap_path: Path) -> None:
+    """Writes the bits of a scored file (NPZ: `bits` in stream order, `media_bits` in media shape) and its heatmap (PNG).
+
+    `counted` in the NPZ is False for the bytes of a picture's overlapping tiles that do not count a second time.
+    """
+    counted = np.ones(len(result.bits), dtype=bool) if result.layout.counted is None else result.layout.counted
+    with atomic_file(bits_path) as file:
+        np.savez_compressed(file, bits=result.bits, media_bits=result.media_bits, counted=counted)
+    with atomic_file(heatmap_path) as file:
+        heatmap(result).save(file, "PNG")
+
+
+def picture_heatmap(pixels: np.ndarray, bits: np.ndarray) -> Image.Image:
+    """The picture uint8 (H, W, 3), the mean bits of each pixel, and one laid over the other, side by side."""
+    colours = heat(bits.mean(axis=2))
+    scale = max(1, round(_PANEL / max(pixels.shape[:2])))
+    panels = [_enlarge(panel, scale) for panel in (pixels, colours, overlay(pixels, colours))]
+    return _row(panels)
+
+
+def waveform_heatmap(samples: np.ndarray, bits: np.ndarray, sample_rate: int) -> Image.Image:
+    """The waveform int16 (N,), each column from its lowest to its highest sample in the colour of its mean bits per byte.
+
+    It is drawn as high as its peak, which is said below, so that a quiet sound can be seen too.
+    """
+    image = Image.new("RGB", (_WAVE_WIDTH, _WAVE_HEIGHT + _CELL_HEIGHT), _BACKGROUND)
+    draw = ImageDraw.Draw(image)
+    peak = int(np.abs(samples.astype(np.int32)).max(initial=1))
+    middle, scale = _WAVE_HEIGHT / 2, (_WAVE_HEIGHT / 2 - 1) / peak
+    num_columns = min(_WAVE_WIDTH, len(samples))
+    for column, (lowest, highest, colour) in enumerate(_wave_columns(samples, bits, num_columns)):
+        left, right = (round(edge * _WAVE_WIDTH / num_columns) for edge in (column, column + 1))
+        draw.rectangle((left, middle - highest * scale, right - 1, middle - lowest * scale), fill=colour)
+    labels = ("0 s", f"peak {peak / 32768:.1%}", f"{len(samples) / sample_rate:.2f} s")
+    for label, anchor, x in zip(labels, ("la", "ma", "ra"), (0, _WAVE_WIDTH // 2, _WAVE_WIDTH), strict=True):
+        draw.text((x, _WAVE_HEIGHT), label, fill=_FAINT, font=_font(), anchor=anchor)
+    return image
+
+
+def text_heatmap(data: np.ndarray, bits: np.ndarray) -> Image.Image:
+    """UTF-8 text uint8 (N,) in the colours of its characters' mean bits per byte; long text is cut, and that is said."""
+    rows = list(_text_rows(_characters(data, bits)))
+    return _cells(rows, _TEXT_COLUMNS, _cut_note(len(data), sum(c.num_bytes for row in rows for c in row)))
+
+
+def hex_heatmap(data: np.ndarray, bits: np.ndarray) -> Image.Image:
+    """Bytes uint8 (N,) as a hex dump in the colours of their bits; a long one is cut, and that is said."""
+    shown = data[:_MAX_HEX_BYTES]
+    rows = [
+        list(_hex_row(start, shown[start : start + _HEX_COLUMNS], heat(bits[start : start + _HEX_COLUMNS])))
+        for start in range(0, len(shown), _HEX_COLUMNS)
+    ]
+    return _cells(rows, 8 + 2 + 3 * _HEX_COLUMNS + 1 + _HEX_COLUMNS, _cut_note(len(data), len(shown)))
+
+
+def legend(width: int = 400) -> Image.Image:
+    """The scale from 0 to 8 bits per byte and the colour of what exceeds it."""
+    bar_height, ticks = 14, range(0, int(MAX_BITS) + 1, 2)
+    image = Image.new("RGB", (width, bar_height + 2 * _CELL_HEIGHT), _BACKGROUND)
+    draw = ImageDraw.Draw(image)
+    bar_width = width - 110
+    bar = heat(np.linspace(0.0, MAX_BITS, bar_width))[None].repeat(bar_height, axis=0)
+    image.paste(Image.fromarray(bar), (8, 0))
+    for tick in ticks:
+        x = 8 + tick / MAX_BITS * (bar_width - 1)
+        draw.line((x, bar_height, x, bar_height + 3), fill=_INK)
+        draw.text((x, bar_height + 3), str(tick), fill=_INK, font=_font(), anchor="ma")
+    draw.rectangle((bar_width + 20, 0, bar_width + 20 + bar_height, bar_height - 1), fill=CLIPPED)
+    draw.text((bar_width + 40, bar_height // 2), "above 8", fill=_INK, font=_font(), anchor="lm")
+    draw.text((8, bar_height + _CELL_HEIGHT), "bits per byte (8 = a uniform guess)", fill=_FAINT, font=_font())
+    return image
+
+
+@dataclass(frozen=True)
+class _Cell:
+    """One character on a coloured ground."""
+
+    text: str
+    colour: tuple[int, int, int] | None = None
+    num_bytes: int = 0
+
+
+def _wave_columns(samples: np.ndarray, bits: np.ndarray, width: int) -> Iterator[tuple[int, int, tuple[int, int, int]]]:
+    starts = np.linspace(0, len(samples), width, endpoint=False).astype(np.int64)
+    sizes = np.diff(np.append(starts, len(samples)))
+    colours = heat(np.add.reduceat(bits.astype(np.float64), starts) / sizes)
+    lowest, highest = np.minimum.reduceat(samples, starts), np.maximum.reduceat(samples, starts)
+    for low, high, colour in zip(lowest.tolist(), highest.tolist(), colours.tolist(), strict=True):
+        yield low, high, tuple(colour)
+
+
+def _characters(data: np.ndarray, bits: np.ndarray) -> Iterator[_Cell]:
+    """The first characters, each with the mean bits of its bytes; a byte that is no UTF-8 is one of its own."""
+    text = data[: 4 * _MAX_CHARACTERS].tobytes().decode("utf-8", "surrogateescape")[:_MAX_CHARACTERS]
+    sizes = [1 if "\udc80" <= char <= "\udcff" else len(char.encode("utf-8")) for char in text]
+    if not sizes:
+        return
+    starts = np.concatenate(([0], np.cumsum(sizes)[:-1]))
+    means = np.add.reduceat(bits[: sum(sizes)].astype(np.float64), starts) / sizes
+    for char, size, colour in zip(text, sizes, heat(means).tolist(), strict=True):
+        yield _Cell(char, tuple(colour), size)
+
+
+def _text_rows(characters: Iterator[_Cell]) -> Iterator[list[_Cell]]:
+    row: list[_Cell] = []
+    for cell in characters:
+        row.append(_Cell(_visible(cell.text), cell.colour, cell.num_bytes))
+        if cell.text == "\n" or len(row) == _TEXT_COLUMNS:
+            yield row
+            row = []
+    if row:
+        yield row
+
+
+def _visible(char: str) -> str:
+    """What is drawn for a character: itself, nothing for the end of a line, a dot for one without a shape."""
+    if char == "\n":
+        return " "
+    return char if char.isprintable() else "."
+
+
+def _hex_row(start: int, data: np.ndarray, colours: np.ndarray) -> Iterator[_Cell]:
+    values = list(zip(data.tolist(), map(tuple, colours.tolist()), strict=True))
+    yield from (_Cell(char) for char in f"{start:08x}  ")
+    for value, colour in values:
+        yield from (_Cell(char, colour) for char in f"{value:02x}")
+        yield _Cell(" ")
+    yield from (_Cell(" ") for _ in range(3 * (_HEX_COLUMNS - len(values)) + 1))
+    for value, colour in values:
+        yield _Cell(chr(value) if 32 <= value < 127 else ".", colour, 1)
+
+
+def _cells(rows: list[list[_Cell]], num_columns: int, note: str) -> Image.Image:
+    height = _CELL_HEIGHT * (len(rows) + bool(note))
+    image = Image.new("RGB", (_CELL_WIDTH * num_columns, max(height, 1)), _BACKGROUND)
+    draw = ImageDraw.Draw(image)
+    for index, row in enumerate(rows):
+        for column, cell in enumerate(row):
+            _draw_cell(draw, column * _CELL_WIDTH, index * _CELL_HEIGHT, cell)
+    if note:
+        draw.text((0, height - _CELL_HEIGHT), note, fill=_FAINT, font=_font())
+    return image
+
+
+def _draw_cell(draw: ImageDraw.ImageDraw, x: int, y: int, cell: _Cell) -> None:
+    if cell.colour is not None:
+        draw.rectangle((x, y, x + _CELL_WIDTH - 1, y + _CELL_HEIGHT - 1), fill=cell.colour)
+    if cell.text != " ":
+        centre = (x + _CELL_WIDTH / 2, y + _CELL_HEIGHT - 5)
+        draw.text(centre, cell.text, fill=_ink_on(cell.colour), font=_font(), anchor="ms")
+
+
+def _ink_on(colour: tuple[int, int, int] | None) -> str:
+    """Black or white, whichever reads better on a colour."""
+    if colour is None:
+        return _FAINT
+    red, green, blue = colour
+    return _INK if 0.299 * red + 0.587 * green + 0.114 * blue > 110 else _BACKGROUND
+
+
+def _cut_note(num_bytes: int, num_shown: int) -> str:
+    return f"the first {num_shown:,} of {num_bytes:,} bytes" if num_shown < num_bytes else ""
+
+
+def _caption(result: FileScore) -> Image.Image:
+    rate = "none" if result.bits_per_byte is None else f"{result.bits_per_byte:.4f}"
+    figures = f"{rate} bits/byte, {result.num_bytes:,} bytes, {result.total_bits / 8:,.0f} bytes of information"
+    protocol = f"model {result.model}, window {result.window}, hop {result.hop}{', strided' if result.strided else ''}"
+    image = Image.new("RGB", (640, 2 * _CELL_HEIGHT), _BACKGROUND)
+    draw = ImageDraw.Draw(image)
+    draw.text((0, 0), figures, fill=_INK, font=_font())
+    draw.text((0, _CELL_HEIGHT), f"{protocol}, {result.engine}", fill=_FAINT, font=_font())
+    return image
+
+
+def _enlarge(pixels: np.ndarray, scale: int) -> Image.Image:
+    image = Image.fromarray(pixels)
+    if scale > 1:
+        return image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
+    image.thumbnail((_MAX_PANEL, _MAX_PANEL))
+    return image
+
+
+def _row(images: list[Image.Image]) -> Image.Image:
+    width = sum(image.width for image in images) + _MARGIN * (len(images) - 1)
+    row = Image.new("RGB", (width, max(image.height for image in images)), _BACKGROUND)
+    x = 0
+    for image in images:
+        row.paste(image, (x, 0))
+        x += image.width + _MARGIN
+    return row
+
+
+def _stack(images: list[Image.Image]) -> Image.Image:
+    width = max(image.width for image in images) + 2 * _MARGIN
+    height = sum(image.height + _MARGIN for image in images) + _MARGIN
+    stack = Image.new("RGB", (width, height), _BACKGROUND)
+    y = _MARGIN
+    for image in images:
+        stack.paste(image, (_MARGIN, y))
+        y += image.height + _MARGIN
+    return stack
+
+
+@lru_cache
+def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """A font of even width where the system has one; the one inside Pillow knows little more than ASCII."""
+    try:
+        return ImageFont.truetype("DejaVuSansMono.ttf", _FONT_SIZE)
+    except OSError:
+        return ImageFont.load_default(_FONT_SIZE)

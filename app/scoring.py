@@ -1,0 +1,287 @@
+"""How likely a file is under a model: read, encode, score, and put the bits back into the shape of the media."""
+
+import io
+import lzma
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import soundfile
+from PIL import Image
+
+from app.messages import Failure, plain_sentence
+from app.store import LoadedModel, ModelStore
+from core.codecs import Codec, Layout, Media, Picture, Raw, Sound, build_codec, read_media, read_raw
+from core.config import TextCodecConfig
+from core.likelihood import Score, score
+
+ScoredAs = Literal["media", "file"]
+ProgressCallback = Callable[[int, int], None]  # bytes scored, bytes read so far
+
+_JSON_FIELDS = (
+    "model",
+    "modality",
+    "scored_as",
+    "num_bytes",
+    "total_bits",
+    "bits_per_byte",
+    "window",
+    "hop",
+    "strided",
+    "engine",
+)
+
+# Small files share batches: enough of them to fill the processor, few enough to see results come.
+_MAX_GROUP_BYTES = 1 << 20
+_MAX_GROUP_FILES = 256
+_SEEN_BYTES = 1 << 16  # of a file, to tell whether it is text
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class FileScore:
+    """The information content of one file.
+
+    Attributes:
+        file: the path as it was given.
+        scored_as: "media" if the decoded pixels, samples or text were scored, "file" if the file's own bytes were.
+        num_bytes: bytes counted; where the tiles of a picture overlap, each pixel counts once.
+        notes: what was done to the file before scoring, in words.
+        bits: float32 `(T,)` in stream order; `media_bits` has them in the shape of the media.
+    """
+
+    file: Path
+    model: str
+    modality: str
+    scored_as: ScoredAs
+    num_bytes: int
+    total_bits: float
+    bits_per_byte: float | None
+    window: int
+    hop: int
+    strided: bool
+    engine: str
+    notes: tuple[str, ...]
+    bits: np.ndarray
+    layout: Layout
+    media: Media
+    codec: Codec
+
+    @property
+    def media_bits(self) -> np.ndarray:
+        """Bits as `(H, W, 3)` of a picture, `(N,)` of the samples of a sound, `(T,)` of other bytes."""
+        return self.codec.unscan(self.bits, self.layout)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON object of the command line and of the page's endpoint."""
+        return {"file": str(self.file), **{name: getattr(self, name) for name in _JSON_FIELDS}}
+
+
+@dataclass
+class ScoreTotal:
+    """The sums over some files, in float64, and the time since they were begun."""
+
+    num_files: int = 0
+    num_bytes: int = 0
+    total_bits: float = 0.0
+    _started: float = field(default_factory=time.perf_counter)
+
+    def add(self, result: FileScore) -> None:
+        self.num_files += 1
+        self.num_bytes += result.num_bytes
+        self.total_bits += result.total_bits
+
+    @property
+    def bits_per_byte(self) -> float | None:
+        return self.total_bits / self.num_bytes if self.num_bytes else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The last JSON object of the command line."""
+        return {
+            "num_files": self.num_files,
+            "num_bytes": self.num_bytes,
+            "total_bits": self.total_bits,
+            "bits_per_byte": self.bits_per_byte,
+            "seconds": round(time.perf_counter() - self._started, 3),
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class _Reading:
+    """A file that is ready to be scored."""
+
+    file: Path
+    loaded: LoadedModel
+    codec: Codec
+    media: Media
+    stream: np.ndarray
+    layout: Layout
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scorer:
+    """Scores files with one set of options.
+
+    Attributes:
+        model: name or folder; None takes each file's modality's own.
+        scored_as, hop, strided: as in `FileScore`; a hop of 0 stands for the window.
+        progress: called with the bytes scored and the bytes read, both so far.
+    """
+
+    store: ModelStore
+    model: str | Path | None = None
+    scored_as: ScoredAs = "media"
+    hop: int = 0
+    strided: bool = False
+    progress: ProgressCallback | None = None
+
+    def score(self, files: Iterable[Path]) -> Iterator[FileScore | Failure]:
+        """A result for each file, in their order; small ones are scored together."""
+        done = 0
+        for group in _groups(map(self._read_or_fail, files)):
+            readings = [entry for entry in group if isinstance(entry, _Reading)]
+            results = self._score_group(readings, done)
+            done += sum(len(reading.stream) for reading in readings)
+            yield from (entry if isinstance(entry, Failure) else results[id(entry)] for entry in group)
+
+    def read(self, file: Path) -> _Reading:
+        """The stream of a file and the model for it.
+
+        Raises:
+            ValueError: if the file or the model cannot be used.
+            OSError: if the file cannot be read.
+        """
+        if self.scored_as == "file":
+            media, codec = read_raw(file), build_codec(TextCodecConfig())
+            loaded = self.store.load(self.model or "text")  # any model reads bytes
+        else:
+            media = read_media(file)
+            loaded = self.store.load_for(modality_of(media), self.model)
+            codec = loaded.codec
+        stream, layout = codec.encode(media)
+        return _Reading(file, loaded, codec, media, stream, layout)
+
+    def _read_or_fail(self, file: Path) -> "_Reading | Failure":
+        try:
+            return self.read(file)
+        except (ValueError, OSError) as error:
+            return Failure(file=file, message=plain_sentence(error, file))
+
+    def _score_group(self, readings: list[_Reading], done: int) -> dict[int, FileScore | Failure]:
+        results: dict[int, FileScore | Failure] = {}
+        for loaded in {id(reading.loaded): reading.loaded for reading in readings}.values():
+            own = [reading for reading in readings if reading.loaded is loaded]
+            try:
+                scores = self._score_streams(loaded, own, done)
+                results |= {id(r): self._result(r, s) for r, s in zip(own, scores, strict=True)}
+            except ValueError as error:
+                results |= {id(r): Failure(file=r.file, message=plain_sentence(error, r.file)) for r in own}
+            done += sum(len(reading.stream) for reading in own)
+        return results
+
+    def _score_streams(self, loaded: LoadedModel, readings: list[_Reading], done: int) -> list[Score]:
+        known = done + sum(len(reading.stream) for reading in readings)
+
+        def advance(num_bytes: int) -> None:
+            nonlocal done
+            done += num_bytes
+            if self.progress is not None:
+                self.progress(done, known)
+
+        with loaded.lock:
+            return score(
+                loaded.model,
+                [reading.stream for reading in readings],
+                hop=self.hop,
+                strided=self.strided,
+                counted=[reading.layout.counted for reading in readings],
+                progress=advance,
+            )
+
+    def _result(self, reading: _Reading, result: Score) -> FileScore:
+        return FileScore(
+            file=reading.file,
+            model=reading.loaded.info.name,
+            modality=modality_of(reading.media),
+            scored_as=self.scored_as,
+            num_bytes=result.num_bytes,
+            total_bits=result.total_bits,
+            bits_per_byte=result.bits_per_byte,
+            window=result.window,
+            hop=result.hop,
+            strided=result.strided,
+            engine=result.engine,
+            notes=(*reading.layout.notes, *self._says_what_was_scored(reading.media)),
+            bits=result.bits,
+            layout=reading.layout,
+            media=reading.media,
+            codec=reading.codec,
+        )
+
+    def _says_what_was_scored(self, media: Media) -> tuple[str, ...]:
+        if self.scored_as == "file" or not isinstance(media, Raw) or is_readable(media.data):
+            return ()
+        return ("of no known format, so its bytes are scored as they are",)
+
+
+def modality_of(media: Media) -> str:
+    """Which kind of model reads it."""
+    if isinstance(media, Picture):
+        return "image"
+    return "audio" if isinstance(media, Sound) else "text"
+
+
+def is_readable(data: np.ndarray) -> bool:
+    """Whether bytes are best shown as text, not as a hex dump: hardly any of them is a control code or no UTF-8."""
+    text = data[:_SEEN_BYTES].tobytes().decode("utf-8", "replace")
+    unreadable = sum(char == "\ufffd" or (char < " " and char not in "\t\n\r") for char in text)
+    return unreadable <= 0.05 * len(text)
+
+
+def reference_sizes(result: FileScore) -> dict[str, float]:
+    """Bits per byte that everyday compressors need for the same bytes, to compare a score with."""
+    media = result.media
+    if isinstance(media, Picture):
+        sizes = {"xz": _xz_size(media.pixels.tobytes()), "PNG": _png_size(media.pixels)}
+    elif isinstance(media, Sound):
+        stream, _ = result.codec.encode(media)
+        sizes = {"xz": _xz_size(stream.tobytes()), "FLAC": _flac_size(media, stream)}
+    else:
+        sizes = {"xz": _xz_size(media.data.tobytes())}
+    return {name: 8.0 * size / result.num_bytes for name, size in sizes.items()} if result.num_bytes else {}
+
+
+def _groups(entries: Iterable[_Reading | Failure]) -> Iterator[list[_Reading | Failure]]:
+    group, num_bytes = [], 0
+    for entry in entries:
+        group.append(entry)
+        num_bytes += len(entry.stream) if isinstance(entry, _Reading) else 0
+        if num_bytes >= _MAX_GROUP_BYTES or len(group) >= _MAX_GROUP_FILES:
+            yield group
+            group, num_bytes = [], 0
+    if group:
+        yield group
+
+
+def _xz_size(data: bytes) -> int:
+    return len(lzma.compress(data, preset=9))
+
+
+def _png_size(pixels: np.ndarray) -> int:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG", optimize=True)
+    return buffer.tell()
+
+
+def _flac_size(sound: Sound, stream: np.ndarray) -> int:
+    """FLAC of exactly the scored values: 8-bit ones if there is one byte a sample, the 16-bit samples otherwise."""
+    buffer = io.BytesIO()
+    if len(stream) == len(sound.samples):
+        # libsndfile takes the high bits of its 16-bit input.
+        samples, subtype = (stream.astype(np.int16) - 128) * 256, "PCM_S8"
+    else:
+        samples, subtype = sound.samples, "PCM_16"
+    soundfile.write(buffer, samples, sound.sample_rate, format="FLAC", subtype=subtype, compression_level=1.0)
+    return len(buffer.getvalue())

@@ -1,0 +1,196 @@
+"""The use cases that the page and the command line share: models, scoring, completing, training. Plain values in and out."""
+
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from app.completion import Completion, CompletionJob, CompletionPlan, Progress
+from app.messages import Failure
+from app.outputs import write_completion
+from app.scoring import FileScore, ProgressCallback, ScoredAs, Scorer, ScoreTotal, is_readable, modality_of, reference_sizes
+from app.settings import CompletionSettings
+from app.store import LoadedModel, ModelInfo, ModelStore
+from core.checkpoint import WEIGHTS_FOLDER
+from core.codecs import Raw, read_media
+from core.presets import preset
+from core.train import TrainResult, train
+
+__all__ = [
+    "Completion",
+    "CompletionJob",
+    "CompletionPlan",
+    "CompletionSettings",
+    "Failure",
+    "FileScore",
+    "LoadedModel",
+    "ModelInfo",
+    "Progress",
+    "ScoreTotal",
+    "Service",
+    "is_readable",
+    "list_files",
+    "train_model",
+]
+
+logger = logging.getLogger(__name__)
+
+
+class Service:
+    """Everything a person can ask for. One object serves all of them; a model works for one job at a time."""
+
+    reference_sizes = staticmethod(reference_sizes)
+    write_completion = staticmethod(write_completion)
+
+    def __init__(self, device: str = "cpu", *, weights: Path = WEIGHTS_FOLDER, runs: Path = Path("runs")) -> None:
+        """Loads nothing yet. Shipped models lie in `weights`, exports of local training in the folders of `runs`."""
+        self._store = ModelStore(device, weights, runs)
+
+    def models(self) -> list[ModelInfo]:
+        """The shipped and local models, shipped ones first; damaged ones are named on the logger and left out."""
+        infos = []
+        for folder in self._store.folders():
+            try:
+                infos.append(self._store.info(folder))
+            except (ValueError, OSError) as error:
+                logger.warning("%s", error)
+        return infos
+
+    def model_info(self, name_or_dir: str | Path) -> ModelInfo:
+        """The facts about one model.
+
+        Raises:
+            UserError: if there is no such model or it is damaged.
+        """
+        return self._store.info(name_or_dir)
+
+    def model(self, name_or_dir: str | Path) -> LoadedModel:
+        """A model in memory, loaded once.
+
+        Raises:
+            UserError: if there is no such model or it is damaged.
+        """
+        return self._store.load(name_or_dir)
+
+    def score_file(
+        self,
+        path: Path,
+        *,
+        model: str | Path | None = None,
+        scored_as: ScoredAs = "media",
+        hop: int = 0,
+        strided: bool = False,
+        progress: ProgressCallback | None = None,
+    ) -> FileScore:
+        """How likely each byte of a file is.
+
+        Args:
+            path: the file; what it is, is read from its content.
+            model: name or folder; None for the one of the file's modality.
+            scored_as: "media" for its pixels, samples or text, "file" for the bytes of the file itself.
+            hop: bytes from one window to the next; 0 for the window.
+            strided: strided inference, two passes.
+            progress: called with bytes scored and bytes known, both so far.
+
+        Raises:
+            ValueError: if the file, the model or the options cannot be used; the text is one plain sentence.
+        """
+        [result] = self.score_files([path], model=model, scored_as=scored_as, hop=hop, strided=strided, progress=progress)
+        if isinstance(result, Failure):
+            raise ValueError(result.message)
+        return result
+
+    def score_files(
+        self,
+        paths: Sequence[Path],
+        *,
+        model: str | Path | None = None,
+        scored_as: ScoredAs = "media",
+        hop: int = 0,
+        strided: bool = False,
+        progress: ProgressCallback | None = None,
+    ) -> Iterator[FileScore | Failure]:
+        """As `score_file` for each of many, in their order; small ones share batches, a bad one stops nothing."""
+        scorer = Scorer(store=self._store, model=model, scored_as=scored_as, hop=hop, strided=strided, progress=progress)
+        return scorer.score(Path(path) for path in paths)
+
+    def complete(
+        self,
+        path: Path | None,
+        *,
+        model: str | Path | None = None,
+        text: bytes | None = None,
+        keep: float | None = None,
+        keep_bytes: int | None = None,
+        num_bytes: int | None = None,
+        samples: int = 1,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float = 1.0,
+        seed: int = 0,
+    ) -> CompletionJob:
+        """Prepares completions of a file, of typed `text`, or (with neither) of nothing; `run` on the result makes them.
+
+        The other arguments are those of `CompletionSettings`; typed text is kept whole unless it is said otherwise.
+
+        Raises:
+            ValueError: if the file, the model or a setting cannot be used; the text is one plain sentence.
+        """
+        if text is not None and keep is None and keep_bytes is None:
+            keep = 1.0
+        settings = CompletionSettings(
+            keep=keep,
+            keep_bytes=keep_bytes,
+            num_bytes=num_bytes,
+            samples=samples,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+        )
+        source = None if path is None else Path(path)
+        media = Raw(np.frombuffer(text, dtype=np.uint8)) if text is not None else source and read_media(source)
+        loaded = self.model(model or "text") if media is None else self._store.load_for(modality_of(media), model)
+        return CompletionJob(loaded, media, settings, source)
+
+
+def train_model(
+    preset_name: str,
+    data_paths: list[Path],
+    valid_paths: list[Path],
+    out: Path,
+    *,
+    resume: bool = False,
+    device: str = "cpu",
+    overrides: Sequence[str] = (),
+    log: Callable[[str], None] | None = None,
+) -> TrainResult:
+    """Trains a preset, with settings such as "train.lr=1e-3" replaced, in the folder `out`.
+
+    Raises:
+        ValueError: if a setting, the data or the folder cannot be used.
+    """
+    config = preset(preset_name).with_overrides(list(overrides))
+    return train(config, data_paths, valid_paths, out, resume=resume, device=device, log=log)
+
+
+def list_files(paths: Sequence[Path]) -> list[Path]:
+    """The files given, and those in the folders given: all levels, sorted, names starting with a dot left out.
+
+    Raises:
+        ValueError: if the folders hold no file.
+    """
+    files: list[Path] = []
+    for path in paths:
+        # os.path.isdir answers False where Path.is_dir raises; what is wrong is then said when the file is opened.
+        files.extend(_files_in(path) if os.path.isdir(path) else [path])
+    if not files:
+        raise ValueError("there is no file in the folder given; names that start with a dot do not count")
+    return files
+
+
+def _files_in(folder: Path) -> list[Path]:
+    found = (path for path in sorted(folder.rglob("*")) if os.path.isfile(path))
+    return [path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts)]

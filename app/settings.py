@@ -1,0 +1,48 @@
+"""The settings of a completion and their ranges: one check for the page and the command line. Imports nothing heavy."""
+
+from dataclasses import dataclass
+from math import isfinite
+
+MAX_NUM_BYTES = 1_000_000
+MAX_SAMPLES = 1000
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompletionSettings:
+    """What to keep of a file, how much to make and how the bytes are chosen.
+
+    Attributes:
+        keep: fraction of the file that is kept, 0 to 1; None stands for half of it.
+        keep_bytes: the same as a number of bytes; at most one of the two is given.
+        num_bytes: bytes to make; None stands for the rest of a picture, as much sound as was cut, 500 bytes of text.
+        samples: completions of the same kept part.
+        temperature, top_k, top_p, seed: as in `core.SampleConfig`.
+    """
+
+    keep: float | None = None
+    keep_bytes: int | None = None
+    num_bytes: int | None = None
+    samples: int = 1
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.keep is not None and self.keep_bytes is not None:
+            raise ValueError("keep and keep_bytes say the same thing twice; give one of them")
+        _check_range("keep", self.keep, 0, 1)
+        _check_range("keep_bytes", self.keep_bytes, 0, 2**31)
+        _check_range("num_bytes", self.num_bytes, 1, MAX_NUM_BYTES)
+        _check_range("samples", self.samples, 1, MAX_SAMPLES)
+        _check_range("temperature", self.temperature, 0, 100)
+        _check_range("top_k", self.top_k, 1, 256)
+        _check_range("top_p", self.top_p, 0, 1)
+        _check_range("seed", self.seed, 0, 2**63 - 1)
+        if self.top_p == 0:
+            raise ValueError("top_p=0 leaves no byte to choose; it must lie above 0 and up to 1")
+
+
+def _check_range(name: str, value: float | None, lowest: int, highest: int) -> None:
+    if value is not None and not (isfinite(value) and lowest <= value <= highest):
+        raise ValueError(f"{name}={value} must lie in {lowest}..{highest}")

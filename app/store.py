@@ -1,0 +1,169 @@
+"""Models for the use cases: found by name or folder, loaded once, used by one job at a time."""
+
+import threading
+import time
+from contextlib import closing
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from core.checkpoint import WEIGHTS_FOLDER, load_checkpoint, load_model, resolve_model
+from core.codecs import Codec, build_codec
+from core.config import AudioCodecConfig, CodecConfig, ImageCodecConfig
+from core.errors import UserError
+from core.folder import MANIFEST_NAME
+from core.models import ByteModel
+from core.sample import SampleConfig, Sampler
+
+DEFAULT_MODELS = {"image": "image32", "audio": "audio", "text": "text"}
+_SPEED_TEST_S = 0.2
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelInfo:
+    """What a person wants to know about a model before using it."""
+
+    name: str
+    modality: str
+    num_parameters: int
+    bits_per_byte: dict[str, Any] | None  # split -> value, protocol, window, hop, num_bytes; None if never measured
+    digest: str  # SHA-256 of the weights in hex
+    codec: str  # in words
+    data: str
+    max_seq_len: int  # bytes
+    patch_size: int  # bytes
+    path: Path
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values only."""
+        return {**asdict(self), "path": str(self.path)}
+
+
+@dataclass(eq=False)
+class LoadedModel:
+    """A model in memory with its codec. Whoever computes with it holds `lock`."""
+
+    model: ByteModel
+    codec: Codec
+    info: ModelInfo
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    _bytes_per_s: float | None = None
+
+    @property
+    def modality(self) -> str:
+        return self.info.modality
+
+    def bytes_per_s(self) -> float:
+        """How fast this machine makes bytes with this model; measured once, then kept up to date by finished samples."""
+        if self._bytes_per_s is None:
+            self._bytes_per_s = self._measure_speed()
+        return self._bytes_per_s
+
+    def note_speed(self, bytes_per_s: float) -> None:
+        self._bytes_per_s = bytes_per_s
+
+    def _measure_speed(self) -> float:
+        num_bytes = min(self.info.max_seq_len, 16 * self.info.patch_size)
+        sampler = Sampler(self.model, b"", num_bytes, SampleConfig())
+        started, num_made = time.perf_counter(), 0
+        with closing(sampler.stream()) as chunks:
+            for chunk in chunks:
+                num_made += len(chunk.byte_values)
+                if time.perf_counter() - started > _SPEED_TEST_S:
+                    break
+        return num_made / (time.perf_counter() - started)
+
+
+class ModelStore:
+    """Shipped models in `weights`, local ones in `runs`, and any other by its folder."""
+
+    def __init__(self, device: str, weights: Path = WEIGHTS_FOLDER, runs: Path = Path("runs")) -> None:
+        self._device = device
+        self._weights = weights
+        self._runs = runs
+        self._loaded: dict[tuple[Path, str], LoadedModel] = {}
+        self._infos: dict[tuple[Path, int], ModelInfo] = {}
+        self._lock = threading.Lock()
+
+    def folders(self) -> list[Path]:
+        """Every shipped and local model, whether or not it is intact."""
+        shipped = sorted(path.parent for path in self._weights.glob(f"*/{MANIFEST_NAME}"))
+        exports = sorted(path.parent for path in self._runs.glob(f"*/export/{MANIFEST_NAME}"))
+        return shipped + exports
+
+    def info(self, name_or_dir: str | Path) -> ModelInfo:
+        """The facts about a model; read again only if its folder was written anew.
+
+        Raises:
+            UserError: if there is no such model or it is damaged.
+        """
+        folder = self._resolve(name_or_dir)
+        key = (folder, (folder / MANIFEST_NAME).stat().st_mtime_ns)
+        if key not in self._infos:
+            self._infos[key] = _describe(folder)
+        return self._infos[key]
+
+    def load(self, name_or_dir: str | Path) -> LoadedModel:
+        """The model, loaded by the first who asks.
+
+        Raises:
+            UserError: if there is no such model or it is damaged.
+        """
+        with self._lock:
+            info = self.info(name_or_dir)
+            key = (info.path, info.digest)
+            if key not in self._loaded:
+                model = load_model(info.path, self._device)
+                self._loaded[key] = LoadedModel(model, build_codec(model.codec_config), info)
+            return self._loaded[key]
+
+    def load_for(self, modality: str, name_or_dir: str | Path | None) -> LoadedModel:
+        """The model asked for, or else the shipped one of a modality.
+
+        Raises:
+            UserError: if there is no such model, it is damaged, or it reads another modality.
+        """
+        loaded = self.load(name_or_dir or DEFAULT_MODELS[modality])
+        if loaded.modality != modality:
+            raise UserError(
+                f"the model {loaded.info.name} reads {loaded.modality}, not {modality}; "
+                f"leave out the model to use the one for {modality}"
+            )
+        return loaded
+
+    def _resolve(self, name_or_dir: str | Path) -> Path:
+        shipped = self._weights / str(name_or_dir)
+        if Path(name_or_dir).name == str(name_or_dir) and (shipped / MANIFEST_NAME).exists():
+            return shipped
+        return resolve_model(name_or_dir)
+
+
+def _describe(folder: Path) -> ModelInfo:
+    checkpoint = load_checkpoint(folder)
+    config, card = checkpoint.config, checkpoint.card
+    return ModelInfo(
+        name=card.get("name", config.name),
+        modality=config.codec.modality,
+        num_parameters=sum(tensor.numel() for tensor in checkpoint.tensors.values()),
+        bits_per_byte=card.get("bits_per_byte") or None,
+        digest=checkpoint.digest,
+        codec=_codec_in_words(config.codec),
+        data=card.get("data", ""),
+        max_seq_len=config.model.max_seq_len,
+        patch_size=config.model.patch_size,
+        path=folder,
+    )
+
+
+def _codec_in_words(config: CodecConfig) -> str:
+    if isinstance(config, ImageCodecConfig):
+        scan = "raster scan" if config.scan == "raster" else f"patch scan of {config.scan_patch}x{config.scan_patch} blocks"
+        return f"{config.side}x{config.side} RGB, {scan}"
+    if isinstance(config, AudioCodecConfig):
+        encodings = {
+            "mulaw8": "8-bit mu-law",
+            "pcm16le": "16-bit PCM, low byte first",
+            "pcm16be": "16-bit PCM, high byte first",
+        }
+        return f"{config.sample_rate} Hz mono, {encodings[config.encoding]}"
+    return "bytes as they are"

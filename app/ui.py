@@ -1,0 +1,161 @@
+"""The page: theme, layout and named endpoints around the tabs, and the server that shows it."""
+
+import os
+import socket
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+# Gradio reads this when it is imported: no start-up ping, no version check, nothing leaves the machine.
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+
+import gradio as gr
+
+from app.service import Service
+from app.tabs import complete, likelihood
+from app.tabs.refusals import refusals_shown
+from app.tabs.sources import SAMPLES_FOLDER
+from app.views import factory
+from core.errors import UserError
+
+MAX_FILE_SIZE = "64mb"
+QUEUE_SIZE = 32
+# Seconds between clean-ups of Gradio's cache, and the age at which a file goes: long enough for an open page.
+DELETE_CACHE = (1800, 6 * 3600)
+SYSTEM_FONT = ["ui-sans-serif", "system-ui", "sans-serif"]
+MONO_FONT = ["ui-monospace", "DejaVu Sans Mono", "monospace"]
+PAGE_CSS = Path(__file__).with_name("ui.css")
+HEADER = """
+<header class="page-header">
+  <h1>Megabyte</h1>
+  <p>Pictures, sounds and text, read as plain bytes. See what a model expects of a file, or let it go on from there.</p>
+</header>
+"""
+
+
+def launch(service: Service, host: str = "127.0.0.1", port: int = 7860, open_browser: bool = True) -> None:
+    """Serves the page until the process is interrupted.
+
+    Raises:
+        UserError: if another program has the port.
+    """
+    check_port(host, port)
+    page = build(service)
+    _, url, _ = page.launch(
+        server_name=host, server_port=port, inbrowser=open_browser, quiet=True, prevent_thread_lock=True, **launch_options()
+    )
+    print(f"The page is at {url} (Ctrl-C ends it)", file=sys.stderr, flush=True)
+    page.block_thread()
+
+
+def check_port(host: str, port: int) -> None:
+    """Refuses a port that is taken, before anything slow is done.
+
+    Raises:
+        UserError: naming the port.
+    """
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise UserError(f"port {port} on {host} cannot be used ({error.strerror}); choose another with --port") from None
+
+
+def launch_options() -> dict[str, Any]:
+    """What `Blocks.launch` needs for this page, whoever calls it."""
+    return {
+        "theme": theme(),
+        "css": PAGE_CSS.read_text(encoding="utf-8") + factory.stylesheet(),
+        "share": False,
+        "ssr_mode": False,
+        "run_history": False,
+        "max_file_size": MAX_FILE_SIZE,
+        "footer_links": ["api", "settings"],
+        "allowed_paths": [str(SAMPLES_FOLDER)],
+    }
+
+
+def theme() -> gr.Theme:
+    """Calm neutral surfaces, one accent from the palette of the views, and fonts that every system has."""
+    return gr.themes.Base(
+        primary_hue=gr.themes.colors.teal,
+        neutral_hue=gr.themes.colors.zinc,
+        radius_size=gr.themes.sizes.radius_md,
+        font=SYSTEM_FONT,
+        font_mono=MONO_FONT,
+    ).set(
+        body_background_fill="*neutral_50",
+        body_background_fill_dark="*neutral_950",
+        block_background_fill="white",
+        block_background_fill_dark="*neutral_900",
+        body_text_color_subdued="*neutral_500",
+        body_text_color_subdued_dark="*neutral_400",
+        checkbox_background_color_selected_dark="*primary_500",
+        block_border_width="1px",
+        block_label_background_fill="transparent",
+        color_accent="*primary_700",
+        color_accent_soft="*primary_50",
+        link_text_color="*primary_700",
+        link_text_color_dark="*primary_300",
+        button_primary_background_fill="*primary_700",
+        button_primary_background_fill_hover="*primary_800",
+        button_primary_background_fill_dark="*primary_600",
+        button_primary_text_color="white",
+    )
+
+
+def build(service: Service) -> gr.Blocks:
+    """The page with its tabs and endpoints."""
+    with gr.Blocks(title="Megabyte", analytics_enabled=False, delete_cache=DELETE_CACHE) as page:
+        gr.HTML(HEADER, apply_default_css=False)
+        with gr.Tabs():
+            with gr.Tab("Likelihood", id="likelihood"):
+                likelihood.build_tab(service)
+            with gr.Tab("Complete", id="complete"):
+                complete.build_tab(service)
+        _add_endpoints(service)
+    return page.queue(max_size=QUEUE_SIZE, default_concurrency_limit=4)
+
+
+def _add_endpoints(service: Service) -> None:
+    """`/score` and `/generate`: the command line's verbs for `gradio_client`, with the same answers."""
+
+    def score(file: str | None, model: str) -> dict[str, Any]:
+        """Bits of a file under a model; an empty model name takes the one that suits the file."""
+        if file is None:
+            raise gr.Error("There is nothing to score: give a file.", print_exception=False)
+        with refusals_shown():
+            return service.score_file(Path(file), model=model or None).to_dict() | {"file": Path(file).name}
+
+    def generate(
+        file: str | None, text: str, model: str, keep: float, num_bytes: int | None, samples: int,
+        temperature: float, top_k: int, top_p: float, seed: int,
+    ):  # fmt: skip
+        """Completions of a file's first part or of a text: files in the order of the samples, and their facts."""
+        source = complete.FROM_TEXT if text else complete.FROM_FILE
+        form = complete.request(source, file, text, 100 * keep, model, num_bytes, samples, temperature, top_k, top_p, seed)
+        if form is None:
+            raise gr.Error("There is nothing to complete: give a file or a text.", print_exception=False)
+        with refusals_shown(), tempfile.TemporaryDirectory(prefix="generate-") as folder:
+            job = service.complete(**form)
+            for _ in job.run():
+                pass
+            paths = [service.write_completion(completion, Path(folder)) for completion in job.results]
+            names = {"source": Path(file).name if file else None}
+            facts = [c.to_dict() | names | {"output": p.name} for c, p in zip(job.results, paths, strict=True)]
+            yield [str(path) for path in paths], facts
+
+    # Endpoints need components for their types; a row that is not visible is left out of the page altogether.
+    with gr.Row(visible=False):
+        file, model, text = gr.File(), gr.Textbox(), gr.Textbox()
+        keep, temperature, top_p = gr.Number(0.5), gr.Number(1.0), gr.Number(1.0)
+        num_bytes, samples = gr.Number(0, precision=0), gr.Number(1, precision=0)
+        top_k, seed = gr.Number(0, precision=0), gr.Number(0, precision=0)
+        files, facts = gr.File(label="files", file_count="multiple"), gr.JSON(label="facts")
+        gr.Button().click(score, [file, model], facts, api_name="score")
+        gr.Button().click(
+            generate, [file, text, model, keep, num_bytes, samples, temperature, top_k, top_p, seed], [files, facts],
+            api_name="generate",
+        )  # fmt: skip
