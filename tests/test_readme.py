@@ -1,0 +1,54 @@
+"""What the README shows works: its Python blocks and the commands it marks as quick."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+BLOCKS = re.findall(r"^```(.+?)\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+PYTHON_BLOCKS = [code for kind, code in BLOCKS if kind == "python"]
+QUICK_COMMANDS = [line for kind, code in BLOCKS if kind == "sh quick" for line in code.splitlines()]
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A folder that looks like the checkout, so that what a block writes does not land in the real one."""
+    for name in ("app", "core", "weights"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    return tmp_path
+
+
+def run(arguments: list[str], folder: Path) -> str:
+    path = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))
+    environment = {**os.environ, "PATH": path, "PYTHONWARNINGS": "error"}
+    done = subprocess.run(arguments, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_readme_shows_both_kinds():
+    assert PYTHON_BLOCKS
+    assert len(QUICK_COMMANDS) >= 3
+
+
+@pytest.mark.parametrize("code", PYTHON_BLOCKS)
+def test_python_block_runs(code, checkout):
+    assert "bits per byte" in run([sys.executable, "-c", code], checkout)
+    assert (checkout / "completed.png").stat().st_size > 0
+
+
+@pytest.mark.parametrize("command", QUICK_COMMANDS)
+def test_quick_command_runs(command, checkout):
+    assert run(["bash", "-c", command], checkout)
+
+
+def test_the_two_commands_stand_before_everything_else():
+    code = [code.strip() for _, code in BLOCKS[:2]]
+    assert code == [
+        "pip install -r requirements.txt && python -m app",
+        "pip install -r requirements.txt -r tests/requirements.txt && python -m pytest",
+    ]
