@@ -26,13 +26,13 @@ def picture(rng: np.random.Generator) -> np.ndarray:
     far = y > 0.44 + 0.06 * np.sin(7 * x + 0.5) + 0.02 * np.sin(23 * x)
     near = y > 0.52 + 0.07 * np.sin(4 * x + 2.6) + 0.015 * np.sin(31 * x + 1)
     scene[far] = np.array([0.44, 0.36, 0.50]) + 0.10 * (0.55 - y[far, None])
-    scene[near] = np.array([0.16, 0.27, 0.24]) + 0.06 * rng.standard_normal((int(near.sum()), 1))
+    scene[near] = np.array([0.16, 0.27, 0.24]) + 0.03 * rng.standard_normal((int(near.sum()), 1))
     shore = int(0.64 * SIDE)
     ripple = np.round(2 * np.sin(np.arange(SIDE - shore) * 1.7)).astype(int)
     for row in range(shore, SIDE):
         mirrored = scene[max(0, 2 * shore - row - 1)]
         scene[row] = 0.72 * np.roll(mirrored, ripple[row - shore], axis=0) + np.array([0.0, 0.02, 0.07])
-    scene += 0.012 * rng.standard_normal(scene.shape)
+    scene += 0.006 * rng.standard_normal((SIDE, SIDE, 1))
     return (np.clip(scene, 0, 1) * 255).round().astype(np.uint8)
 
 
@@ -41,15 +41,18 @@ def sound(rng: np.random.Generator) -> np.ndarray:
     parts = []
     for (formants, seconds), note in zip(VOWELS, NOTES_HZ, strict=True):
         t = np.arange(int(seconds * SAMPLE_RATE)) / SAMPLE_RATE
-        phase = 2 * np.pi * note * t + 0.25 * np.sin(2 * np.pi * 5.2 * t)
+        wander = 0.01 * rng.standard_normal(t.size).cumsum()  # no singer holds a pitch exactly
+        phase = 2 * np.pi * note * t + 0.25 * np.sin(2 * np.pi * 5.2 * t) + wander
         voice = np.zeros_like(t)
         for harmonic in range(1, int(4000 / note)):
             resonances = [1 / (1 + ((harmonic * note - f) / (60 + f / 12)) ** 2) / (i + 1) for i, f in enumerate(formants)]
             voice += sum(resonances) * np.sin(harmonic * phase)
         envelope = np.clip(np.minimum(t / 0.04, (t[-1] - t) / 0.06), 0, 1)
         parts.append(voice * envelope)
-    voice = np.concatenate(parts) + 0.004 * rng.standard_normal(sum(map(len, parts)))
-    return (voice / np.abs(voice).max() * 0.6 * 32767).round().astype(np.int16)
+    voice = np.concatenate(parts)
+    breath = np.convolve(rng.standard_normal(voice.size), np.full(4, 0.25), "same")
+    voice = voice / np.abs(voice).max() + 0.01 * breath
+    return (voice * 0.1 * 32767).round().astype(np.int16)
 
 
 def main() -> None:
