@@ -6,7 +6,7 @@ export  config.json  model.safetensors  card.json                      manifest.
 
 import logging
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from core.folder import MANIFEST_NAME, atomic_folder, read_json, verify_folder, 
 from core.models import ByteModel, build_model
 
 WEIGHTS_FOLDER = Path(__file__).parents[1] / "weights"
+_STATE_TENSORS_NAME = "state.safetensors"
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +36,12 @@ class TrainState:
     seconds: float  # spent training, over all starts
     best_bits_per_byte: float | None  # on the validation data; None before the first evaluation
     tensors: dict[str, Tensor] = field(default_factory=dict)  # optimizer moments, averaged weights, generator states
+
+    @property
+    def average(self) -> dict[str, Tensor]:
+        """The averaged weights by the names of the weights; empty if the run keeps none."""
+        prefix = "average."
+        return {name.removeprefix(prefix): tensor for name, tensor in self.tensors.items() if name.startswith(prefix)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +69,7 @@ def save_checkpoint(folder: Path, config: Config, tensors: dict[str, Tensor], st
     with atomic_folder(folder) as partial:
         (partial / "config.json").write_text(config.to_json(), encoding="utf-8")
         _save_tensors(partial / "model.safetensors", tensors)
-        _save_tensors(partial / "state.safetensors", state.tensors)
+        _save_tensors(partial / _STATE_TENSORS_NAME, state.tensors)
         counters = {name: value for name, value in vars(state).items() if name != "tensors"}
         write_json(partial / "state.json", counters)
 
@@ -101,7 +108,7 @@ def load_train_state(folder: Path) -> TrainState:
     counters = read_json(folder / "state.json")
     del counters["format_version"]
     try:
-        return TrainState(**counters, tensors=_load_tensors(folder / "state.safetensors"))
+        return TrainState(**counters, tensors=_load_tensors(folder / _STATE_TENSORS_NAME))
     except TypeError as error:
         raise UserError(f"{folder / 'state.json'} does not fit this program: {error}") from None
 
@@ -164,19 +171,23 @@ def resolve_model(name_or_dir: str | Path) -> Path:
 
 
 def load_model(name_or_dir: str | Path, device: str = "cpu") -> ByteModel:
-    """A model ready for use: float32, in evaluation mode, with its name, codec_config, card and digest as attributes.
+    """A model ready for use: float32, in evaluation mode, with its name, card and digest as attributes.
+
+    Of a run's step it has the averaged weights if the run keeps them, as its export would.
 
     Raises:
         UserError: if there is no such model, or its files are damaged or do not fit each other.
     """
     checkpoint = load_checkpoint(resolve_model(name_or_dir))
+    if (checkpoint.folder / _STATE_TENSORS_NAME).exists():
+        average = load_train_state(checkpoint.folder).average
+        checkpoint = replace(checkpoint, tensors=average or checkpoint.tensors)
     model = build_model(checkpoint.config)
     load_weights(model, checkpoint)
     model.name = checkpoint.card.get("name", checkpoint.config.name)
-    model.codec_config = checkpoint.config.codec
     model.card = checkpoint.card
     model.digest = checkpoint.digest
-    return model.to(usable_device(device)).eval()
+    return model.to(usable_device(device))
 
 
 def load_weights(model: nn.Module, checkpoint: Checkpoint) -> None:

@@ -173,6 +173,7 @@ class TrainConfig:
     ema_decay: float = 0.0  # decay per step of the averaged weights that are evaluated and exported; 0 turns it off
     precision: Literal["bf16", "fp32"] = "bf16"  # bf16 is autocast: weights, optimizer and loss stay float32
     compile: bool = False
+    deterministic: bool = True  # on a GPU, needed for a bit-identical resume; without it some models train twice as fast
     eval_every: int = 200  # steps
     eval_sequences: int = 64
     checkpoint_every: int = 200  # steps
@@ -186,7 +187,9 @@ class TrainConfig:
             _require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
         for name in ("seq_len", "micro_batch_size", "warmup_steps", "weight_decay", "final_lr_fraction", "seed"):
             _require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must not be negative")
+        _require(self.seed < 2**63, f"seed={self.seed} must be below {2**63}")
         _require(self.lr > 0, f"lr={self.lr} must be positive")
+        _require(all(0.0 <= beta < 1.0 for beta in self.betas), f"betas={self.betas} must both lie in [0, 1)")
         _require(self.grad_clip > 0, f"grad_clip={self.grad_clip} must be positive")
         _require(0.0 <= self.ema_decay < 1.0, f"ema_decay={self.ema_decay} must lie in [0, 1)")
 
@@ -230,7 +233,7 @@ class Config:
         """
         try:
             raw = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, RecursionError) as error:
             raise ValueError(f"the configuration is not valid JSON: {error}") from None
         _require(isinstance(raw, dict), "the configuration must be a JSON object")
         check_format_version(raw.pop("format_version", None))
@@ -291,6 +294,9 @@ def _assign(raw: Any, key: str, value: str) -> None:
         raise ValueError(f"--set {key}: there is no such setting; config.json of a run lists them all") from None
 
 
+_KIND_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+
+
 def _build(kind: Any, raw: Any, where: str) -> Any:
     """`raw` JSON as a value of type `kind`, refusing unknown keys, missing keys and wrong types."""
     origin = typing.get_origin(kind)
@@ -318,7 +324,7 @@ def _build(kind: Any, raw: Any, where: str) -> Any:
     if origin is Literal:
         _require(raw in typing.get_args(kind), f"{where}={raw!r} must be one of {', '.join(map(str, typing.get_args(kind)))}")
         return raw
-    if kind is float and isinstance(raw, int) and not isinstance(raw, bool):
+    if kind is float and type(raw) is int and abs(raw) < 2**64:
         return float(raw)
-    _require(type(raw) is kind, f"{where}={raw!r} must be of type {kind.__name__}")
+    _require(type(raw) is kind, f"{where}={raw!r} must be {_KIND_NAMES[kind]}")
     return raw

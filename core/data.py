@@ -8,7 +8,6 @@ import itertools
 import json
 import lzma
 import os
-import shutil
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -28,6 +27,7 @@ _FORMAT = 1  # of the shard files; part of their digest
 _MAX_SECONDS = 3600  # of one training sound
 _XZ_SIGNATURE = b"\xfd7zXZ\x00"
 _PREFETCH_BATCHES = 4
+_BLOCK_BYTES = 2**20
 
 Log = Callable[[str], Any]
 Skipped = list[tuple[Path, str]]
@@ -39,6 +39,7 @@ class ByteData:
 
     bytes: np.ndarray  # uint8 (T,), memory-mapped
     document_offsets: np.ndarray  # int64 (num_documents + 1,); document i is bytes[offsets[i]:offsets[i + 1]]
+    files: tuple[Path, ...] = ()
 
     def __len__(self) -> int:
         return self.bytes.size
@@ -93,7 +94,7 @@ def build_shards(paths: list[Path], codec: Codec, cache_dir: Path, log: Log) -> 
             f"{len(skipped) + len(index['skipped'])} files were skipped; give files that a {codec.modality} model reads"
         )
     stream = np.memmap(shard, np.uint8, mode="r")
-    return ByteData(stream, np.array(index["document_offsets"], np.int64))
+    return ByteData(stream, np.array(index["document_offsets"], np.int64), tuple(files))
 
 
 class Loader:
@@ -114,8 +115,8 @@ class Loader:
         self._seed = seed
         rows = batch_size // world_size
         self._own_rows = range(rank * rows, (rank + 1) * rows)
-        self._aligned_starts = _document_starts(data, seq_len) if aligned else None
         _require_enough(data, seq_len)
+        self._aligned_starts = _document_starts(data, seq_len) if aligned else None
         self._epoch_starts = functools.lru_cache(maxsize=2)(self._draw_epoch_starts)
 
     @property
@@ -162,15 +163,21 @@ class Loader:
         if self._aligned_starts is not None:
             return self._aligned_starts[order]
         spare = len(self._data) - self.windows_per_epoch * self._seq_len
-        return order * self._seq_len + generator.integers(min(self._seq_len, spare + 1))
+        return order * self._seq_len + generator.integers(spare + 1)
 
 
-def evaluation_windows(data: ByteData, seq_len: int, num_sequences: int) -> np.ndarray:
+def evaluation_windows(data: ByteData, seq_len: int, num_sequences: int, *, aligned: bool) -> np.ndarray:
     """At most `num_sequences` windows, uint8 (n, seq_len), spread evenly over the data; the same ones every time."""
     _require_enough(data, seq_len)
-    num_windows = len(data) // seq_len
-    chosen = np.linspace(0, num_windows - 1, min(num_sequences, num_windows)).round().astype(np.int64)
-    return np.asarray(data.bytes[: num_windows * seq_len].reshape(num_windows, seq_len)[chosen])
+    starts = _document_starts(data, seq_len) if aligned else np.arange(0, len(data) - seq_len + 1, seq_len)
+    chosen = np.linspace(0, starts.size - 1, min(num_sequences, starts.size)).round().astype(np.int64)
+    return np.stack([data.bytes[start : start + seq_len] for start in starts[chosen]])
+
+
+def shared_files(data: ByteData, other: ByteData) -> list[Path]:
+    """The files of `data` that are in `other` as well, under whatever name."""
+    theirs = {path.resolve() for path in other.files}
+    return [path for path in data.files if path.resolve() in theirs]
 
 
 def _walk(path: Path, skipped: Skipped) -> Iterator[Path]:
@@ -215,6 +222,12 @@ def _open_unpacked(path: Path) -> Iterator[BinaryIO]:
                 yield unpacked
         except (lzma.LZMAError, EOFError):
             raise UserError(f"{shown(path)} is a damaged xz file; get it again") from None
+
+
+def _blocks(path: Path) -> Iterator[bytes]:
+    """A file's bytes. Read by a generator, so that a full disk where they are written is not taken for trouble in this file."""
+    with _open_unpacked(path) as file:
+        yield from iter(functools.partial(file.read, _BLOCK_BYTES), b"")
 
 
 def _digest(files: list[Path], codec: Codec) -> str:
@@ -264,11 +277,11 @@ def _build_shard(files: list[Path], codec: Codec, shard: Path) -> dict[str, Any]
 
 def _append_file(path: Path, codec: Codec, target: BinaryIO) -> tuple[list[int], tuple[str, ...]]:
     """Writes a file's stream at the end of `target`; the lengths of its documents and the notes of its media."""
+    if codec.modality == "text":
+        start = target.tell()
+        target.writelines(_blocks(path))
+        return [target.tell() - start], ()
     with _open_unpacked(path) as file:
-        if codec.modality == "text":
-            start = target.tell()
-            shutil.copyfileobj(file, target)
-            return [target.tell() - start], ()
         media = read_open(file, shown(path), _MAX_SECONDS)
     options = {"rule": "grid"} if codec.modality == "image" else {"resample": True}
     stream, layout = codec.encode(media, **options)

@@ -27,32 +27,33 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     Raises:
         UserError: if the disk is full or does not take the files.
     """
-    partial = target.with_name(f".{target.name}.partial")
+    partial = _partial(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(partial, ignore_errors=True)
+        _take_back(target)  # what a process that was killed here has left
         partial.mkdir()
         yield partial
         write_json(partial / MANIFEST_NAME, _make_manifest(partial))
-        for path in (*sorted(partial.iterdir()), partial):
+        for path in partial.iterdir():
+            # safetensors makes files that nobody but their owner may read.
+            shutil.copymode(partial / MANIFEST_NAME, path)
             sync(path)
+        sync(partial)
         _replace_folder(partial, target)
     except (OSError, SafetensorError) as error:
-        clear_leftovers(target.parent)
+        _take_back(target)
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{target} could not be written ({reason}); make room or choose another folder") from error
     except BaseException:
-        clear_leftovers(target.parent)
+        _take_back(target)
         raise
 
 
 def clear_leftovers(parent: Path) -> None:
     """Removes what a killed `atomic_folder` or `atomic_file` left in `parent`; a folder that was only moved aside comes back."""
     for replaced in parent.glob(".*.replaced"):
-        target = replaced.with_name(replaced.name[1 : -len(".replaced")])
-        if not target.exists():
-            replaced.rename(target)
-    for leftover in (*parent.glob(".*.partial"), *parent.glob(".*.replaced")):
+        _take_back(replaced.with_name(replaced.name[1 : -len(".replaced")]))
+    for leftover in parent.glob(".*.partial"):
         if leftover.is_dir():
             shutil.rmtree(leftover, ignore_errors=True)
         else:
@@ -136,9 +137,25 @@ def _require_regular_file(path: Path) -> None:
         raise UserError(f"{path} is not a regular file")
 
 
+def _partial(target: Path) -> Path:
+    return target.with_name(f".{target.name}.partial")
+
+
+def _replaced(target: Path) -> Path:
+    return target.with_name(f".{target.name}.replaced")
+
+
+def _take_back(target: Path) -> None:
+    """Undoes an `atomic_folder` that came to no end."""
+    if _replaced(target).exists() and not target.exists():
+        _replaced(target).rename(target)
+    for leftover in (_partial(target), _replaced(target)):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
 def _replace_folder(source: Path, target: Path) -> None:
     """Renames `source` to `target`. A full folder cannot be renamed over, so an old one steps aside first."""
-    replaced = target.with_name(f".{target.name}.replaced")
+    replaced = _replaced(target)
     if target.exists():
         target.rename(replaced)
     source.rename(target)

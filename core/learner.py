@@ -1,13 +1,32 @@
-"""What a run learns with: the model, its optimizer, the averaged weights and the counters, captured and restored as one."""
+"""What a run learns with: its loss, the model, the optimizer, the averaged weights and the counters, saved as one."""
 
+import contextlib
+
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from core.checkpoint import Checkpoint, TrainState, load_train_state, load_weights, model_tensors
 from core.config import TrainConfig
 from core.distributed import Ranks
 from core.errors import UserError
+from core.likelihood import nats_to_bits, nll
 from core.optim import average_decay, build_optimizer, update_average
+
+
+class MeanNll(nn.Module):
+    """The training loss: mean negative log-likelihood over every byte, in nats. One module, so one graph to compile."""
+
+    def __init__(self, model: nn.Module, precision: str) -> None:
+        super().__init__()
+        self.model = model
+        self._precision = precision
+
+    def forward(self, byte_ids_BT: Tensor) -> Tensor:
+        with _autocast(byte_ids_BT.device, self._precision):
+            logits_BTV = self.model(byte_ids_BT)
+        return nll(logits_BTV, byte_ids_BT).mean()
 
 
 class Learner:
@@ -29,6 +48,29 @@ class Learner:
     def evaluated_weights(self) -> dict[str, Tensor]:
         """The weights that are evaluated and exported: the averaged ones if the run keeps them."""
         return self.weights if self.average is None else self.average
+
+    @torch.no_grad()
+    def evaluate(self, windows: np.ndarray, batch_size: int) -> float:
+        """Bits per byte of the evaluated weights: sums over all windows and ranks, divided once.
+
+        Args:
+            windows: All ranks' windows, uint8 (n, seq_len); each rank takes its share of them.
+            batch_size: Windows of one forward pass on one rank.
+        """
+        device = self._ranks.device
+        own = torch.from_numpy(windows[self._ranks.rank :: self._ranks.num_ranks])
+        sums = torch.zeros(2, dtype=torch.float64, device=device)  # nats and bytes
+        was_training = self.model.training
+        self.model.eval()
+        for batch in own.split(batch_size):
+            byte_ids = batch.to(device).long()
+            with _autocast(device, self._config.precision):
+                logits = functional_call(self.model, self.evaluated_weights, (byte_ids,))
+            sums[0] += nll(logits, byte_ids).sum()
+            sums[1] += byte_ids.numel()
+        self.model.train(was_training)
+        nats, num_bytes = self._ranks.sum(sums).tolist()
+        return nats_to_bits(nats / num_bytes)
 
     def update(self, found_inf: Tensor) -> None:
         """Moves the weights along the gradients that lie ready, unless `found_inf` is 1."""
@@ -67,8 +109,9 @@ class Learner:
             for name, parameter in self.model.named_parameters():
                 moments = {key: state.tensors[f"optimizer.{key}.{name}"].to(device) for key in ("step", "exp_avg", "exp_avg_sq")}
                 self.optimizer.state[parameter] = moments
+            saved_average = state.average
             for name, tensor in (self.average or {}).items():
-                tensor.copy_(state.tensors[f"average.{name}"])
+                tensor.copy_(saved_average[name])
         except KeyError as error:
             raise UserError(f"{checkpoint.folder / 'state.safetensors'} lacks {error}; start a new run instead") from None
         for kind in _generator_states(device):
@@ -84,6 +127,11 @@ class Learner:
             for name, parameter in self.model.named_parameters()
             for key, tensor in self.optimizer.state[parameter].items()
         }
+
+
+def _autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
+    """Matrix products in bf16 where the run asks for it; weights, norms, logits and the loss stay float32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
 def _generator_states(device: torch.device) -> dict[str, Tensor]:

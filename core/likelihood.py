@@ -82,13 +82,13 @@ def score(
         progress: called with the number of bytes done since the last call.
 
     Raises:
-        UserError: if window, hop or strided do not fit the model.
+        UserError: if a stream is no bytes, or window, hop or strided do not fit the model.
     """
-    if isinstance(streams, (np.ndarray, bytes, bytearray)):
+    if isinstance(streams, (np.ndarray, bytes, bytearray, str)):
         masks = None if counted is None else [counted]
         return score(model, [streams], window=window, hop=hop, strided=strided, counted=masks, progress=progress)[0]
     window, hop = checked_windows(model, window, hop, strided)
-    arrays = [np.frombuffer(stream, dtype=np.uint8) if not isinstance(stream, np.ndarray) else stream for stream in streams]
+    arrays = [as_stream(stream) for stream in streams]
     bits = [np.zeros(len(array), dtype=np.float32) for array in arrays]
     todo = [w for index, array in enumerate(arrays) for w in split_windows(len(array), window, hop, index)]
     device = next(model.parameters()).device
@@ -118,12 +118,31 @@ def score(
     ]
 
 
+def as_stream(values: np.ndarray | bytes) -> np.ndarray:
+    """Bytes as a stream, uint8 `(T,)`.
+
+    Raises:
+        UserError: if they are anything else; numbers above 255 or fractions would otherwise be cut silently.
+    """
+    if isinstance(values, (bytes, bytearray)):
+        return np.frombuffer(values, dtype=np.uint8)
+    if not (isinstance(values, np.ndarray) and values.dtype == np.uint8 and values.ndim == 1):
+        what = f"{values.dtype} of shape {values.shape}" if isinstance(values, np.ndarray) else type(values).__name__
+        raise UserError(f"a stream must be bytes or a one-dimensional uint8 array, not {what}")
+    return values
+
+
 @torch.inference_mode()
 def bits_of(model: ByteModel, byte_ids_BT: Tensor) -> Tensor:
     """-log2 p of every byte `(B, T)`, float32, each row read from its beginning."""
     with torch.autocast(byte_ids_BT.device.type, dtype=torch.bfloat16, enabled=byte_ids_BT.is_cuda):
         logits_BTV = model(byte_ids_BT)
-    return nats_to_bits(F.cross_entropy(logits_BTV.transpose(1, 2), byte_ids_BT, reduction="none"))
+    return nats_to_bits(nll(logits_BTV, byte_ids_BT))
+
+
+def nll(logits_BTV: Tensor, byte_ids_BT: Tensor) -> Tensor:
+    """-ln p of every byte `(B, T)`, float32."""
+    return F.cross_entropy(logits_BTV.flatten(0, 1), byte_ids_BT.flatten(), reduction="none").view_as(byte_ids_BT)
 
 
 def nats_to_bits(nats):

@@ -14,7 +14,7 @@ import torch
 from core.cache import Cache
 from core.config import NUM_BYTE_VALUES, ImageCodecConfig
 from core.errors import UserError
-from core.likelihood import engine_name, nats_to_bits
+from core.likelihood import as_stream, engine_name, nats_to_bits
 from core.models import ByteModel
 
 
@@ -60,7 +60,8 @@ def sampling_law(logits_V: np.ndarray, config: SampleConfig) -> np.ndarray:
         law_V = np.zeros_like(logits_V)
         law_V[logits_V.argmax()] = 1.0
         return law_V
-    law_V = np.exp((logits_V - logits_V.max()) / config.temperature)
+    with np.errstate(over="ignore"):  # a temperature near 0 leaves the likeliest bytes alone
+        law_V = np.exp((logits_V - logits_V.max()) / config.temperature)
     law_V /= law_V.sum()
     if config.top_k is None and config.top_p == 1.0:
         return law_V
@@ -89,7 +90,7 @@ def surprisal(logits_V: np.ndarray, byte_value: int) -> float:
 
 def uniforms(seed: int, sample_number: int) -> np.random.Generator:
     """The random stream of one sample; Philox gives the same numbers on every machine."""
-    return np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, sample_number))))
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence(seed, spawn_key=(sample_number,))))
 
 
 class Sampler:
@@ -105,12 +106,12 @@ class Sampler:
         config: how they are chosen.
 
     Raises:
-        UserError: if num_bytes < 1, or the prefix and the new bytes exceed a picture model's picture.
+        UserError: if the prefix is no bytes, num_bytes < 1, or both together exceed a picture model's picture.
     """
 
     def __init__(self, model: ByteModel, prefix: np.ndarray | bytes, num_bytes: int, config: SampleConfig) -> None:
         self.model = model
-        self.prefix = np.frombuffer(bytes(prefix), dtype=np.uint8)
+        self.prefix = as_stream(prefix)
         self.num_bytes = num_bytes
         self.config = config
         self.device = next(model.parameters()).device
@@ -192,7 +193,7 @@ def generate(
         UserError: if a setting is out of range.
     """
     config = SampleConfig(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
-    prefixes = [prefix] if isinstance(prefix, (np.ndarray, bytes, bytearray)) else prefix
+    prefixes = [prefix] if isinstance(prefix, (np.ndarray, bytes, bytearray, str)) else prefix
     if num_samples < 1:
         raise UserError(f"num_samples={num_samples} must be at least 1")
     samplers = [Sampler(model, each, num_bytes, config) for each in prefixes]

@@ -17,7 +17,7 @@ def two_level(**options) -> MegaByteConfig:
     rest = {key: value for key, value in options.items() if not key.startswith(("global_", "local_"))}
     return MegaByteConfig(
         levels=(
-            LevelConfig(dim=24, num_layers=2, num_heads=2, patch_size=PATCH, **global_options),
+            LevelConfig(**{"dim": 24, "num_layers": 2, "num_heads": 2, "patch_size": PATCH, **global_options}),
             LevelConfig(dim=16, num_layers=2, num_heads=2, **local_options),
         ),
         max_seq_len=CONTEXT,
@@ -57,6 +57,7 @@ CASES: dict[str, MegaByteConfig] = {
     "one_element_cross_patch": two_level(local_cross_patch=1, positions="rotary"),
     "projection": two_level(global_byte_dim=5),
     "full_unembedder": two_level(unembedder="full"),
+    "indivisible": two_level(global_dim=22, global_byte_dim=5, unembedder="full"),
     "real_previous": two_level(real_previous=True),
     "dropout": two_level(dropout=0.1),
     "all_learned": two_level(**ALL_OPTIONS),
@@ -66,6 +67,7 @@ CASES: dict[str, MegaByteConfig] = {
     ),
     "three_levels": three_level(),
     "three_levels_rotary": three_level(positions="rotary", real_previous=True),
+    "three_levels_both": three_level(positions="both", unembedder="full"),
 }
 
 

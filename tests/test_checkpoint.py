@@ -106,6 +106,23 @@ def test_a_model_is_found_by_shipped_name_export_step_and_run(tmp_path, model, m
         resolve_model("smal")
 
 
+def test_a_step_of_a_run_that_averages_is_loaded_as_its_export_would_be(tmp_path, model):
+    weights = model_tensors(model)
+    average = {f"average.{name}": tensor + 1 for name, tensor in weights.items()}
+    for tensors, shift in ((average, 1), ({}, 0)):
+        state = TrainState(step=1, bytes_seen=7, seconds=0.5, best_bits_per_byte=None, tensors=tensors)
+        save_checkpoint(step_folder(tmp_path / "run", 1), tiny_config(), weights, state)
+        for name, tensor in model_tensors(load_model(tmp_path / "run")).items():
+            assert torch.equal(tensor, weights[name] + shift)
+
+
+def test_all_files_of_a_folder_may_be_read_by_those_who_may_read_new_files(tmp_path, model):
+    (tmp_path / "ordinary").touch()
+    export_model(tmp_path / "export", tiny_config(), model_tensors(model), CARD)
+    for path in (*(tmp_path / "export").iterdir(), *save_step(tmp_path, 1).iterdir()):
+        assert path.stat().st_mode == (tmp_path / "ordinary").stat().st_mode, path.name
+
+
 # Damage is found
 
 
@@ -286,6 +303,23 @@ def test_what_a_kill_leaves_behind_is_cleared_and_a_folder_moved_aside_comes_bac
     clear_leftovers(target.parent)
     assert list(target.parent.iterdir()) == [target]
     load_checkpoint(target)
+
+
+def test_an_export_over_the_remains_of_a_killed_one_succeeds(tmp_path, model):
+    target = tmp_path / "export"
+    for remains in (".export.replaced", ".export.partial"):
+        export_model(target, tiny_config(), model_tensors(model), CARD)
+        shutil.copytree(target, tmp_path / remains)
+        export_model(target, tiny_config(), model_tensors(model), CARD)
+        assert [path.name for path in tmp_path.iterdir()] == ["export"]
+
+
+def test_a_failed_export_touches_nothing_of_others(tmp_path, model, monkeypatch):
+    (tmp_path / ".download.partial").write_bytes(b"not ours")
+    monkeypatch.setattr(checkpoint, "save_file", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(UserError, match="No space left"):
+        export_model(tmp_path / "export", tiny_config(), model_tensors(model), CARD)
+    assert [path.name for path in tmp_path.iterdir()] == [".download.partial"]
 
 
 def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path):

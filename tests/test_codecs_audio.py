@@ -203,6 +203,18 @@ def test_a_cut_flac_is_read_as_far_as_its_blocks_reach(tmp_path):
     assert sound.is_truncated
 
 
+@pytest.mark.parametrize("missing", [0.5, 0.01])
+def test_a_cut_ogg_says_that_it_ends_early(tmp_path, missing):
+    path = tmp_path / "a.ogg"
+    soundfile.write(path, noise(80_000), RATE, format="OGG", subtype="VORBIS")
+    whole = read_media(path)
+    assert (whole.samples.size, whole.is_truncated) == (80_000, False)
+    sound = read_media(cut(path, round(path.stat().st_size * (1 - missing))))
+    assert 0 < sound.samples.size < 80_000
+    assert sound.is_truncated
+    assert sound.notes[-1] == f"ends early: {sound.seconds:.2f} s are there"
+
+
 @pytest.mark.parametrize("length", [0, 0xFFFFFFFF])
 def test_a_wav_whose_recorder_left_the_length_open_is_read_to_its_end(tmp_path, length):
     samples = noise(500)

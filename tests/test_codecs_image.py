@@ -107,7 +107,7 @@ def test_grid_rule_leaves_out_partial_tiles():
 
 @pytest.mark.parametrize("rule", ["tile", "grid", "crop"])
 def test_a_picture_smaller_than_a_tile_is_refused_with_a_way_out(rule):
-    with pytest.raises(UserError, match=r"12x7 pixels.*8x8.*fit"):
+    with pytest.raises(UserError, match=r"12x7 pixels.*8x8.*--adapt"):
         make_codec().encode(random_picture(7, 12), rule=rule)
 
 

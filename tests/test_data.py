@@ -1,6 +1,7 @@
 """Training data: files become shards exactly once, and batches are a pure function of seed and step."""
 
 import lzma
+import resource
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from PIL import Image
 
 from core.codecs import Codec, Picture, build_codec
 from core.config import AudioCodecConfig, ImageCodecConfig, TextCodecConfig
-from core.data import ByteData, Loader, build_shards, collect_files, evaluation_windows
+from core.data import ByteData, Loader, build_shards, collect_files, evaluation_windows, shared_files
 from core.errors import UserError
 
 TEXT = build_codec(TextCodecConfig())
@@ -102,6 +103,18 @@ def test_what_fails_halfway_leaves_no_bytes_behind(shards, folder):
     assert len(lines) == 1
 
 
+def test_a_full_disk_is_not_taken_for_a_bad_file(shards, folder):
+    (folder / "a.txt").write_bytes(b"x" * 3_000_000)
+    (folder / "b.txt").write_bytes(b"y")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limits[1]))
+    try:
+        with pytest.raises(UserError, match=r"\.bin could not be written"):
+            shards(TEXT, folder)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
 def test_pictures_smaller_than_the_model_are_skipped(shards, folder):
     Image.new("RGB", (8, 8)).save(folder / "a.png")
     Image.new("RGB", (7, 9)).save(folder / "b.png")
@@ -182,6 +195,13 @@ def test_unaligned_epochs_cut_the_data_at_different_offsets():
     assert offsets == set(range(10))
 
 
+@pytest.mark.parametrize("num_bytes", [50, 95, 96, 200])
+def test_epochs_together_see_every_byte(num_bytes):
+    loader = make_loader(counting_data(num_bytes), seq_len=32, batch_size=1)
+    seen = {int(value) for step in range(1000) for value in loader.batch(step)[0]}
+    assert seen == set(range(num_bytes))
+
+
 def test_aligned_windows_begin_where_documents_begin():
     loader = make_loader(counting_data(200, document_bytes=20), aligned=True, batch_size=10)
     assert sorted(loader.batch(0)[:, 0].tolist()) == list(range(0, 200, 20))
@@ -214,7 +234,7 @@ def test_too_little_data_is_refused_with_both_numbers():
     with pytest.raises(UserError, match=r"9 bytes.*needs 10"):
         make_loader(counting_data(9))
     with pytest.raises(UserError, match=r"9 bytes.*needs 10"):
-        evaluation_windows(counting_data(9), 10, 1)
+        evaluation_windows(counting_data(9), 10, 1, aligned=False)
     with pytest.raises(UserError, match="none of the 4 documents has 10 bytes"):
         make_loader(counting_data(20, document_bytes=5), aligned=True)
     with pytest.raises(UserError, match="divisible"):
@@ -222,6 +242,23 @@ def test_too_little_data_is_refused_with_both_numbers():
 
 
 def test_evaluation_windows_are_spread_over_the_data_and_do_not_overlap():
-    windows = evaluation_windows(counting_data(255), 10, 5)
+    windows = evaluation_windows(counting_data(255), 10, 5, aligned=False)
     assert windows[:, 0].tolist() == [0, 60, 120, 180, 240]
-    assert evaluation_windows(counting_data(255), 10, 100).shape == (25, 10)
+    assert evaluation_windows(counting_data(255), 10, 100, aligned=False).shape == (25, 10)
+
+
+def test_aligned_evaluation_windows_begin_where_documents_begin_as_in_training():
+    data = counting_data(120, document_bytes=30)
+    assert evaluation_windows(data, 10, 100, aligned=True)[:, 0].tolist() == [0, 30, 60, 90]
+    assert sorted(make_loader(data, aligned=True).batch(0)[:, 0].tolist()) == [0, 30, 60, 90]
+
+
+def test_files_of_both_splits_are_found_under_any_name(shards, folder):
+    for name in ("a.txt", "b.txt"):
+        (folder / name).write_bytes(name.encode())
+    (folder / "link.txt").symlink_to(folder / "a.txt")
+    train, _ = shards(TEXT, folder / "a.txt")
+    both, _ = shards(TEXT, folder / "b.txt", folder / "link.txt")
+    assert shared_files(both, train) == [folder / "link.txt"]
+    apart, _ = shards(TEXT, folder / "b.txt")
+    assert shared_files(apart, train) == []

@@ -14,8 +14,8 @@ from core.checkpoint import load_checkpoint, step_folder
 from core.config import MegaByteConfig
 from core.distributed import Ranks, join_ranks
 from core.errors import UserError
+from core.learner import MeanNll
 from core.models import build_model
-from core.train import MeanNll
 from tests.tiny_run import SEQ_LEN, TINY_MODEL, metrics, run_tiny, tiny_config
 
 WITHOUT_DROPOUT = MegaByteConfig(levels=TINY_MODEL.levels, max_seq_len=SEQ_LEN)

@@ -1,6 +1,8 @@
 """Imports only point down, and each layer stays free of what belongs above it; read from the source, nothing is run."""
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,10 +17,10 @@ LAYERS = [
     ["core.cache", "core.codecs", "core.folder", "core.presets", "core.optim", "core.distributed"],
     ["core.models", "core.data", "core.run_folder"],
     ["core.checkpoint", "core.likelihood"],
-    ["core.sample", "core.evaluate", "core.learner", "core.report"],
+    ["core.sample", "core.learner", "core.report"],
     ["core.train", "core.bench"],
     ["core"],
-    ["app.messages", "app.settings"],
+    ["app.messages", "app.settings", "app.media"],
     ["app.store", "app.console"],
     ["app.scoring", "app.completion"],
     ["app.outputs"],
@@ -100,3 +102,15 @@ def test_use_cases_know_neither_gradio_nor_argparse(module):
 def test_a_module_without_a_place_is_noticed():
     with pytest.raises(AssertionError, match="no layer"):
         layer("core.unheard_of")
+
+
+def test_codecs_and_presets_work_without_torch_and_the_public_names_are_all_there():
+    program = """
+import sys
+import core, core.codecs, core.config, core.data, core.presets
+assert "torch" not in sys.modules
+for name in core.__all__:
+    getattr(core, name)
+assert not hasattr(core, "nothing")
+"""
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)

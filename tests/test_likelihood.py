@@ -7,7 +7,9 @@ import torch
 from core.config import AudioCodecConfig, ImageCodecConfig
 from core.errors import UserError
 from core.likelihood import score, split_windows
+from core.models import build_model
 from tests.model_cases import CASES, CONTEXT, PATCH, build
+from tests.tiny_run import tiny_config
 
 
 def stream_of(num_bytes: int, seed: int = 0) -> np.ndarray:
@@ -53,16 +55,18 @@ def test_a_smaller_hop_never_takes_context_away():
     assert all(w.first_scored - w.start >= 32 - 8 for w in windows[1:])
 
 
-def test_strided_takes_each_byte_from_the_pass_that_has_it_in_a_first_half():
-    model, stream = build(CASES["exact"]), stream_of(CONTEXT + 11)
-    result = score(model, stream, strided=True)
+@pytest.mark.parametrize("name", ["exact", "all_rotary"])
+@pytest.mark.parametrize("hop", [CONTEXT, 12])
+def test_strided_takes_each_byte_from_the_pass_that_has_it_in_a_first_half(name, hop):
+    model, stream = build(CASES[name]), stream_of(CONTEXT + 11)
+    result = score(model, stream, strided=True, hop=hop)
     half = PATCH // 2
-    for start in (0, CONTEXT):
-        for t in range(start, min(start + CONTEXT, len(stream))):
-            in_window = t - start
-            from_second = in_window >= PATCH and in_window % PATCH >= half
-            first_byte = start + half if from_second else start
-            assert result.bits[t] == pytest.approx(naive_bits(model, stream, first_byte, t), abs=1e-4)
+    for t in range(len(stream)):
+        start = next(start for start in range(0, len(stream), hop) if t < start + CONTEXT)
+        in_window = t - start
+        from_second = in_window >= PATCH and in_window % PATCH >= half
+        first_byte = start + half if from_second else start
+        assert result.bits[t] == pytest.approx(naive_bits(model, stream, first_byte, t), abs=1e-4)
 
 
 def test_strided_gives_more_than_half_a_patch_of_local_context_nowhere():
@@ -103,6 +107,19 @@ def test_progress_reports_every_byte():
     done = []
     score(build(CASES["exact"]), [stream_of(50), stream_of(7)], progress=done.append)
     assert sum(done) == 57
+
+
+@pytest.mark.parametrize("stream", [np.array([300, 1]), np.array([0.5]), np.zeros((2, 2), np.uint8), "text", [1, 2]])
+def test_a_stream_that_is_no_bytes_is_refused(stream):
+    with pytest.raises(UserError, match="must be bytes or a one-dimensional uint8 array"):
+        score(build(CASES["exact"]), stream)
+
+
+def test_a_model_just_built_scores_without_dropout():
+    config = tiny_config()
+    assert config.model.dropout > 0
+    model = build_model(config)
+    assert score(model, stream_of(20)).total_bits == score(model, stream_of(20)).total_bits
 
 
 def test_windows_that_do_not_fit_are_refused():

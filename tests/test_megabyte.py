@@ -1,5 +1,7 @@
 """The model is the paper's, sees no future, and decodes step by step as it reads at once."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -94,6 +96,17 @@ def test_rows_with_prompts_of_unequal_length_decode_as_alone(name, tolerance):
         logits = model.step(torch.stack([byte_ids[row, length + step] for row, length in enumerate(lengths)]), cache)
         for row, length in enumerate(lengths):
             torch.testing.assert_close(logits[row], full[row, length + step + 1], **tolerance[torch.float32])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_dropout_falls_on_the_branches_and_not_on_the_embeddings(name):
+    model, byte_ids = build(dataclasses.replace(CASES[name], dropout=0.5)).train(), random_bytes(2, CONTEXT)
+    assert not torch.equal(model(byte_ids), model(byte_ids))
+    for level in model.levels:
+        for block in level.transformer.blocks:
+            for linear in (block.attention.out, block.ffn_out):
+                torch.nn.init.zeros_(linear.weight)
+    assert torch.equal(model(byte_ids), model(byte_ids))
 
 
 def test_a_used_cache_starts_again_without_a_trace(tolerance):

@@ -62,6 +62,17 @@ def test_a_million_draws_follow_the_law():
     assert [draw(law, u) for u in noise] == drawn[:100].tolist()
 
 
+def test_a_temperature_next_to_0_takes_the_likeliest_byte_without_a_warning():
+    logits = np.random.default_rng(0).normal(size=256).astype(np.float32)
+    for temperature in (1e-3, 1e-300, 5e-324):
+        assert sampling_law(logits, SampleConfig(temperature=temperature)).argmax() == logits.argmax()
+
+
+def test_no_two_pairs_of_seed_and_sample_share_their_random_numbers():
+    pairs = [(seed, number) for seed in (0, 5, 7, 5 + 7 * 2**32, 2**63 - 1) for number in (0, 1, 5, 7)]
+    assert len({uniforms(*pair).random() for pair in pairs}) == len(pairs)
+
+
 def test_the_largest_uniform_draws_a_possible_byte():
     law = np.zeros(256)
     law[[3, 9]] = 0.1, 0.2
@@ -163,6 +174,12 @@ def test_closing_a_stream_leaves_no_mode_behind():
 def test_settings_out_of_range_are_refused_with_the_range(options):
     with pytest.raises(UserError, match=f"{next(iter(options))}=.* must lie"):
         SampleConfig(**options)
+
+
+@pytest.mark.parametrize("prefix", [np.array([300, 1]), np.zeros((2, 2), np.uint8), "text", [1, 2]])
+def test_a_prefix_that_is_no_bytes_is_refused(prefix):
+    with pytest.raises(UserError, match="must be bytes or a one-dimensional uint8 array"):
+        generate(build(CASES["exact"]), prefix, 3)
 
 
 def test_nothing_to_make_is_refused():

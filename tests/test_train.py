@@ -1,8 +1,11 @@
 """The training loop: what it learns, what it writes, how it stops and how it goes on."""
 
 import contextlib
+import io
+import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,13 +21,12 @@ from core.checkpoint import load_checkpoint, load_train_state, step_folder
 from core.config import LevelConfig, MegaByteConfig, TrainConfig
 from core.distributed import Ranks
 from core.errors import UserError
-from core.evaluate import evaluate
-from core.learner import Learner
+from core.learner import Learner, MeanNll
 from core.models import build_model
 from core.optim import FiniteGuard, average_decay, build_optimizer, learning_rate, parameter_groups, set_learning_rate
 from core.run_folder import StopSignals, claim_run
-from core.train import MeanNll, explain_out_of_memory, micro_batch_size
-from tests.tiny_run import SEQ_LEN, TINY_MODEL, digests, metrics, run_tiny, tiny_config
+from core.train import explain_out_of_memory, micro_batch_size, repeatable_kernels, train
+from tests.tiny_run import SEQ_LEN, TINY_MODEL, digests, metrics, run_tiny, tiny_config, tiny_data
 
 KILLED_CONFIG = tiny_config(num_steps=60, checkpoint_every=1, eval_every=3)
 KILLED_PROGRAM = """
@@ -149,17 +151,23 @@ def test_a_run_learns_what_is_there_to_learn(tmp_path):
     assert 2.0 - 0.05 < result.bits_per_byte < 2.2
 
 
+def test_gradients_are_clipped(tmp_path):
+    # Far below the optimizer's epsilon, a clipped gradient moves nothing.
+    config = tiny_config(grad_clip=1e-15, weight_decay=0.0, ema_decay=0.0)
+    run_tiny(tmp_path, config=config)
+    first, last = (load_checkpoint(step_folder(tmp_path / "run", step)).tensors for step in (8, 12))
+    assert all(torch.allclose(first[name], tensor, rtol=0, atol=1e-6) for name, tensor in last.items())
+    assert all(line["grad_norm"] > 1e-3 for line in metrics(tmp_path / "run"))
+
+
 def test_validation_is_the_global_sum_over_the_global_count(model):
     windows = np.random.default_rng(1).integers(0, 256, (7, SEQ_LEN), dtype=np.uint8)
-    learner = Learner(model, TrainConfig(), ALONE)
+    learner = Learner(model, TrainConfig(precision="fp32"), ALONE)
     with torch.no_grad():
         log_p = model.eval()(torch.from_numpy(windows).long()).double().log_softmax(-1)
     expected = -log_p.gather(-1, torch.from_numpy(windows).long()[..., None]).mean() / math.log(2)
     for batch_size in (1, 3, 7, 100):
-        assert evaluate(model, learner.weights, windows, batch_size, "fp32", ALONE) == pytest.approx(expected.item(), abs=1e-6)
-    assert evaluate(model, learner.weights, windows[:6], 3, "fp32", ALONE) == pytest.approx(
-        sum(evaluate(model, learner.weights, windows[i : i + 2], 2, "fp32", ALONE) for i in (0, 2, 4)) / 3, abs=1e-6
-    )
+        assert learner.evaluate(windows, batch_size) == pytest.approx(expected.item(), abs=1e-6)
 
 
 def test_micro_batches_add_up_to_the_whole_batch(tmp_path):
@@ -184,6 +192,26 @@ def test_metrics_have_a_line_for_every_logged_step(tmp_path):
     for line in lines:
         assert line["bits_per_byte"] == pytest.approx(line["loss_nats"] / math.log(2))
         assert line["lr"] == learning_rate(line["step"] - 1, config.train)
+
+
+def test_metrics_say_everything_under_the_promised_keys(tmp_path):
+    run_tiny(tmp_path)
+    for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines():
+        assert set(json.loads(line)) == {
+            *("step", "loss_nats", "bits_per_byte", "valid_bits_per_byte", "lr", "grad_norm"),
+            *("bytes_seen", "bytes_per_s", "seconds"),
+        }
+
+
+def test_a_terminal_shows_the_bytes_the_time_left_and_the_speed(tmp_path, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    run_tiny(tmp_path)
+    last = sys.stderr.getvalue().rpartition("\r")[2]
+    assert re.search(r"1\.54k/1\.54k \[\d\d:\d\d<\d\d:\d\d, .*B/s, \d\.\d\d\d bits/byte\]", last)
 
 
 def test_the_export_holds_the_averaged_weights_and_says_what_they_score(tmp_path):
@@ -356,6 +384,21 @@ def test_resuming_another_model_is_refused(tmp_path):
     other = MegaByteConfig(levels=TINY_MODEL.levels[1:], max_seq_len=SEQ_LEN)
     with pytest.raises(UserError, match="another model"):
         run_tiny(tmp_path, config=tiny_config(other), resume=True)
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_repeatable_kernels_are_a_setting_that_ends_with_the_run(wanted):
+    before = torch.are_deterministic_algorithms_enabled()
+    with repeatable_kernels(wanted):
+        assert torch.are_deterministic_algorithms_enabled() is wanted
+    assert torch.are_deterministic_algorithms_enabled() is before
+
+
+def test_validating_on_the_training_data_is_said(tmp_path):
+    lines = []
+    path, _ = tiny_data(tmp_path)
+    train(tiny_config(), [path], [path], tmp_path / "run", log=lines.append)
+    assert f"{path} is validated on and trained on" in lines[0]
 
 
 def test_a_run_may_go_on_for_longer(tmp_path):

@@ -25,6 +25,8 @@ MAX_CHANNELS = 8
 _FULL_LENGTH_RATE_HZ = 48_000
 _BLOCK_FRAMES = 4096  # damage in a compressed file costs at most one block
 _MAX_WAV_CHUNKS = 1000
+_OGG_HEADER_BYTES = 27  # before a page's segment lengths
+_MAX_OGG_PAGE_BYTES = _OGG_HEADER_BYTES + 255 + 255 * 255
 _MAX_UNFINISHED_BYTES = 256 * 2**20
 _UNKNOWN_WAV_LENGTH = b"\xff\xff\xff\xff"
 _UNKNOWN_FRAMES = 2**62
@@ -79,6 +81,8 @@ def read_sound(file: BinaryIO, name: str, kind: FileKind, max_seconds: float = M
             sound = _read_samples(source, name, max_seconds)
             if kind.name == "flac" and 0 < source.frames < _UNKNOWN_FRAMES:
                 fraction = sound.samples.size / source.frames
+            elif kind.name == "ogg" and not _reaches_last_page(file):
+                fraction = None
     except UserError:
         raise
     # The library answers damage with its own errors, with RuntimeError, TypeError or AssertionError.
@@ -173,7 +177,7 @@ class AudioCodec:
         if sound.sample_rate != self.config.sample_rate and not may_resample:
             raise UserError(
                 f"the sound has {sound.sample_rate} Hz, the model expects {self.config.sample_rate} Hz; "
-                "resample it, or choose a model of its rate"
+                "--adapt resamples it for scoring"
             )
         return resample(sound, self.config.sample_rate)
 
@@ -234,6 +238,18 @@ def _check_wav(file: BinaryIO) -> tuple[BinaryIO, float]:
     return file, 1.0 if size in (0, 0xFFFFFFFF) else min(1.0, present / size)
 
 
+def _reaches_last_page(file: BinaryIO) -> bool:
+    """Whether an Ogg file holds all of the page that is marked as its last; nothing in it says how long it should be."""
+    num_bytes = file.seek(0, os.SEEK_END)
+    file.seek(max(0, num_bytes - _MAX_OGG_PAGE_BYTES))
+    tail = file.read()
+    page = tail[tail.rfind(b"OggS") :]
+    if len(page) < _OGG_HEADER_BYTES or not page[5] & 4:
+        return False
+    segments = page[_OGG_HEADER_BYTES : _OGG_HEADER_BYTES + page[26]]
+    return len(page) >= _OGG_HEADER_BYTES + page[26] + sum(segments)
+
+
 def _require_readable(source: soundfile.SoundFile, name: str) -> None:
     if source.channels > MAX_CHANNELS:
         raise UserError(f"{name} has {source.channels} channels, at most {MAX_CHANNELS} are mixed down; give fewer")
@@ -273,6 +289,7 @@ def _mono_blocks(source: soundfile.SoundFile) -> Iterator[np.ndarray]:
         yield frames.mean(axis=1)
 
 
-def _cut_short(sound: Sound, fraction: float) -> Sound:
-    note = f"ends early: {sound.seconds:.2f} s of {sound.seconds / fraction:.2f} s are there"
+def _cut_short(sound: Sound, fraction: float | None) -> Sound:
+    promised = f" of {sound.seconds / fraction:.2f} s" if fraction else ""
+    note = f"ends early: {sound.seconds:.2f} s{promised} are there"
     return Sound(sound.samples, sound.sample_rate, (*sound.notes, note), is_truncated=True)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Literal
 
-from core.errors import UserError
+from core.errors import UserError, shown
 
 HEAD_BYTES = 512  # enough for every signature below
 MAX_RAW_BYTES = 64 * 2**20
@@ -66,11 +66,6 @@ _NOT_LISTED = {
     rb"\x1a\x45\xdf\xa3": "a Matroska or WebM video",
     rb"RIFF.{4}AVI |FLV\x01|\x30\x26\xb2\x75\x8e\x66|\x00\x00\x01\xba": "a video",
 }
-
-
-def shown(path: str | os.PathLike[str]) -> str:
-    """The path for messages: whatever could move a cursor or break a line is escaped."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in os.fsdecode(path))
 
 
 @contextlib.contextmanager

@@ -179,7 +179,7 @@ def _keep_all(picture: Picture, side: int) -> Picture:
     if min(picture.height, picture.width) < side:
         raise UserError(
             f"the picture has {picture.width}x{picture.height} pixels, fewer than the model's {side}x{side}; "
-            f"enlarge it (the fit rule does), or {_OFFER}"
+            f"--adapt enlarges it for scoring, or {_OFFER}"
         )
     return picture
 

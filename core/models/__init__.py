@@ -31,7 +31,7 @@ class ByteModel(Protocol):
 
 
 def build_model(config: Config) -> ByteModel:
-    """A freshly initialised model that knows what its bytes mean."""
-    model = MegaByte(config.model)
+    """A freshly initialised model that knows what its bytes mean, in evaluation mode."""
+    model = MegaByte(config.model).eval()
     model.codec_config = config.codec
     return model

@@ -77,7 +77,7 @@ class Unembedder(nn.Module):
 
 
 class Level(nn.Module):
-    """One level: embeds its own elements, shifts them by one, adds the parent's word and runs a causal Transformer."""
+    """One level: embeds its own elements, shifts them by one, adds the parent's word, runs a causal Transformer, speaks on."""
 
     def __init__(self, config: MegaByteConfig, index: int) -> None:
         super().__init__()
@@ -93,11 +93,11 @@ class Level(nn.Module):
         self.pad = nn.Parameter(torch.empty(own.dim))
         self.positions = nn.Parameter(torch.empty(self.row_length, own.dim)) if learned and not self.is_top else None
         self.transformer = Transformer(own, self.row_length, config.is_rotary, config.dropout)
-        is_last = index == len(config.levels) - 1
-        self.unembedder = None if is_last else Unembedder(own, config.levels[index + 1].dim, config.unembedder)
+        children = config.levels[index + 1 : index + 2]
+        self.unembedder = Unembedder(own, children[0].dim, config.unembedder) if children else nn.Identity()
 
     def forward(self, byte_ids_BT: Tensor, from_parent_BND: Tensor | None, cache: LevelCache | None = None) -> Tensor:
-        """Outputs `(B, N, D)`; element n has seen its parent and the elements before n, nothing of n itself."""
+        """What each element says to its children `(B, N * P, D_child)`; it has seen the elements before it, nothing of itself."""
         shifted_BND = self._shifted_elements(byte_ids_BT, cache)
         row_length = shifted_BND.shape[1] if self.is_top else self.row_length
         x_BKLD = rearrange(shifted_BND, "b (k l) d -> b k l d", l=row_length)
@@ -108,7 +108,7 @@ class Level(nn.Module):
             x_BKLD = x_BKLD + self.positions
         if from_parent_BND is not None:
             x_BKLD = x_BKLD + rearrange(from_parent_BND, "b (k l) d -> b k l d", l=row_length)
-        return rearrange(self.transformer(x_BKLD, cache), "b k l d -> b (k l) d")
+        return self.unembedder(rearrange(self.transformer(x_BKLD, cache), "b k l d -> b (k l) d"))
 
     def _shifted_elements(self, byte_ids_BT: Tensor, cache: LevelCache | None) -> Tensor:
         """The pad, then the embedded elements but the last one, which is nobody's past (Eq. 2)."""
@@ -117,7 +117,7 @@ class Level(nn.Module):
         return torch.cat((self.pad.expand(len(byte_ids_BT), 1, -1).to(elements_BND.dtype), elements_BND), dim=1)
 
     def step(self, cache: Cache, level_cache: LevelCache, positions: list[int]) -> Tensor:
-        """The output `(B, D)` of the element that begins at `positions` (of all rows, with one phase)."""
+        """What the element that begins at `positions` (of all rows, with one phase) says to its children `(B, P, D_child)`."""
         in_row = max(positions) // self.span % self.row_length
         if not self.is_top and in_row == 0 and max(positions) > 0:
             self.transformer.begin_row(level_cache)
@@ -126,7 +126,8 @@ class Level(nn.Module):
             x_BD = x_BD + self.positions[in_row]
         if level_cache.from_parent_BLD is not None:
             x_BD = x_BD + level_cache.from_parent_BLD[:, in_row]
-        return self.transformer.step(x_BD, level_cache, self._slots(level_cache, positions, in_row))
+        x_BD = self.transformer.step(x_BD, level_cache, self._slots(level_cache, positions, in_row))
+        return self.unembedder(x_BD[:, None])
 
     def new_cache(self, batch_size: int, max_seq_len: int, device: torch.device) -> LevelCache:
         own, dtype = self.config, self.pad.dtype
@@ -154,7 +155,7 @@ class Level(nn.Module):
         matrices = (parameter for parameter in self.embedder.project.parameters() if parameter.ndim > 1)
         multiplies += sum(matrix.numel() for matrix in matrices)
         multiplies += self.span * sum(conv.conv.weight.numel() for conv in self.embedder.convs)
-        if self.unembedder is not None:
+        if isinstance(self.unembedder, Unembedder):
             times = own.patch_size if self.unembedder.slices else 1
             multiplies += times * self.unembedder.project.weight.numel()
         return 2 * multiplies
@@ -229,12 +230,10 @@ class MegaByte(nn.Module):
             return self.levels[-1].pad.new_zeros(len(byte_ids_BT), 0, NUM_BYTE_VALUES, dtype=torch.float32)
         # The added bytes come after all others, so no logit that is kept can see them.
         whole_BT = F.pad(byte_ids_BT, (0, -num_bytes % self.config.patch_size))
-        out_BND = None
+        h_BND = None
         for level in self.levels:
-            out_BND = level(whole_BT, out_BND)
-            if level.unembedder is not None:
-                out_BND = level.unembedder(out_BND)
-        return self._to_logits(out_BND[:, :num_bytes])
+            h_BND = level(whole_BT, h_BND)
+        return self._to_logits(h_BND[:, :num_bytes])
 
     def new_cache(self, batch_size: int, max_seq_len: int) -> Cache:
         """Buffers for `batch_size` sequences of up to `max_seq_len` bytes (rounded up to whole coarsest patches).
@@ -310,11 +309,9 @@ class MegaByte(nn.Module):
 
     def _read_patches(self, byte_ids_BT: Tensor, cache: Cache) -> None:
         """Leaves the cache as after stepping through these whole patches, just before the next one begins."""
-        out_BND = None
+        h_BND = None
         for level, level_cache in zip(self.levels[: self._num_levels_with_past], cache.levels, strict=False):
-            out_BND = level(byte_ids_BT, out_BND, level_cache)
-            if level.unembedder is not None:
-                out_BND = level.unembedder(out_BND)
+            h_BND = level(byte_ids_BT, h_BND, level_cache)
         cache.patch_bytes_BP.copy_(byte_ids_BT[:, -self.config.patch_size :])
         cache.positions_B.fill_(byte_ids_BT.shape[1])
 
@@ -325,10 +322,10 @@ class MegaByte(nn.Module):
         for level, level_cache, child_cache in zip(self.levels, cache.levels, children, strict=True):
             if positions[0] % level.span:
                 continue
-            out_BD = level.step(cache, level_cache, positions)
+            to_children_BLD = level.step(cache, level_cache, positions)
             if child_cache is not None:
-                child_cache.from_parent_BLD.copy_(level.unembedder(out_BD[:, None]))
-        return self._to_logits(out_BD)
+                child_cache.from_parent_BLD.copy_(to_children_BLD)
+        return self._to_logits(to_children_BLD[:, 0])
 
     def _to_logits(self, h: Tensor) -> Tensor:
         """Eq. 6: the output matrix is the last level's byte embedding."""
