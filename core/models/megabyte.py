@@ -77,7 +77,7 @@ class Unembedder(nn.Module):
 
 
 class Level(nn.Module):
-    """One level: embeds its own elements, shifts them by one, adds the parent's word, runs a causal Transformer, speaks on."""
+    """One level: embeds its own elements, shifts them by one, adds the parent's word and runs a causal Transformer."""
 
     def __init__(self, config: MegaByteConfig, index: int) -> None:
         super().__init__()
