@@ -18,7 +18,7 @@ from app.messages import plain_sentence
 from app.settings import CompletionSettings
 
 if TYPE_CHECKING:
-    from app.service import CompletionJob, FileScore, ModelInfo, ScoreTotal
+    from app.service import CompletionJob, FileScore, ModelInfo, ScoreTotal, Service
 
 
 def run_ui(args: argparse.Namespace) -> int:
@@ -47,13 +47,13 @@ def run_train(args: argparse.Namespace) -> int:
 def run_score(args: argparse.Namespace) -> int:
     """Scores files and folders: a line for each, then one for all of them."""
     from app.render import export_score
-    from app.service import Failure, ScoreTotal, Service, list_files
+    from app.service import Failure, ScoreTotal, list_files
 
-    report, total = Report(args.json), ScoreTotal()
+    service, report, total = _service(args), Report(args.json), ScoreTotal()
     outputs = _claim_outputs(list_files(args.paths), args, report)
-    options = {"model": args.model, "scored_as": args.bytes, "hop": args.hop, "strided": args.strided}
+    options = {"scored_as": args.bytes, **{name: getattr(args, name) for name in ("model", "hop", "strided", "adapt")}}
     with progress_bar() as advance:
-        results = Service().score_files([file for file, _ in outputs], progress=advance, **options)
+        results = service.score_files([file for file, _ in outputs], progress=advance, **options)
         for (file, paths), result in zip(outputs, results, strict=True):
             if isinstance(result, Failure):
                 report.failure(file, result.message)
@@ -75,9 +75,9 @@ def run_generate(args: argparse.Namespace) -> int:
     except ValueError as error:
         args.parser.error(str(error))
     from app.outputs import OutputFolder, completion_paths
-    from app.service import Service, list_files
+    from app.service import list_files
 
-    report, service = Report(args.json), Service()
+    service, report = _service(args), Report(args.json)
     folder = OutputFolder(args.out, list_files(args.paths) if args.paths else [None], args.force)
     for source, stem in folder.names():
         with report.failures_of(source):
@@ -97,6 +97,16 @@ def run_info(args: argparse.Namespace) -> int:
     for info in [service.model_info(args.model)] if args.model else service.models():
         report.result(info.to_dict(), _description(info))
     return report.exit_code
+
+
+def _service(args: argparse.Namespace) -> "Service":
+    """The service, after a look at the model asked for: what is wrong with it is said once, not for each file."""
+    from app.service import Service
+
+    service = Service()
+    if args.model:
+        service.model_info(args.model)
+    return service
 
 
 def _claim_outputs(files: list[Path], args: argparse.Namespace, report: Report) -> list[tuple[Path, list[Path]]]:
@@ -173,6 +183,9 @@ def _add_score(verbs: "argparse._SubParsersAction[Parser]") -> None:
     )
     parser.add_argument("--hop", type=_at_least_1, default=0, metavar="N", help="bytes from one window to the next (the window)")
     parser.add_argument("--strided", action="store_true", help="strided inference: two passes, better predictions")
+    parser.add_argument(
+        "--adapt", action="store_true", help="resample a sound of another rate, enlarge a picture smaller than the model's"
+    )
     parser.add_argument("--out", type=Path, metavar="DIR", help="write each file's bits (NPZ) and heatmap (PNG) here")
     _add_manners(parser)
     parser.set_defaults(handler=run_score)
@@ -274,6 +287,9 @@ def _leave(number: int, _frame: object) -> NoReturn:
 
 
 if __name__ == "__main__":
+    # Read when torch is imported: threads that wait must sleep. Spinning ones take the processor from other programs and from
+    # each other; on two busy cores everything took 5 to 10 times as long.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     for _number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(_number, _leave)
     for _stream in (sys.stdout, sys.stderr):

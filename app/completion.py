@@ -9,16 +9,16 @@ from typing import Any
 
 import numpy as np
 
+from app.media import fitted
 from app.settings import CompletionSettings
-from app.store import LoadedModel
-from core.codecs import Codec, Media, Picture, Raw, Sound, resample
+from app.store import LOCK_POLL_S, LoadedModel
+from core.codecs import Codec, Media, Picture, Raw, Sound
 from core.config import AudioCodecConfig, ImageCodecConfig
 from core.errors import UserError
 from core.sample import Chunk, SampleConfig, Sampler
 
 _DEFAULT_TEXT_BYTES = 500
 _DEFAULT_SOUND_S = 1.0  # of sound made from nothing
-_LOCK_POLL_S = 0.2
 _NOT_MADE = 128  # what stands in a picture where no byte was made: middle grey
 
 
@@ -120,17 +120,19 @@ class CompletionJob:
         self.settings = settings
         self.codec = loaded.codec
         self.results: list[Completion] = []
-        self._media = _blank_media(self.codec) if media is None else media
-        if isinstance(self._media, Sound):
-            self._media = resample(self._media, self.codec.config.sample_rate)
-        rule = {"rule": "fit"} if isinstance(self._media, Picture) else {}
-        self._stream, self._layout = self.codec.encode(self._media, **rule)
-        self._prefix = self._stream[: 0 if media is None else self._num_bytes_kept()]
+        self._media = _blank_media(self.codec) if media is None else fitted(media, self.codec)
+        self._stream, self._layout = self.codec.encode(self._media)
+        num_bytes_wanted = 0 if media is None else self._num_bytes_to_keep()
+        self._prefix = self._stream[: self.codec.round_prefix(num_bytes_wanted)]
         num_bytes = self._num_bytes_to_generate()
         config = SampleConfig(temperature=settings.temperature, top_k=settings.top_k, top_p=settings.top_p, seed=settings.seed)
         self._sampler = Sampler(loaded.model, self._prefix, num_bytes, config)
         self.plan = self._make_plan(num_bytes)
-        self.notes = (*self._layout.notes, *self._says_what_stays_grey(num_bytes))
+        self.notes = (
+            *self._layout.notes,
+            *self._says_what_is_rounded(num_bytes_wanted),
+            *self._says_what_stays_grey(num_bytes),
+        )
 
     @property
     def kept(self) -> Media:
@@ -139,7 +141,7 @@ class CompletionJob:
 
     def run(self) -> Iterator[Progress]:
         """Makes the samples, one `Progress` a model patch. Closing the iterator frees the model within a patch."""
-        while not self.loaded.lock.acquire(timeout=_LOCK_POLL_S):
+        while not self.loaded.lock.acquire(timeout=LOCK_POLL_S):
             yield Progress(job=self, stream=self._prefix, is_waiting=True)
         try:
             for sample in range(self.settings.samples):
@@ -158,14 +160,14 @@ class CompletionJob:
             return self.codec.splice(self._media, num_kept, self.codec.decode(made, self._layout))
         return self.codec.decode(made, self._layout)
 
-    def _num_bytes_kept(self) -> int:
+    def _num_bytes_to_keep(self) -> int:
         asked, available = self.settings.keep_bytes, len(self._stream)
         if asked is None:
             fraction = 0.5 if self.settings.keep is None else self.settings.keep
             asked = int(round(available * fraction, 6))  # so that 0.29 of 100 bytes are 29
         if asked > available:
             raise UserError(f"keep_bytes={asked} exceeds the {available} bytes that are there; keep fewer")
-        return self.codec.round_prefix(asked)
+        return asked
 
     def _num_bytes_to_generate(self) -> int:
         if self.settings.num_bytes is not None:
@@ -188,6 +190,12 @@ class CompletionJob:
             says=f"{keeps}, makes {num_bytes} bytes with {self.loaded.info.name}",
             estimate_seconds=self.settings.samples * num_bytes / self.loaded.bytes_per_s(),
         )
+
+    def _says_what_is_rounded(self, num_bytes_wanted: int) -> tuple[str, ...]:
+        kept = len(self._prefix)
+        if kept == num_bytes_wanted:
+            return ()
+        return (f"the kept part is rounded down from {num_bytes_wanted} to {kept} bytes, {self.codec.prefix_says(kept)}",)
 
     def _says_what_stays_grey(self, num_bytes: int) -> tuple[str, ...]:
         num_grey = len(self._stream) - len(self._prefix) - num_bytes if isinstance(self._media, Picture) else 0

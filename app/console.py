@@ -10,19 +10,20 @@ from typing import Any
 
 from tqdm import tqdm
 
-from app.messages import plain_sentence, printable
+from app.messages import plain_sentence
+from core.errors import shown
 
 
 def emit(line: str) -> None:
     """Prints a result at once, so that a reader at the other end of a pipe sees it when it is made."""
     with tqdm.external_write_mode(file=sys.stdout):
-        print(printable(line), flush=True)
+        print(shown(line), flush=True)
 
 
 def say(line: str) -> None:
     """Prints something a person may want to know, above a progress bar if there is one."""
     with tqdm.external_write_mode(file=sys.stderr):
-        print(printable(line), file=sys.stderr, flush=True)
+        print(shown(line), file=sys.stderr, flush=True)
 
 
 def complain(sentence: str) -> None:

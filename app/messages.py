@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from core.errors import shown
+
 
 @dataclass(frozen=True, kw_only=True)
 class Failure:
@@ -12,16 +14,11 @@ class Failure:
     message: str
 
 
-def printable(text: str) -> str:
-    """The text in one line, with everything that could move a cursor or break the line escaped."""
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in text)
-
-
 def plain_sentence(error: Exception, file: Path | None) -> str:
     """What a person is told about an error: our own words, or the system's where it refuses a file."""
     text = str(error)
     if isinstance(error, OSError) and error.strerror:
         place = "" if error.filename in (None, str(file)) else f"{error.filename}: "
         text = f"{place}{error.strerror}"
-    name = printable(str(file))
+    name = shown(str(file))
     return "the file" + text.removeprefix(name) if text.startswith(f"{name} ") else text

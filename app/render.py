@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from app.service import FileScore, is_readable
-from core.codecs import Picture, Sound, atomic_file
+from app.service import FileScore
+from core.codecs import atomic_file
 
 MAX_BITS = 8.0  # uniform bytes; the scale is fixed so that two pictures can be compared
 CLIPPED = (255, 0, 144)  # more than MAX_BITS; no colour of the scale is like it
@@ -33,6 +33,7 @@ _HEX_COLUMNS = 16
 _MAX_CHARACTERS = 10_000
 _MAX_HEX_BYTES = 4096
 _FONT_SIZE = 13
+_LACKING = "\U0010ffff"  # a character that no font has
 
 
 def viridis() -> np.ndarray:
@@ -64,11 +65,11 @@ def overlay(pixels: np.ndarray, colours: np.ndarray, opacity: float = 0.5) -> np
 def heatmap(result: FileScore) -> Image.Image:
     """A picture of a scored file: its content coloured by bits per byte, its figures and the legend."""
     bits = result.media_bits
-    if isinstance(result.media, Picture):
+    if result.kind == "image":
         panel = picture_heatmap(result.media.pixels, bits)
-    elif isinstance(result.media, Sound):
+    elif result.kind == "audio":
         panel = waveform_heatmap(result.media.samples, bits / result.codec.config.bytes_per_sample, result.media.sample_rate)
-    elif is_readable(result.media.data):
+    elif result.kind == "text":
         panel = text_heatmap(result.media.data, bits)
     else:
         panel = hex_heatmap(result.media.data, bits)
@@ -190,10 +191,16 @@ def _text_rows(characters: Iterator[_Cell]) -> Iterator[list[_Cell]]:
 
 
 def _visible(char: str) -> str:
-    """What is drawn for a character: itself, nothing for the end of a line, a dot for one without a shape."""
+    """What is drawn for a character: itself, nothing for the end of a line, a dot for one that the font has no shape for."""
     if char == "\n":
         return " "
-    return char if char.isprintable() else "."
+    return char if char.isprintable() and _has_shape(char) else "."
+
+
+@lru_cache(maxsize=4096)
+def _has_shape(char: str) -> bool:
+    """Whether the font draws anything but the box that stands for every character it lacks."""
+    return char.isascii() or bytes(_font().getmask(char)) != bytes(_font().getmask(_LACKING))
 
 
 def _hex_row(start: int, data: np.ndarray, colours: np.ndarray) -> Iterator[_Cell]:

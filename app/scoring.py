@@ -12,9 +12,10 @@ import numpy as np
 import soundfile
 from PIL import Image
 
+from app.media import fitted, kind_of, modality_of
 from app.messages import Failure, plain_sentence
-from app.store import LoadedModel, ModelStore
-from core.codecs import Codec, Layout, Media, Picture, Raw, Sound, build_codec, read_media, read_raw
+from app.store import LOCK_POLL_S, LoadedModel, ModelStore
+from core.codecs import Codec, Layout, Media, Picture, Sound, build_codec, read_media, read_raw
 from core.config import TextCodecConfig
 from core.likelihood import Score, score
 
@@ -37,7 +38,6 @@ _JSON_FIELDS = (
 # Small files share batches: enough of them to fill the processor, few enough to see results come.
 _MAX_GROUP_BYTES = 1 << 20
 _MAX_GROUP_FILES = 256
-_SEEN_BYTES = 1 << 16  # of a file, to tell whether it is text
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -47,6 +47,7 @@ class FileScore:
     Attributes:
         file: the path as it was given.
         scored_as: "media" if the decoded pixels, samples or text were scored, "file" if the file's own bytes were.
+        kind: which view fits its media: image, audio, text or raw.
         num_bytes: bytes counted; where the tiles of a picture overlap, each pixel counts once.
         notes: what was done to the file before scoring, in words.
         bits: float32 `(T,)` in stream order; `media_bits` has them in the shape of the media.
@@ -68,6 +69,10 @@ class FileScore:
     layout: Layout
     media: Media
     codec: Codec
+
+    @property
+    def kind(self) -> str:
+        return kind_of(self.media)
 
     @property
     def media_bits(self) -> np.ndarray:
@@ -127,7 +132,8 @@ class Scorer:
     Attributes:
         model: name or folder; None takes each file's modality's own.
         scored_as, hop, strided: as in `FileScore`; a hop of 0 stands for the window.
-        progress: called with the bytes scored and the bytes read, both so far.
+        adapt: resample sounds of another rate and enlarge pictures smaller than the model's, instead of refusing them.
+        progress: called with the bytes scored and the bytes read, both so far; what it raises ends the scoring.
     """
 
     store: ModelStore
@@ -135,6 +141,7 @@ class Scorer:
     scored_as: ScoredAs = "media"
     hop: int = 0
     strided: bool = False
+    adapt: bool = False
     progress: ProgressCallback | None = None
 
     def score(self, files: Iterable[Path]) -> Iterator[FileScore | Failure]:
@@ -160,6 +167,8 @@ class Scorer:
             media = read_media(file)
             loaded = self.store.load_for(modality_of(media), self.model)
             codec = loaded.codec
+            if self.adapt and not _fits_in_tiles(media, codec):
+                media = fitted(media, codec)
         stream, layout = codec.encode(media)
         return _Reading(file, loaded, codec, media, stream, layout)
 
@@ -190,7 +199,9 @@ class Scorer:
             if self.progress is not None:
                 self.progress(done, known)
 
-        with loaded.lock:
+        while not loaded.lock.acquire(timeout=LOCK_POLL_S):
+            advance(0)  # so that whoever waits for another job can still give up
+        try:
             return score(
                 loaded.model,
                 [reading.stream for reading in readings],
@@ -199,6 +210,8 @@ class Scorer:
                 counted=[reading.layout.counted for reading in readings],
                 progress=advance,
             )
+        finally:
+            loaded.lock.release()
 
     def _result(self, reading: _Reading, result: Score) -> FileScore:
         return FileScore(
@@ -221,23 +234,9 @@ class Scorer:
         )
 
     def _says_what_was_scored(self, media: Media) -> tuple[str, ...]:
-        if self.scored_as == "file" or not isinstance(media, Raw) or is_readable(media.data):
-            return ()
-        return ("of no known format, so its bytes are scored as they are",)
-
-
-def modality_of(media: Media) -> str:
-    """Which kind of model reads it."""
-    if isinstance(media, Picture):
-        return "image"
-    return "audio" if isinstance(media, Sound) else "text"
-
-
-def is_readable(data: np.ndarray) -> bool:
-    """Whether bytes are best shown as text, not as a hex dump: hardly any of them is a control code or no UTF-8."""
-    text = data[:_SEEN_BYTES].tobytes().decode("utf-8", "replace")
-    unreadable = sum(char == "\ufffd" or (char < " " and char not in "\t\n\r") for char in text)
-    return unreadable <= 0.05 * len(text)
+        if self.scored_as == "media" and kind_of(media) == "raw":
+            return ("of no known format, so its bytes are scored as they are",)
+        return ()
 
 
 def reference_sizes(result: FileScore) -> dict[str, float]:
@@ -251,6 +250,10 @@ def reference_sizes(result: FileScore) -> dict[str, float]:
     else:
         sizes = {"xz": _xz_size(media.data.tobytes())}
     return {name: 8.0 * size / result.num_bytes for name, size in sizes.items()} if result.num_bytes else {}
+
+
+def _fits_in_tiles(media: Media, codec: Codec) -> bool:
+    return isinstance(media, Picture) and min(media.height, media.width) >= codec.config.side
 
 
 def _groups(entries: Iterable[_Reading | Failure]) -> Iterator[list[_Reading | Failure]]:

@@ -4,13 +4,15 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from app.completion import Completion, CompletionJob, CompletionPlan, Progress
+from app.media import modality_of
 from app.messages import Failure
 from app.outputs import write_completion
-from app.scoring import FileScore, ProgressCallback, ScoredAs, Scorer, ScoreTotal, is_readable, modality_of, reference_sizes
+from app.scoring import FileScore, ProgressCallback, ScoredAs, Scorer, ScoreTotal, reference_sizes
 from app.settings import CompletionSettings
 from app.store import LoadedModel, ModelInfo, ModelStore
 from core.checkpoint import WEIGHTS_FOLDER
@@ -30,7 +32,6 @@ __all__ = [
     "Progress",
     "ScoreTotal",
     "Service",
-    "is_readable",
     "list_files",
     "train_model",
 ]
@@ -74,30 +75,13 @@ class Service:
         """
         return self._store.load(name_or_dir)
 
-    def score_file(
-        self,
-        path: Path,
-        *,
-        model: str | Path | None = None,
-        scored_as: ScoredAs = "media",
-        hop: int = 0,
-        strided: bool = False,
-        progress: ProgressCallback | None = None,
-    ) -> FileScore:
-        """How likely each byte of a file is.
-
-        Args:
-            path: the file; what it is, is read from its content.
-            model: name or folder; None for the one of the file's modality.
-            scored_as: "media" for its pixels, samples or text, "file" for the bytes of the file itself.
-            hop: bytes from one window to the next; 0 for the window.
-            strided: strided inference, two passes.
-            progress: called with bytes scored and bytes known, both so far.
+    def score_file(self, path: Path, **options: Any) -> FileScore:
+        """How likely each byte of a file is; the options are those of `score_files`.
 
         Raises:
             ValueError: if the file, the model or the options cannot be used; the text is one plain sentence.
         """
-        [result] = self.score_files([path], model=model, scored_as=scored_as, hop=hop, strided=strided, progress=progress)
+        [result] = self.score_files([path], **options)
         if isinstance(result, Failure):
             raise ValueError(result.message)
         return result
@@ -110,10 +94,24 @@ class Service:
         scored_as: ScoredAs = "media",
         hop: int = 0,
         strided: bool = False,
+        adapt: bool = False,
         progress: ProgressCallback | None = None,
     ) -> Iterator[FileScore | Failure]:
-        """As `score_file` for each of many, in their order; small ones share batches, a bad one stops nothing."""
-        scorer = Scorer(store=self._store, model=model, scored_as=scored_as, hop=hop, strided=strided, progress=progress)
+        """How likely each byte of some files is, in their order; small ones share batches, a bad one stops nothing.
+
+        Args:
+            paths: the files; what each is, is read from its content.
+            model: name or folder; None for the one of each file's modality.
+            scored_as: "media" for its pixels, samples or text, "file" for the bytes of the file itself.
+            hop: bytes from one window to the next; 0 for the window.
+            strided: strided inference, two passes.
+            adapt: resample a sound of another rate and enlarge a picture smaller than the model's, and note it;
+                they are refused otherwise.
+            progress: called with bytes scored and bytes known, both so far; what it raises ends the scoring.
+        """
+        scorer = Scorer(
+            store=self._store, model=model, scored_as=scored_as, hop=hop, strided=strided, adapt=adapt, progress=progress
+        )
         return scorer.score(Path(path) for path in paths)
 
     def complete(

@@ -16,6 +16,7 @@ from core.models import ByteModel
 from core.sample import SampleConfig, Sampler
 
 DEFAULT_MODELS = {"image": "image32", "audio": "audio", "text": "text"}
+LOCK_POLL_S = 0.2  # how often somebody who waits for a model looks up
 _SPEED_TEST_S = 0.2
 
 

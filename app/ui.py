@@ -14,7 +14,7 @@ import gradio as gr
 
 from app.service import Service
 from app.tabs import complete, likelihood
-from app.tabs.refusals import refusals_shown
+from app.tabs.refusals import ENDPOINT_WORDS, refusals_shown
 from app.tabs.sources import SAMPLES_FOLDER
 from app.views import factory
 from core.errors import UserError
@@ -122,12 +122,13 @@ def build(service: Service) -> gr.Blocks:
 def _add_endpoints(service: Service) -> None:
     """`/score` and `/generate`: the command line's verbs for `gradio_client`, with the same answers."""
 
-    def score(file: str | None, model: str) -> dict[str, Any]:
+    def score(file: str | None, model: str, scored_as: str, adapt: bool) -> dict[str, Any]:
         """Bits of a file under a model; an empty model name takes the one that suits the file."""
         if file is None:
             raise gr.Error("There is nothing to score: give a file.", print_exception=False)
-        with refusals_shown():
-            return service.score_file(Path(file), model=model or None).to_dict() | {"file": Path(file).name}
+        with refusals_shown(ENDPOINT_WORDS):
+            result = service.score_file(Path(file), model=model or None, scored_as=scored_as, adapt=adapt)
+            return result.to_dict() | {"file": Path(file).name}
 
     def generate(
         file: str | None, text: str, model: str, keep: float, num_bytes: int | None, samples: int,
@@ -138,7 +139,7 @@ def _add_endpoints(service: Service) -> None:
         form = complete.request(source, file, text, 100 * keep, model, num_bytes, samples, temperature, top_k, top_p, seed)
         if form is None:
             raise gr.Error("There is nothing to complete: give a file or a text.", print_exception=False)
-        with refusals_shown(), tempfile.TemporaryDirectory(prefix="generate-") as folder:
+        with refusals_shown(ENDPOINT_WORDS), tempfile.TemporaryDirectory(prefix="generate-") as folder:
             job = service.complete(**form)
             for _ in job.run():
                 pass
@@ -153,8 +154,9 @@ def _add_endpoints(service: Service) -> None:
         keep, temperature, top_p = gr.Number(0.5), gr.Number(1.0), gr.Number(1.0)
         num_bytes, samples = gr.Number(0, precision=0), gr.Number(1, precision=0)
         top_k, seed = gr.Number(0, precision=0), gr.Number(0, precision=0)
+        scored_as, adapt = gr.Radio(["media", "file"], value="media"), gr.Checkbox()
         files, facts = gr.File(label="files", file_count="multiple"), gr.JSON(label="facts")
-        gr.Button().click(score, [file, model], facts, api_name="score")
+        gr.Button().click(score, [file, model, scored_as, adapt], facts, api_name="score")
         gr.Button().click(
             generate, [file, text, model, keep, num_bytes, samples, temperature, top_k, top_p, seed], [files, facts],
             api_name="generate",

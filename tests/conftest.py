@@ -1,8 +1,12 @@
 """What the tests share: tolerances, tiny exported models, and media made on the spot."""
 
+import os
 import wave
 from collections.abc import Callable
 from pathlib import Path
+
+# Read when torch is imported, also in the processes that tests start: threads that wait sleep, so a busy machine stays quick.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import numpy as np
 import pytest

@@ -160,7 +160,7 @@ def test_refused_file_is_told_in_a_sentence(open_page, make_png):
     sentence = page.text_content("#summary-view .message.error p")
     assert "cut" in sentence
     assert "Traceback" not in page.content()
-    assert sentence in page.inner_text(".toast-body")
+    assert sentence in page.text_content(".toast-body")
 
 
 def test_completed_picture_downloads_the_bytes_of_the_service(open_page, service, make_png, tmp_path):
@@ -203,6 +203,20 @@ def test_stop_ends_within_a_second_and_keeps_what_is_there(open_page):
     page.wait_for_function("document.querySelector('#complete-plan textarea').value.includes('makes 8 ')")
     page.click("#complete-start")
     page.wait_for_selector("#results-view .caption:has-text('bits/byte')")
+
+
+@pytest.mark.parametrize("is_stopped", [True, False])
+def test_a_long_scoring_gives_way_to_a_stop_and_to_another_file(open_page, make_text, is_stopped):
+    page = open_page()
+    upload(page, make_text("long.txt", b"The lamp was lit.\n" * 100_000))
+    page.wait_for_selector("#summary-view .message.working:has-text('Scored ')")
+    if is_stopped:
+        page.click("#score-stop")
+        page.wait_for_selector("#summary-view .message.empty:has-text('Stopped')")
+    page.click("#score-sample-text")
+    wait_for_score(page, "text")
+    assert "lamp.txt" in page.inner_text("#summary-view .subtitle")
+    assert page.is_disabled("#score-stop")
 
 
 def test_long_file_scrolls_smoothly(open_page, tmp_path):

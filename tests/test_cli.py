@@ -78,6 +78,23 @@ class TestScore:
         _, [line, _], _ = cli("score", make_png(), "--bytes", "file", "--json")
         assert (json.loads(line)["scored_as"], json.loads(line)["model"]) == ("file", "text")
 
+    def test_what_does_not_fit_is_adapted_when_asked_and_that_is_said(self, cli, make_png, make_wav):
+        files = [make_png(width=3), make_wav(sample_rate=22050)]
+        exit_code, out, err = cli("score", *files)
+        assert (exit_code, len(out)) == (1, 1)
+        assert all("--adapt" in line for line in err)
+        exit_code, out, err = cli("score", *files, "--adapt")
+        assert (exit_code, len(out), len(err)) == (0, 3, 2)
+        assert "3x8" in err[0]
+        assert "22050 Hz" in err[1]
+
+    @pytest.mark.parametrize("verb", ["score", "generate"])
+    def test_an_unknown_model_is_said_once_not_for_each_file(self, cli, make_text, tmp_path, verb):
+        files = [make_text("a.txt"), make_text("b.txt")]
+        exit_code, out, err = cli(verb, *files, "--model", "nowhere", "--out", tmp_path / "out")
+        assert (exit_code, out, len(err)) == (1, [], 1)
+        assert not (tmp_path / "out").exists()
+
     def test_a_model_may_be_given_as_a_folder(self, cli, make_text, tiny_models):
         exit_code, [line, _], _ = cli("score", make_text(), "--model", tiny_models / "text", "--json")
         assert (exit_code, json.loads(line)["model"]) == (0, "text")

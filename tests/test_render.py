@@ -95,6 +95,10 @@ def test_any_text_is_drawn(content):
     assert has_colour(text_heatmap(data, np.full(len(data), 8.0, np.float32)), tuple(VIRIDIS[255]))
 
 
+def test_a_character_that_the_font_lacks_is_a_dot():
+    assert [render._visible(char) for char in "a~\n\t漢\U0010ffff"] == ["a", "~", " ", ".", ".", "."]
+
+
 def test_a_long_text_says_that_it_is_cut():
     assert render._cut_note(30_000, 10_000) == "the first 10,000 of 30,000 bytes"
     assert render._cut_note(10, 10) == ""

@@ -144,8 +144,8 @@ class TestScoring:
             ("make_text", {}, {"hop": 1000}, "hop=1000"),
             ("make_png", {}, {"hop": 3}, "whole pictures"),
             ("make_png", {}, {"strided": True}, "strided"),
-            ("make_png", {"width": 3}, {}, "3x8 pixels"),
-            ("make_wav", {"sample_rate": 22050}, {}, "22050 Hz"),
+            ("make_png", {"width": 3}, {}, "3x8 pixels.*--adapt"),
+            ("make_wav", {"sample_rate": 22050}, {}, "22050 Hz.*--adapt"),
             ("make_text", {"content": b"%PDF-1.7 and so on"}, {}, "--bytes file"),
             ("make_text", {"content": b""}, {}, "empty"),
         ],
@@ -155,6 +155,46 @@ class TestScoring:
         with pytest.raises(ValueError, match=words) as refusal:
             service.score_file(path, **options)
         assert str(path) not in str(refusal.value)
+
+    @pytest.mark.parametrize(
+        ("make", "arguments", "shape", "words"),
+        [
+            ("make_png", {"width": 3, "height": 5}, (8, 8, 3), "from 3x5 to 8x8 pixels"),
+            ("make_wav", {"sample_rate": 16000}, (200,), "from 16000 Hz to 8000 Hz"),
+        ],
+    )
+    def test_what_does_not_fit_the_model_is_adapted_when_asked_and_that_is_said(
+        self, service, request, make, arguments, shape, words
+    ):
+        result = service.score_file(request.getfixturevalue(make)(**arguments), adapt=True)
+        assert result.media_bits.shape == shape
+        assert result.num_bytes == np.prod(shape)
+        assert words in result.notes[-1]
+
+    @pytest.mark.parametrize("make", ["make_png", "make_wav", "make_text"])
+    def test_what_fits_the_model_is_left_as_it_is(self, service, request, make):
+        path = request.getfixturevalue(make)()
+        plain, adapted = service.score_file(path), service.score_file(path, adapt=True)
+        assert (adapted.notes, adapted.total_bits) == (plain.notes, plain.total_bits)
+
+    def test_a_large_picture_is_tiled_though_adapting_is_allowed(self, service, make_png):
+        result = service.score_file(make_png(width=20, height=11), adapt=True)
+        assert (result.num_bytes, result.notes) == (20 * 11 * 3, ())
+
+    def test_what_progress_raises_ends_the_scoring_and_frees_the_model(self, service, make_text):
+        def refuse(num_scored: int, num_bytes: int) -> None:
+            raise InterruptedError
+
+        with pytest.raises(InterruptedError):
+            service.score_file(make_text(), progress=refuse)
+        assert not service.model("text").lock.locked()
+
+    def test_whoever_waits_for_the_model_can_give_up(self, service, make_text):
+        def refuse(num_scored: int, num_bytes: int) -> None:
+            raise InterruptedError
+
+        with service.model("text").lock, pytest.raises(InterruptedError):
+            service.score_file(make_text(), progress=refuse)
 
     def test_reference_sizes_are_those_of_the_same_bytes(self, service, make_png, make_wav, make_text):
         noise = service.reference_sizes(service.score_file(make_png(width=64, height=64)))
@@ -193,6 +233,7 @@ class TestCompletion:
         assert job.plan.num_bytes_kept == 96  # 0.7 of 192 bytes, rounded down to the upper block row
         assert job.plan.num_bytes_to_generate == 96
         assert "top 4 of 8 rows" in job.plan.says
+        assert job.notes == ("the kept part is rounded down from 134 to 96 bytes, top 4 of 8 rows",)
         [completion] = run(job)
         np.testing.assert_array_equal(completion.media.pixels[:4], read_media(path).pixels[:4])
 

@@ -18,6 +18,8 @@ from PIL import Image
 from app import ui
 from app.service import Service
 from app.tabs import complete, likelihood
+from app.tabs.refusals import ENDPOINT_WORDS, PAGE_WORDS
+from app.views import score_values
 from core.errors import UserError
 
 SETTINGS = {"model": "", "num_bytes": None, "samples": 1, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "seed": 3}
@@ -39,18 +41,22 @@ def client(page_url: str) -> Client:
     return Client(page_url, verbose=False)
 
 
+def score_steps(service: Service, path: Path | None, scored_as: str = "media", adapt: bool = False) -> Iterator:
+    return likelihood.score_steps(service, None if path is None else str(path), "", scored_as, adapt)
+
+
 def form(path: Path | None = None, text: str = "", keep: float = 50, **settings) -> dict | None:
     source = complete.FROM_TEXT if text else complete.FROM_FILE
     return complete.request(source, None if path is None else str(path), text, keep, **SETTINGS | settings)
 
 
 def test_no_file_shows_the_empty_state(service):
-    assert list(likelihood.score_steps(service, None, "", "media")) == [(likelihood.EMPTY, None)]
+    assert list(score_steps(service, None)) == [(likelihood.EMPTY, None)]
 
 
 def test_sidecar_holds_pixels_in_rows_and_their_bits(service, make_png):
     path = make_png(width=11, height=9)
-    steps = likelihood.score_steps(service, str(path), "", "media")
+    steps = score_steps(service, path)
     assert next(steps)[0]["state"] == "working"
     summary, document = next(steps)
     sidecar = Path(document["file"]["path"])
@@ -73,7 +79,7 @@ def test_each_kind_opens_the_view_that_fits(service, make_png, make_wav, make_te
     binary.write_bytes(np.random.default_rng(0).bytes(300))
 
     def kind(path: Path, scored_as: str = "media") -> str:
-        return list(likelihood.score_steps(service, str(path), "", scored_as))[-1][1]["kind"]
+        return list(score_steps(service, path, scored_as))[-1][1]["kind"]
 
     assert [kind(make_png()), kind(make_wav()), kind(make_text())] == ["image", "audio", "text"]
     assert [kind(binary), kind(make_png(), "file")] == ["raw", "raw"]
@@ -84,7 +90,7 @@ def test_refused_file_says_the_same_sentence_twice(service, tmp_path):
     empty.touch()
     with pytest.raises(ValueError, match=r".") as refusal:
         service.score_file(empty)
-    steps = likelihood.score_steps(service, str(empty), "", "media")
+    steps = score_steps(service, empty)
     next(steps)
     summary, document = next(steps)
     with pytest.raises(gr.Error) as error:
@@ -92,6 +98,36 @@ def test_refused_file_says_the_same_sentence_twice(service, tmp_path):
     assert summary["state"] == "error"
     assert document is None
     assert summary["text"] == error.value.message == str(refusal.value)
+
+
+@pytest.mark.parametrize(("content", "option"), [(b"%PDF-1.7", "--bytes file"), (None, "--adapt")])
+def test_a_refusal_names_what_the_page_has(service, make_wav, make_text, content, option):
+    path = make_wav(sample_rate=22050) if content is None else make_text(content=content)
+    with pytest.raises(gr.Error) as error:
+        list(score_steps(service, path))
+    assert PAGE_WORDS[option] in error.value.message
+    assert "--" not in error.value.message
+
+
+def test_adapting_is_said_under_the_totals(service, make_wav):
+    *_, (summary, document) = score_steps(service, make_wav(sample_rate=16000), adapt=True)
+    assert summary["notes"][0] == "resampled from 16000 Hz to 8000 Hz"
+    assert (document["sample_rate"], document["num_samples"]) == (8000, 200)
+
+
+def test_more_bits_than_a_guess_needs_are_explained(service, make_wav, make_png):
+    for path in (make_wav(), make_png()):
+        *_, (summary, _) = score_steps(service, path)
+        assert (score_values.WORSE_THAN_A_GUESS in summary["notes"]) == (float(summary["headline"]) > 8)
+
+
+def test_a_closed_scoring_frees_the_model(service, make_text):
+    steps = score_steps(service, make_text(content=b"The lamp was lit.\n" * 20_000))
+    while "bytes" not in next(steps)[0]["title"]:
+        pass
+    assert service.model("text").lock.locked()
+    steps.close()
+    assert not service.model("text").lock.locked()
 
 
 def test_form_without_a_source_is_no_request():
@@ -175,6 +211,15 @@ def test_score_endpoint_answers_the_object_of_the_service(client, service, make_
     assert answer == json.loads(json.dumps(service.score_file(path).to_dict() | {"file": path.name}))
 
 
+def test_score_endpoint_adapts_or_reads_the_stored_file_when_asked(client, service, make_png):
+    path = make_png(width=3)
+    with pytest.raises(AppError) as refusal:
+        client.predict(handle_file(path), "", api_name="/score")
+    assert all(words in str(refusal.value) for words in ENDPOINT_WORDS.values())
+    assert client.predict(handle_file(path), "", adapt=True, api_name="/score")["num_bytes"] == 192
+    assert client.predict(handle_file(path), "", scored_as="file", api_name="/score")["num_bytes"] == path.stat().st_size
+
+
 def test_generate_endpoint_gives_the_bytes_of_the_service(client, service, make_wav, tmp_path):
     path = make_wav()
     files, facts = client.predict(
@@ -201,7 +246,7 @@ def test_files_of_this_machine_cannot_be_scored_by_their_path(page_url, tmp_path
     secret = tmp_path / "secret.txt"
     secret.write_text("not yours")
     file = {"path": str(secret), "meta": {"_type": "gradio.FileData"}}
-    body = json.dumps({"data": [file, ""]}).encode()
+    body = json.dumps({"data": [file, "", "media", False]}).encode()
     request = urllib.request.Request(f"{page_url}gradio_api/call/score", body, {"Content-Type": "application/json"})
     with urllib.request.urlopen(request) as answer:
         event = json.load(answer)["event_id"]

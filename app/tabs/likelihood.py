@@ -1,6 +1,7 @@
 """The Likelihood tab: drop a file, see which of its bytes the model expects and which surprise it."""
 
 import tempfile
+import threading
 from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
@@ -9,11 +10,11 @@ from typing import Any
 import gradio as gr
 
 from app.service import FileScore, Service
-from app.tabs.refusals import refusals_shown
+from app.tabs.refusals import ADAPT, STORED_FILE, refusals_shown
 from app.tabs.sources import model_choices, sample_buttons
 from app.views import factory, score_values
 
-SCORED_AS = [("Pixels, sound or text", "media"), ("The file as it is stored", "file")]
+SCORED_AS = [("Pixels, sound or text", "media"), (STORED_FILE, "file")]
 EMPTY = score_values.message(
     "empty",
     "Drop a file, or try a sample",
@@ -23,8 +24,13 @@ EMPTY = score_values.message(
 OUR_MISTAKE = score_values.message(
     "error", "Scoring failed", "This is a fault of the program, not of your file; the terminal it runs in says more."
 )
+STOPPED = score_values.message("empty", "Stopped", "Choose a file, or change a setting, to score again.")
 WORKING_TEXT = "The model reads every byte once; long files are read in windows."
 REPORT_EVERY_S = 0.4
+
+
+class StoppedError(Exception):
+    """Ends a scoring that nobody waits for any more."""
 
 
 def build_tab(service: Service) -> None:
@@ -35,6 +41,11 @@ def build_tab(service: Service) -> None:
             sample_buttons(file, "score")
             model = gr.Dropdown(model_choices(service), value="", label="Model", elem_id="score-model")
             scored_as = gr.Radio(SCORED_AS, value="media", label="Bytes to score", elem_id="score-as")
+            adapt = gr.Checkbox(
+                label=ADAPT, info="Resample a sound of another rate, enlarge a picture that is too small",
+                elem_id="score-adapt",
+            )  # fmt: skip
+            stop = gr.Button("Stop", size="sm", interactive=False, elem_id="score-stop")
         with gr.Column(scale=3, min_width=320, elem_classes="content"):
             summary = factory.summary_view(EMPTY)
             legend = factory.legend_view()
@@ -43,23 +54,25 @@ def build_tab(service: Service) -> None:
                 hex_view = factory.hex_view()
     linked_views = [legend, *media_views, hex_view]
 
-    def show_score(path: str | None, model: str, scored_as: str) -> Iterator[list[Any]]:
-        for summary_value, document in score_steps(service, path, model, scored_as):
-            yield [summary_value, *[document] * len(linked_views)]
+    def shown(summary_value: dict[str, Any], document: dict[str, Any] | None) -> list[Any]:
+        is_working = summary_value["state"] == "working"
+        return [gr.update(interactive=is_working), summary_value, *[document] * len(linked_views)]
 
-    gr.on(
-        [file.change, model.change, scored_as.change],
-        show_score,
-        [file, model, scored_as],
-        [summary, *linked_views],
-        show_progress="hidden",
-        trigger_mode="always_last",
-        api_visibility="private",
-    )
+    def show_score(wanted: list[Any]) -> Iterator[list[Any]]:
+        for step in score_steps(service, *wanted):
+            yield shown(*step)
+
+    form, outputs, wanted = [file, model, scored_as, adapt], [stop, summary, *linked_views], gr.State()
+    quiet = {"show_progress": "hidden", "api_visibility": "private"}
+    scoring = wanted.change(show_score, wanted, outputs, trigger_mode="multiple", **quiet)
+    # A new wish ends the scoring of the last one. Neither it nor a stop waits for a place in the queue.
+    ending = {"cancels": [scoring], "concurrency_limit": None, "trigger_mode": "multiple", **quiet}
+    gr.on([control.change for control in form], lambda *values: list(values), form, wanted, **ending)
+    stop.click(lambda: shown(STOPPED, None), None, outputs, **ending)
 
 
 def score_steps(
-    service: Service, path: str | None, model: str, scored_as: str
+    service: Service, path: str | None, model: str, scored_as: str, adapt: bool
 ) -> Iterator[tuple[dict[str, Any], dict[str, Any] | None]]:
     """What the summary and the linked views show, one after another, for a file that was chosen or taken away.
 
@@ -71,7 +84,8 @@ def score_steps(
         return
     try:
         with refusals_shown():
-            score = yield from _score_with_reports(service, Path(path), model, scored_as)
+            options = {"model": model or None, "scored_as": scored_as, "adapt": adapt}
+            score = yield from _score_with_reports(service, Path(path), options)
             sizes = service.reference_sizes(score)
     except gr.Error as error:
         yield score_values.message("error", "This file cannot be scored", error.message), None
@@ -86,20 +100,25 @@ def score_steps(
 
 
 def _score_with_reports(
-    service: Service, path: Path, model: str, scored_as: str
+    service: Service, path: Path, options: dict[str, Any]
 ) -> Generator[tuple[dict[str, Any], None], None, FileScore]:
-    """Scores in a thread of its own and says how far it is until the score is there."""
-    progress = (0, 0)
+    """Scores in a thread of its own and says how far it is until the score is there; closing it frees the model."""
+    progress, is_closed = (0, 0), threading.Event()
 
     def note(num_scored: int, num_bytes: int) -> None:
         nonlocal progress
         progress = num_scored, num_bytes
+        if is_closed.is_set():
+            raise StoppedError
 
     with ThreadPoolExecutor(max_workers=1) as worker:
         yield score_values.working("Scoring", WORKING_TEXT), None
-        scoring = worker.submit(service.score_file, path, model=model or None, scored_as=scored_as, progress=note)
-        while not wait([scoring], timeout=REPORT_EVERY_S).done:
-            num_scored, num_bytes = progress
-            title = f"Scored {num_scored:,} of {num_bytes:,} bytes" if num_bytes else "Scoring"
-            yield score_values.working(title, WORKING_TEXT, num_scored / max(1, num_bytes)), None
-        return scoring.result()
+        scoring = worker.submit(service.score_file, path, progress=note, **options)
+        try:
+            while not wait([scoring], timeout=REPORT_EVERY_S).done:
+                num_scored, num_bytes = progress
+                title = f"Scored {num_scored:,} of {num_bytes:,} bytes" if num_bytes else "Scoring"
+                yield score_values.working(title, WORKING_TEXT, num_scored / max(1, num_bytes)), None
+            return scoring.result()
+        finally:
+            is_closed.set()

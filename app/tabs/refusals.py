@@ -1,19 +1,26 @@
-"""Bad input on the page: the sentence that the command line prints, in Gradio's error message."""
+"""Bad input on the page: the sentence that the command line prints, in Gradio's error message and in the page's words."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import gradio as gr
 
+from app.messages import plain_sentence
+
+STORED_FILE = "The file as it is stored"
+ADAPT = "Adapt it to the model"
+# Sentences name options of the command line; on the page controls do the same, in the endpoints arguments.
+PAGE_WORDS = {"--bytes file": f"“{STORED_FILE}”", "--adapt": f"“{ADAPT}”"}
+ENDPOINT_WORDS = {"--bytes file": 'scored_as="file"', "--adapt": "adapt=True"}
+
 
 @contextmanager
-def refusals_shown() -> Iterator[None]:
+def refusals_shown(words: Mapping[str, str] = PAGE_WORDS) -> Iterator[None]:
     """Turns a refusal (`UserError`, any other `ValueError`, or an error of the file system) into `gr.Error`."""
     try:
         yield
     except (ValueError, OSError) as error:
-        raise gr.Error(_sentence(error), print_exception=False) from None
-
-
-def _sentence(error: Exception) -> str:
-    return error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        sentence = plain_sentence(error, None)
+        for option, name in words.items():
+            sentence = sentence.replace(option, name)
+        raise gr.Error(sentence, print_exception=False) from None

@@ -6,11 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from app.service import FileScore, is_readable
-from core.codecs import Picture, Raw, Sound
+from app.service import FileScore
+from core.codecs import Picture, Sound
 
 # The sidecar stores bits as integers of 1/1024 bit: 64 bits is the largest, far beyond the scale's 8.
 BITS_UNIT = 1024
+WORSE_THAN_A_GUESS = "More than 8 bits a byte is worse than a blind guess: the model was trained on nothing like this."
 
 
 def message(state: str, title: str, text: str) -> dict[str, Any]:
@@ -40,7 +41,7 @@ def summary(score: FileScore, reference_sizes: dict[str, float]) -> dict[str, An
             *({"label": name, "bits": bits, "is_model": False} for name, bits in reference_sizes.items()),
             {"label": "random bytes", "bits": 8.0, "is_model": False},
         ],
-        "notes": list(score.notes),
+        "notes": [*score.notes, *([WORSE_THAN_A_GUESS] if score.bits_per_byte > 8 else [])],
     }
 
 
@@ -59,7 +60,7 @@ def document(score: FileScore, folder: Path) -> dict[str, Any]:
     path.write_bytes(values.tobytes() + bytes(values.size % 2) + units.tobytes() + samples.astype("<i2").tobytes())
     value = {
         "id": secrets.token_hex(8),
-        "kind": _kind(media),
+        "kind": score.kind,
         "count": int(values.size),
         "num_samples": int(samples.size),
         "file": file_value(path),
@@ -88,12 +89,3 @@ def _in_media_order(score: FileScore) -> tuple[np.ndarray, np.ndarray]:
         return score.media.pixels.reshape(-1), score.media_bits.reshape(-1)
     stream, _ = score.codec.encode(score.media)
     return stream, score.bits
-
-
-def _kind(media: Picture | Sound | Raw) -> str:
-    """Which view fits: image, audio, text, or raw for bytes that only the hex view can show."""
-    if isinstance(media, Picture):
-        return "image"
-    if isinstance(media, Sound):
-        return "audio"
-    return "text" if is_readable(media.data) else "raw"

@@ -1,16 +1,18 @@
-// The waveform, each column in the colour of its mean bits, over a strip of the same colours.
+// The waveform, as high as its peak, each column in the colour of its mean bits, over a strip of the same colours.
 const stage = element.querySelector(".stage");
 const canvas = element.querySelector("canvas");
 const button = element.querySelector("button");
 const HEIGHT = 190; // CSS pixels
 const STRIP = 20;
 let file = null;
+let peak = 1;
 let cursor = -1;
 let player = null;
 
 function show(document) {
   stop();
   file = document;
+  peak = file.samples.reduce((highest, sample) => Math.max(highest, Math.abs(sample)), 1);
   cursor = -1;
   draw();
 }
@@ -33,10 +35,13 @@ function draw() {
     }
     const { mean } = file.span(start * file.bytes_per_sample, end * file.bytes_per_sample);
     context.fillStyle = bytes.css[bytes.level(mean)];
-    const top = middle - (high / 32768) * middle;
-    context.fillRect(x, top, 1, Math.max(1.5, ((high - low) / 32768) * middle));
+    const top = middle - (high / peak) * middle;
+    context.fillRect(x, top, 1, Math.max(1.5, ((high - low) / peak) * middle));
     context.fillRect(x, HEIGHT - STRIP, 1, STRIP);
   }
+  context.fillStyle = bytes.colours(element).faint;
+  context.textAlign = "right";
+  context.fillText(`peak ${((100 * peak) / 32768).toFixed(0)}% of full scale`, width - 4, 10);
   if (cursor >= 0) {
     bytes.frame(context, (sampleOf(cursor) / file.num_samples) * width - 2, 0, 4, HEIGHT);
   }
