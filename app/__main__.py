@@ -144,7 +144,7 @@ def _figures(result: "FileScore | ScoreTotal") -> str:
 
 
 def _description(info: "ModelInfo") -> str:
-    rates = [f"{split} {entry['value']:.4f}" for split, entry in (info.bits_per_byte or {}).items()]
+    rates = [f"{split} {entry['value']:.4f}" for split, entry in info.measured.items()]
     size = f"{info.num_parameters / 1e6:.2f} M parameters, context {info.max_seq_len} bytes, patches of {info.patch_size}"
     facts = [info.modality, size, info.codec, f"data {info.data}", f"bits/byte {', '.join(rates) or 'not measured'}"]
     return f"{info.name}: {'; '.join(facts)}; SHA-256 {info.digest[:16]}; {info.path}"

@@ -27,7 +27,8 @@ class ModelInfo:
     name: str
     modality: str
     num_parameters: int
-    bits_per_byte: dict[str, Any] | None  # split -> value, protocol, window, hop, num_bytes; None if never measured
+    bits_per_byte: float | None  # on the test split, or else the validation split; None if never measured
+    measured: dict[str, Any]  # split -> value, protocol, window, hop, num_bytes
     digest: str  # SHA-256 of the weights in hex
     codec: str  # in words
     data: str
@@ -142,11 +143,13 @@ class ModelStore:
 def _describe(folder: Path) -> ModelInfo:
     checkpoint = load_checkpoint(folder)
     config, card = checkpoint.config, checkpoint.card
+    measured = card.get("bits_per_byte", {})
     return ModelInfo(
         name=card.get("name", config.name),
         modality=config.codec.modality,
         num_parameters=sum(tensor.numel() for tensor in checkpoint.tensors.values()),
-        bits_per_byte=card.get("bits_per_byte") or None,
+        bits_per_byte=measured.get("test", measured.get("valid", {})).get("value"),
+        measured=measured,
         digest=checkpoint.digest,
         codec=_codec_in_words(config.codec),
         data=card.get("data", ""),
