@@ -4,13 +4,14 @@ A sample is a function of the model, its prefix, its settings and (seed, sample 
 batch size 1, so no neighbour and no batch size can change a byte of it.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import isfinite
 
 import numpy as np
 import torch
 
+from core import native
 from core.cache import Cache
 from core.config import NUM_BYTE_VALUES, ImageCodecConfig
 from core.errors import UserError
@@ -114,7 +115,8 @@ class Sampler:
         self.num_bytes = num_bytes
         self.config = config
         self.device = next(model.parameters()).device
-        self.engine = engine_name(self.device, autocast=False)
+        self._decoder = native.compile_model(model)
+        self.engine = engine_name(self.device, autocast=False) if self._decoder is None else native.ENGINE_NAME
         context = model.config.max_seq_len
         if num_bytes < 1:
             raise UserError(f"num_bytes={num_bytes} must be at least 1")
@@ -136,6 +138,7 @@ class Sampler:
             with torch.inference_mode():
                 if done == len(self.prefix):
                     cache, logits_V = self._start()
+                    step = self._stepper(cache)
                 patch_size = self.model.config.patch_size
                 end = min(done + patch_size - int(cache.positions_B[0]) % patch_size, len(history))
                 bits = np.empty(end - done, dtype=np.float32)
@@ -143,7 +146,7 @@ class Sampler:
                     history[t] = draw(sampling_law(logits_V, self.config), noise.random())
                     bits[t - done] = surprisal(logits_V, history[t])
                     if t + 1 < len(history):
-                        logits_V = self._append(history[: t + 1], cache)
+                        logits_V = self._append(history[: t + 1], cache, step)
             chunk = Chunk(history[done:end].copy(), bits)
             done = end
             yield chunk
@@ -158,10 +161,16 @@ class Sampler:
         cache.copy_from(prefix_cache)
         return cache, logits_V
 
-    def _append(self, history: np.ndarray, cache: Cache) -> np.ndarray:
+    def _append(self, history: np.ndarray, cache: Cache, step: Callable[[int], np.ndarray]) -> np.ndarray:
         if int(cache.positions_B[0]) + 1 >= cache.max_seq_len:
             return self._read(history, cache)
-        return self._to_host(self.model.step(torch.tensor([int(history[-1])], device=self.device), cache))
+        return step(int(history[-1]))
+
+    def _stepper(self, cache: Cache) -> Callable[[int], np.ndarray]:
+        """A function that appends a byte to the cache and gives the logits of the next."""
+        if self._decoder is not None:
+            return self._decoder.sequence(cache).step
+        return lambda byte_value: self._to_host(self.model.step(torch.tensor([byte_value], device=self.device), cache))
 
     def _read(self, history: np.ndarray, cache: Cache) -> np.ndarray:
         if len(history) >= cache.max_seq_len:
