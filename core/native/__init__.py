@@ -37,7 +37,7 @@ ENGINE_NAME = "native-bf16"
 
 _SOURCE = Path(__file__).with_name("decode.cpp")
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd")
-_LINK_FLAGS = ("-pthread", "-shared", "-fPIC")
+_LINK_FLAGS = ("-shared", "-fPIC")
 _PANEL_ROWS = 64
 _LANES = 16
 
@@ -47,11 +47,8 @@ _logger = logging.getLogger(__name__)
 _decoders: WeakKeyDictionary[MegaByte, tuple[tuple, "NativeDecoder | None"]] = WeakKeyDictionary()
 
 
-def compile_model(model: ByteModel, num_threads: int | None = None) -> "NativeDecoder | None":
+def compile_model(model: ByteModel) -> "NativeDecoder | None":
     """A decoder with the model's present weights; None where torch has to do the work.
-
-    Args:
-        num_threads: 1 or 2; None follows torch's threads. It changes no result.
 
     Raises:
         UserError: if MEGABYTE_ENGINE names no engine.
@@ -64,20 +61,19 @@ def compile_model(model: ByteModel, num_threads: int | None = None) -> "NativeDe
     library = _library()
     if library is None:
         return None
-    key = num_threads or min(torch.get_num_threads(), 2), _fingerprint(model)
+    fingerprint = _fingerprint(model)
     known, decoder = _decoders.get(model, (None, None))
-    if known != key:
-        decoder = NativeDecoder(model, library, key[0]) if _is_exact_in_bf16(model) else None
-        _decoders[model] = key, decoder
+    if known != fingerprint:
+        decoder = NativeDecoder(model, library) if _is_exact_in_bf16(model) else None
+        _decoders[model] = fingerprint, decoder
     return decoder
 
 
 class NativeDecoder:
     """The packed weights of one model; makes sequences that step with them."""
 
-    def __init__(self, model: MegaByte, library: ctypes.CDLL, num_threads: int) -> None:
+    def __init__(self, model: MegaByte, library: ctypes.CDLL) -> None:
         self.library = library
-        self.num_threads = num_threads
         self._kept: list = []  # what the structures point into
         self.structure = self._model(model)
 
@@ -173,7 +169,7 @@ class NativeSequence:
             position=_pointer(cache.positions_B),
             logits=self._logits_V.ctypes.data,
         )
-        self._handle = library.sequence_open(byref(decoder.structure), byref(state), decoder.num_threads)
+        self._handle = library.sequence_open(byref(decoder.structure), byref(state))
         self._step, self._close = library.sequence_step, library.sequence_close
 
     def __del__(self) -> None:
@@ -226,7 +222,7 @@ def _library() -> ctypes.CDLL | None:
     except (OSError, subprocess.SubprocessError) as error:
         _logger.info("no native engine, torch decodes instead: %s", error)
         return None
-    library.sequence_open.argtypes = (POINTER(_Model), POINTER(_State), c_int64)
+    library.sequence_open.argtypes = (POINTER(_Model), POINTER(_State))
     library.sequence_open.restype = c_void_p
     library.sequence_step.argtypes = (c_void_p, c_uint8)
     library.sequence_step.restype = None

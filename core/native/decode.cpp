@@ -11,19 +11,16 @@
 //
 // The decoding state is the caller's `core.cache.Cache`, read and written in place: Python may run any step instead.
 //
-// Every sum is made by one thread in one order, so results do not depend on the number of threads.
+// One thread does it all: between two barriers lies less than a microsecond of work, and a helper that the system puts
+// aside in the middle of it costs more than it brings. Several sequences may be stepped in parallel.
 //
 // The structs are mirrored in __init__.py. Vectors are those of GCC and Clang, which lower them to whatever the
 // processor has.
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
-#include <condition_variable>
 #include <cstdint>
 #include <cstring>
-#include <mutex>
-#include <thread>
 #include <vector>
 
 namespace {
@@ -33,6 +30,7 @@ using Words = uint32_t __attribute__((vector_size(64)));
 
 constexpr int64_t kPanelRows = 64;
 constexpr int64_t kLanes = 16;
+constexpr int64_t kColumnVectors = kPanelRows / (2 * kLanes);
 
 }  // namespace
 
@@ -98,106 +96,17 @@ struct State {
 
 namespace {
 
-// --- Two threads -----------------------------------------------------------------------------------------------------
-
-inline void pause() {
-#if defined(__x86_64__) || defined(__i386__)
-  __builtin_ia32_pause();
-#endif
-}
-
-// The caller and one helper, who take the pieces of a job as they come. A helper that the system has put aside, or that
-// does not exist after a fork, takes none and holds nobody up.
-class Team {
- public:
-  // The only one. It is never destroyed, because its helper lives until the process ends.
-  static Team& instance() {
-    static Team* team = new Team;
-    return *team;
-  }
-
-  // Whether the caller may use the team until `leave`; if not, somebody else does.
-  bool enter() {
-    if (!busy_.try_lock()) return false;
-    if (asleep_.load()) {
-      std::lock_guard<std::mutex> lock(sleep_);
-      asleep_.store(false);
-      wake_.notify_one();
-    }
-    return true;
-  }
-
-  void leave() { busy_.unlock(); }
-
-  // Calls job(argument, i) for i = 0..count-1 and returns when all have ended.
-  void run(int64_t count, void (*job)(const void*, int64_t), const void* argument) {
-    job_ = job;
-    argument_ = argument;
-    ended_.store(0, std::memory_order_relaxed);
-    ticket_.store(uint64_t(count) << kCountShift, std::memory_order_release);
-    int64_t own = 0;
-    while (work()) ++own;
-    while (ended_.load(std::memory_order_acquire) < count) pause();
-  }
-
-  static constexpr int64_t kMaxCount = 1 << 24;
-
- private:
-  static constexpr int kCountShift = 32;
-  static constexpr int kPatience = 4000;  // looks at the ticket before the helper goes to sleep, about 0.1 ms
-
-  Team() { std::thread([this] { help(); }).detach(); }
-
-  // Takes and does one piece. The number of pieces and the next of them are one word, so that a thread that comes late
-  // can not take a piece of the next job by the count of this one.
-  bool work() {
-    uint64_t ticket = ticket_.load(std::memory_order_relaxed);
-    if (uint32_t(ticket) >= ticket >> kCountShift) return false;
-    ticket = ticket_.fetch_add(1, std::memory_order_acquire);
-    if (uint32_t(ticket) >= ticket >> kCountShift) return false;
-    job_(argument_, uint32_t(ticket));
-    ended_.fetch_add(1, std::memory_order_release);
-    return true;
-  }
-
-  void help() {
-    for (int idle = 0;;) {
-      if (work()) {
-        idle = 0;
-      } else if (++idle < kPatience) {
-        pause();
-      } else {
-        std::unique_lock<std::mutex> lock(sleep_);
-        asleep_.store(true);
-        wake_.wait(lock, [this] { return !asleep_.load(); });
-        idle = 0;
-      }
-    }
-  }
-
-  alignas(64) std::atomic<uint64_t> ticket_{0};
-  alignas(64) std::atomic<int64_t> ended_{0};
-  alignas(64) void (*job_)(const void*, int64_t) = nullptr;
-  const void* argument_ = nullptr;
-  std::mutex busy_, sleep_;
-  std::atomic<bool> asleep_{false};
-  std::condition_variable wake_;
-};
-
-// Runs job(i) for i = 0..count-1, with the team if there is one.
-template <class Job>
-void each(Team* team, int64_t count, const Job& job) {
-  if (team == nullptr || count < 2 || count > Team::kMaxCount) {
-    for (int64_t i = 0; i < count; ++i) job(i);
-  } else {
-    team->run(count, [](const void* closure, int64_t i) { (*static_cast<const Job*>(closure))(i); }, &job);
-  }
-}
-
 // --- Products --------------------------------------------------------------------------------------------------------
 
 inline Floats low_halves(Words words) { return (Floats)(words << 16); }
 inline Floats high_halves(Words words) { return (Floats)(words & 0xffff0000u); }
+
+inline int64_t num_panels(const Matrix& matrix) { return (matrix.rows + kPanelRows - 1) / kPanelRows; }
+
+// The vectors of one panel, `kColumnVectors` for each column.
+inline const Words* panel_words(const Matrix& matrix, int64_t panel) {
+  return reinterpret_cast<const Words*>(matrix.panels) + panel * matrix.columns * kColumnVectors;
+}
 
 struct AllColumns {
   int64_t count;
@@ -213,13 +122,12 @@ struct SomeColumns {
 // One panel of W x, as emit(row, value) for each of its rows; only the given columns are read.
 template <class Columns, class Emit>
 inline void multiply_panel(const Matrix& matrix, int64_t panel, const float* x, Columns columns, Emit emit) {
-  constexpr int64_t kWords = kPanelRows / 2 / kLanes;
-  const Words* words = reinterpret_cast<const Words*>(matrix.panels) + panel * matrix.columns * kWords;
+  const Words* words = panel_words(matrix, panel);
   // Two columns at a time, summed apart: an addition has to wait for the one before it.
-  Floats sums[2][2 * kWords] = {};
+  Floats sums[2][2 * kColumnVectors] = {};
   auto add = [&](Floats* sum, int64_t column) {
-    for (int64_t v = 0; v < kWords; ++v) {
-      Words both = words[column * kWords + v];
+    for (int64_t v = 0; v < kColumnVectors; ++v) {
+      const Words both = words[column * kColumnVectors + v];
       sum[2 * v] += low_halves(both) * x[column];
       sum[2 * v + 1] += high_halves(both) * x[column];
     }
@@ -232,7 +140,7 @@ inline void multiply_panel(const Matrix& matrix, int64_t panel, const float* x, 
   if (i < columns.count) add(sums[0], columns[i]);
 
   alignas(64) float values[kPanelRows];
-  for (int64_t v = 0; v < 2 * kWords; ++v) reinterpret_cast<Floats*>(values)[v] = sums[0][v] + sums[1][v];
+  for (int64_t v = 0; v < 2 * kColumnVectors; ++v) reinterpret_cast<Floats*>(values)[v] = sums[0][v] + sums[1][v];
   const int64_t first = panel * kPanelRows, count = std::min(kPanelRows, matrix.rows - first);
   if (matrix.bias != nullptr) {
     for (int64_t r = 0; r < count; ++r) values[r] += matrix.bias[first + r];
@@ -241,23 +149,45 @@ inline void multiply_panel(const Matrix& matrix, int64_t panel, const float* x, 
 }
 
 template <class Columns, class Emit>
-void multiply(Team* team, const Matrix& matrix, const float* x, Columns columns, Emit emit) {
-  const int64_t num_panels = (matrix.rows + kPanelRows - 1) / kPanelRows;
-  each(team, num_panels, [&](int64_t panel) { multiply_panel(matrix, panel, x, columns, emit); });
+void multiply(const Matrix& matrix, const float* x, Columns columns, Emit emit) {
+  for (int64_t panel = 0; panel < num_panels(matrix); ++panel) multiply_panel(matrix, panel, x, columns, emit);
 }
 
 template <class Emit>
-void multiply(Team* team, const Matrix& matrix, const float* x, Emit emit) {
-  multiply(team, matrix, x, AllColumns{matrix.columns}, emit);
+void multiply(const Matrix& matrix, const float* x, Emit emit) {
+  multiply(matrix, x, AllColumns{matrix.columns}, emit);
+}
+
+// Asks for a column before it is needed: columns that are far apart are not foreseen by the processor.
+void prefetch_column(const Matrix& matrix, int64_t column) {
+  for (int64_t panel = 0; panel < num_panels(matrix); ++panel) {
+    const Words* words = panel_words(matrix, panel) + column * kColumnVectors;
+    for (int64_t v = 0; v < kColumnVectors; ++v) __builtin_prefetch(words + v, 0, 2);
+  }
 }
 
 // --- Small parts -----------------------------------------------------------------------------------------------------
 
+inline float sum_of(Floats v) {
+  float lanes[kLanes];
+  std::memcpy(lanes, &v, sizeof v);
+  for (int64_t half = kLanes / 2; half > 0; half /= 2) {
+    for (int64_t i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  }
+  return lanes[0];
+}
+
 inline float dot(const float* a, const float* b, int64_t n) {
-  float sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < n; ++i) sum += a[i] * b[i];
-  return sum;
+  Floats sums = {}, x, y;
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    std::memcpy(&x, a + i, sizeof x);
+    std::memcpy(&y, b + i, sizeof y);
+    sums += x * y;
+  }
+  float rest = 0;
+  for (; i < n; ++i) rest += a[i] * b[i];
+  return sum_of(sums) + rest;
 }
 
 void normalize(const Norm& norm, const float* x, float* y, int64_t n) {
@@ -324,11 +254,9 @@ struct Scratch {
 struct Sequence {
   const Model& model;
   State state;
-  Team* team;
   Scratch scratch;
 
-  Sequence(const Model& model, const State& state, bool two_threads)
-      : model(model), state(state), team(two_threads ? &Team::instance() : nullptr) {
+  Sequence(const Model& model, const State& state) : model(model), state(state) {
     int64_t dim = 0, ffn_dim = 0, scores = 0, inputs = 0;
     for (int64_t i = 0; i < model.num_levels; ++i) {
       const Level& level = model.levels[i];
@@ -348,15 +276,11 @@ struct Sequence {
   }
 
   void step(int64_t byte) {
-    Team* const own_team = team;
-    if (team != nullptr && !team->enter()) team = nullptr;
     state.patch_bytes[*state.position % model.patch_size] = byte;
     ++*state.position;
     if (*state.position % model.patch_size == 0) step_level(0);
     if (model.num_levels == 2) step_level(1);
-    multiply(team, model.head, scratch.normed.data(), [&](int64_t row, float value) { state.logits[row] = value; });
-    if (team != nullptr) team->leave();
-    team = own_team;
+    multiply(model.head, scratch.normed.data(), [&](int64_t row, float value) { state.logits[row] = value; });
   }
 
   // Runs the element of a level that begins at the position; leaves its output in `normed` and tells its children.
@@ -397,7 +321,7 @@ struct Sequence {
       for (int64_t c = 0; c < level.byte_dim; ++c) word[c] += position[c];
     }
     if (level.project.panels != nullptr) {
-      multiply(team, level.project, words, [&](int64_t row, float value) { x[row] = value; });
+      multiply(level.project, words, [&](int64_t row, float value) { x[row] = value; });
     }
   }
 
@@ -410,9 +334,9 @@ struct Sequence {
   void attend(const Level& level, const Block& block, const LevelState& kept, int64_t layer, Slots slots) {
     float *x = scratch.x.data(), *qkv = scratch.qkv.data();
     normalize(block.attention_norm, x, scratch.normed.data(), level.dim);
-    multiply(team, block.qkv, scratch.normed.data(), [&](int64_t row, float value) { qkv[row] = value; });
-    each(team, level.num_heads, [&](int64_t head) { attend_head(level, kept, layer, head, slots); });
-    multiply(team, block.out, scratch.attended.data(), [&](int64_t row, float value) { x[row] += value; });
+    multiply(block.qkv, scratch.normed.data(), [&](int64_t row, float value) { qkv[row] = value; });
+    for (int64_t head = 0; head < level.num_heads; ++head) attend_head(level, kept, layer, head, slots);
+    multiply(block.out, scratch.attended.data(), [&](int64_t row, float value) { x[row] += value; });
   }
 
   void attend_head(const Level& level, const LevelState& kept, int64_t layer, int64_t head, Slots slots) {
@@ -463,15 +387,26 @@ struct Sequence {
   void feed_forward(const Level& level, const Block& block) {
     float *x = scratch.x.data(), *hidden = scratch.hidden.data();
     normalize(block.ffn_norm, x, scratch.normed.data(), level.dim);
-    multiply(team, block.ffn_in, scratch.normed.data(),
-             [&](int64_t row, float value) { hidden[row] = value > 0.0f ? value : 0.0f; });
     int64_t num_active = 0;
-    for (int64_t i = 0; i < level.ffn_dim; ++i) {
-      scratch.active[num_active] = int32_t(i);
-      num_active += hidden[i] != 0.0f;
+    for (int64_t panel = 0; panel < num_panels(block.ffn_in); ++panel) {
+      multiply_panel(block.ffn_in, panel, scratch.normed.data(), AllColumns{level.dim},
+                     [&](int64_t row, float value) { hidden[row] = value > 0.0f ? value : 0.0f; });
+      num_active = note_active(block.ffn_out, panel, num_active);
     }
-    multiply(team, block.ffn_out, hidden, SomeColumns{num_active, scratch.active.data()},
+    multiply(block.ffn_out, hidden, SomeColumns{num_active, scratch.active.data()},
              [&](int64_t row, float value) { x[row] += value; });
+  }
+
+  // Adds the rows of a panel that are not zero to the list of active columns of the next matrix.
+  int64_t note_active(const Matrix& next, int64_t panel, int64_t num_active) {
+    const int64_t first = panel * kPanelRows, end = std::min(first + kPanelRows, next.columns);
+    const int64_t before = num_active;
+    for (int64_t i = first; i < end; ++i) {
+      scratch.active[num_active] = int32_t(i);
+      num_active += scratch.hidden[i] != 0.0f;
+    }
+    for (int64_t i = before; i < num_active; ++i) prefetch_column(next, scratch.active[i]);
+    return num_active;
   }
 
   void tell_children() {
@@ -480,7 +415,7 @@ struct Sequence {
     const int64_t times = model.slices ? child.row_length : 1;
     for (int64_t i = 0; i < times; ++i) {
       const float* slice = scratch.normed.data() + i * model.unembedder.columns;
-      multiply(team, model.unembedder, slice,
+      multiply(model.unembedder, slice,
                [&](int64_t row, float value) { words[i * child.dim + row] = value; });
     }
   }
@@ -513,8 +448,8 @@ struct Sequence {
 
 extern "C" {
 
-Sequence* sequence_open(const Model* model, const State* state, int64_t num_threads) {
-  return new Sequence(*model, *state, num_threads > 1);
+Sequence* sequence_open(const Model* model, const State* state) {
+  return new Sequence(*model, *state);
 }
 
 void sequence_close(Sequence* sequence) { delete sequence; }
