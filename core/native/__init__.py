@@ -219,7 +219,7 @@ def _library() -> ctypes.CDLL | None:
     """The built library, or None if this machine cannot build it; looked for once per process."""
     try:
         library = ctypes.CDLL(str(build_library()))
-    except (OSError, subprocess.SubprocessError) as error:
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         _logger.info("no native engine, torch decodes instead: %s", error)
         return None
     library.sequence_open.argtypes = (POINTER(_Model), POINTER(_State))
@@ -236,6 +236,7 @@ def build_library(source: Path = _SOURCE) -> Path:
 
     Raises:
         OSError: if there is no compiler or no place for the result.
+        RuntimeError: if the user has no home folder.
         subprocess.SubprocessError: if the compiler fails.
     """
     compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
