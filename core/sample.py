@@ -4,18 +4,22 @@ A sample is a function of the model, its prefix, its settings and (seed, sample 
 batch size 1, so no neighbour and no batch size can change a byte of it.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import isfinite
 
 import numpy as np
 import torch
 
+from core import native
 from core.cache import Cache
 from core.config import NUM_BYTE_VALUES, ImageCodecConfig
 from core.errors import UserError
 from core.likelihood import as_stream, engine_name, nats_to_bits
 from core.models import ByteModel
+
+_NUM_THREADS = torch.get_num_threads()  # of all other work; not asked later, when another sampler may have lowered it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +97,16 @@ def uniforms(seed: int, sample_number: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(seed, spawn_key=(sample_number,))))
 
 
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Steps at batch 1 are too short to share: waking a second thread takes longer than its half of the work."""
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(_NUM_THREADS)
+
+
 class Sampler:
     """Completes one prefix, any number of times; the prefix is read once.
 
@@ -115,7 +129,8 @@ class Sampler:
         self.num_bytes = num_bytes
         self.config = config
         self.device = next(model.parameters()).device
-        self.engine = engine_name(self.device, autocast=False)
+        self._decoder = native.compile_model(model)
+        self.engine = engine_name(self.device, autocast=False) if self._decoder is None else native.ENGINE_NAME
         context = model.config.max_seq_len
         if num_bytes < 1:
             raise UserError(f"num_bytes={num_bytes} must be at least 1")
@@ -132,11 +147,11 @@ class Sampler:
         noise = uniforms(self.config.seed, sample_number)
         history = np.concatenate((self.prefix, np.zeros(self.num_bytes, dtype=np.uint8)))
         done = len(self.prefix)
+        cache, logits_V = self._start()
+        step = self._stepper(cache)
         while done < len(history):
-            # Inference mode must not stay on while the caller has control, so it covers one patch at a time.
-            with torch.inference_mode():
-                if done == len(self.prefix):
-                    cache, logits_V = self._start()
+            # Neither mode must stay on while the caller has control, so they cover one patch at a time.
+            with torch.inference_mode(), _one_thread():
                 patch_size = self.model.config.patch_size
                 end = min(done + patch_size - int(cache.positions_B[0]) % patch_size, len(history))
                 bits = np.empty(end - done, dtype=np.float32)
@@ -144,7 +159,7 @@ class Sampler:
                     history[t] = draw(sampling_law(logits_V, self.config), noise.random())
                     bits[t - done] = surprisal(logits_V, history[t])
                     if t + 1 < len(history):
-                        logits_V = self._append(history[: t + 1], cache)
+                        logits_V = self._append(history[: t + 1], cache, step)
             chunk = Chunk(history[done:end].copy(), bits)
             done = end
             yield chunk
@@ -159,10 +174,16 @@ class Sampler:
         cache.copy_from(prefix_cache)
         return cache, logits_V
 
-    def _append(self, history: np.ndarray, cache: Cache) -> np.ndarray:
+    def _append(self, history: np.ndarray, cache: Cache, step: Callable[[int], np.ndarray]) -> np.ndarray:
         if int(cache.positions_B[0]) + 1 >= cache.max_seq_len:
             return self._read(history, cache)
-        return self._to_host(self.model.step(torch.tensor([int(history[-1])], device=self.device), cache))
+        return step(int(history[-1]))
+
+    def _stepper(self, cache: Cache) -> Callable[[int], np.ndarray]:
+        """A function that appends a byte to the cache and gives the logits of the next."""
+        if self._decoder is not None:
+            return self._decoder.sequence(cache).step
+        return lambda byte_value: self._to_host(self.model.step(torch.tensor([byte_value], device=self.device), cache))
 
     def _read(self, history: np.ndarray, cache: Cache) -> np.ndarray:
         if len(history) >= cache.max_seq_len:

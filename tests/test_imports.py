@@ -16,7 +16,7 @@ LAYERS = [
     ["core.config"],
     ["core.cache", "core.codecs", "core.folder", "core.presets", "core.optim", "core.distributed"],
     ["core.models", "core.data", "core.run_folder"],
-    ["core.checkpoint", "core.likelihood"],
+    ["core.checkpoint", "core.likelihood", "core.native"],
     ["core.sample", "core.learner", "core.report"],
     ["core.train", "core.bench"],
     ["core"],

@@ -200,9 +200,8 @@ class Transformer(nn.Module):
             return
         last = slice(self.row_length, self.row_length + self.memory)
         back = self.rotary and self.rotary.back(self.row_length)
-        # clone: the slots overlap when r > L / 2.
-        cache.keys[..., : self.memory, :] = rotate(cache.keys[..., last, :].clone(), back)
-        cache.values[..., : self.memory, :] = cache.values[..., last, :].clone()
+        cache.keys[..., : self.memory, :] = rotate(cache.keys[..., last, :], back)
+        cache.values[..., : self.memory, :] = cache.values[..., last, :]
 
 
 class CausalConv(nn.Module):

@@ -1,0 +1,341 @@
+"""Native decoding on a CPU: the steps of a MegaByte at batch 1 in one C++ file, several times as fast as torch's.
+
+Every weight is read once per byte, so a step costs what reading the weights costs. `decode.cpp` reads them as bf16 and
+computes in float32; only models whose matrices are exactly representable in bf16 are taken, which exported models are,
+so its logits differ from torch's by the order of summation alone.
+
+The library is built at first use if there is a compiler, and kept in `$XDG_CACHE_HOME/megabyte` (`~/.cache/megabyte`).
+Without a compiler, on a GPU, for a model that is not supported, or with `MEGABYTE_ENGINE=torch` in the environment
+`compile_model` gives None and torch does the work.
+"""
+
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from ctypes import POINTER, Structure, byref, c_double, c_int64, c_void_p
+from functools import lru_cache
+from pathlib import Path
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from core.cache import Cache
+from core.config import NUM_BYTE_VALUES
+from core.errors import UserError
+from core.models import ByteModel, MegaByte
+from core.models.layers import Block
+from core.models.megabyte import Level
+
+ENGINE_NAME = "native-bf16"
+
+_SOURCE = Path(__file__).with_name("decode.cpp")
+_FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd")
+_LINK_FLAGS = ("-shared", "-fPIC")
+_PANEL_ROWS = 64
+_LANES = 16
+
+_logger = logging.getLogger(__name__)
+
+# The newest decoder of each model, so that every completion does not pack the weights again.
+_decoders: WeakKeyDictionary[MegaByte, tuple[tuple, "NativeDecoder | None"]] = WeakKeyDictionary()
+
+
+def compile_model(model: ByteModel) -> "NativeDecoder | None":
+    """A decoder with the model's present weights; None where torch has to do the work.
+
+    Raises:
+        UserError: if MEGABYTE_ENGINE names no engine.
+    """
+    wanted = os.environ.get("MEGABYTE_ENGINE", "")
+    if wanted not in ("", "torch"):
+        raise UserError(f"MEGABYTE_ENGINE={wanted} must be torch, or unset for the fastest engine")
+    if wanted == "torch" or not _has_supported_form(model):
+        return None
+    library = _library()
+    if library is None:
+        return None
+    fingerprint = _fingerprint(model)
+    known, decoder = _decoders.get(model, (None, None))
+    if known != fingerprint:
+        decoder = NativeDecoder(model, library) if _is_exact_in_bf16(model) else None
+        _decoders[model] = fingerprint, decoder
+    return decoder
+
+
+class NativeDecoder:
+    """The packed weights of one model; makes sequences that step with them."""
+
+    def __init__(self, model: MegaByte, library: ctypes.CDLL) -> None:
+        self.library = library
+        self._kept: list = []  # what the structures point into
+        self.structure = self._model(model)
+
+    def sequence(self, cache: Cache) -> "NativeSequence":
+        """Steps on a prefilled cache of one row, in place."""
+        return NativeSequence(self, cache)
+
+    def _model(self, model: MegaByte) -> "_Model":
+        levels, config = list(model.levels), model.config
+        return _Model(
+            levels=self._array(_Level, [self._level(level) for level in levels]),
+            num_levels=len(levels),
+            patch_size=config.patch_size,
+            real_previous=config.real_previous,
+            slices=config.unembedder == "slices",
+            unembedder=self._matrix(levels[0].unembedder.project if len(levels) > 1 else None),
+            head=self._matrix(levels[-1].embedder.embedding),
+        )
+
+    def _level(self, level: Level) -> "_Level":
+        own, embedder, rotary = level.config, level.embedder, level.transformer.rotary
+        return _Level(
+            dim=own.dim,
+            num_layers=own.num_layers,
+            num_heads=own.num_heads,
+            head_dim=own.head_dim,
+            ffn_dim=own.ffn_dim,
+            span=level.span,
+            row_length=level.row_length,
+            memory=own.cross_patch,
+            embedding=self._vector(embedder.embedding.weight),
+            byte_dim=embedder.embedding.embedding_dim,
+            byte_positions=self._vector(embedder.positions and embedder.positions.weight),
+            pad=self._vector(level.pad),
+            row_positions=self._vector(level.positions),
+            cos=self._vector(rotary and rotary.cos),
+            sin=self._vector(rotary and rotary.sin),
+            project=self._matrix(embedder.project if isinstance(embedder.project, nn.Linear) else None),
+            blocks=self._array(_Block, [self._block(block) for block in level.transformer.blocks]),
+            norm=self._norm(level.transformer.norm),
+        )
+
+    def _block(self, block: Block) -> "_Block":
+        return _Block(
+            attention_norm=self._norm(block.attention_norm),
+            qkv=self._matrix(block.attention.qkv),
+            out=self._matrix(block.attention.out),
+            ffn_norm=self._norm(block.ffn_norm),
+            ffn_in=self._matrix(block.ffn_in),
+            ffn_out=self._matrix(block.ffn_out),
+        )
+
+    def _norm(self, norm: nn.LayerNorm) -> "_Norm":
+        return _Norm(self._vector(norm.weight), self._vector(norm.bias), norm.eps)
+
+    def _matrix(self, module: nn.Linear | nn.Embedding | None) -> "_Matrix":
+        if module is None:
+            return _Matrix()
+        panels = pack(module.weight)
+        self._kept.append(panels)
+        return _Matrix(panels.data_ptr(), self._vector(getattr(module, "bias", None)), *module.weight.shape)
+
+    def _vector(self, values: Tensor | None) -> int | None:
+        if values is None:
+            return None
+        values = values.detach().contiguous()
+        self._kept.append(values)
+        return values.data_ptr()
+
+    def _array(self, kind: type[Structure], items: list[Structure]) -> ctypes.Array:
+        array = (kind * len(items))(*items)
+        self._kept.append(array)
+        return array
+
+
+class NativeSequence:
+    """One cache being stepped. Prefilling the cache again is allowed at any time."""
+
+    def __init__(self, decoder: NativeDecoder, cache: Cache) -> None:
+        if cache.batch_size != 1:
+            raise ValueError(f"a native sequence has one row, the cache has {cache.batch_size}")
+        self._decoder, self._cache = decoder, cache  # their memory is used by every step
+        self._logits_V = np.zeros(NUM_BYTE_VALUES, dtype=np.float32)
+        self._position = cache.positions_B.numpy()
+        self._last = cache.max_seq_len - 1
+        library = decoder.library
+        state = _State(
+            levels=tuple(
+                _LevelState(_pointer(level.keys), _pointer(level.values), level.keys.shape[3], _pointer(level.from_parent_BLD))
+                for level in cache.levels
+            ),
+            patch_bytes=_pointer(cache.patch_bytes_BP),
+            position=_pointer(cache.positions_B),
+            logits=self._logits_V.ctypes.data,
+        )
+        self._handle = library.sequence_open(byref(decoder.structure), byref(state))
+        self._step, self._close = library.sequence_step, library.sequence_close
+
+    def __del__(self) -> None:
+        if handle := self.__dict__.pop("_handle", None):
+            self._close(handle)
+
+    def step(self, byte_value: int) -> np.ndarray:
+        """Appends a byte; logits `(256,)`, float32, of the next one. The array is overwritten by the next step.
+
+        Raises:
+            ValueError: if the cache is full.
+        """
+        if self._position[0] >= self._last:
+            raise ValueError(f"the cache holds {self._last + 1} bytes and no byte can follow the last; start a new one")
+        self._step(self._handle, byte_value)
+        return self._logits_V
+
+
+def pack(weight_RC: Tensor) -> Tensor:
+    """The panels of a matrix as `decode.cpp` describes them, int32 `(panels, C, 2, 16)`."""
+    num_rows, num_columns = weight_RC.shape
+    padded = nn.functional.pad(weight_RC.detach(), (0, 0, 0, -num_rows % _PANEL_ROWS)).bfloat16()
+    # (panel, vector, half, lane, column) to (panel, column, vector, lane, half): two bf16 side by side are one word.
+    rows = padded.view(-1, _PANEL_ROWS // (2 * _LANES), 2, _LANES, num_columns)
+    return rows.permute(0, 4, 1, 3, 2).contiguous().view(torch.int32).squeeze(-1)
+
+
+def _has_supported_form(model: ByteModel) -> bool:
+    """One or two levels without convolutions, in float32 on a CPU."""
+    if not isinstance(model, MegaByte) or len(model.levels) > 2 or any(level.config.conv_kernels for level in model.levels):
+        return False
+    return all(tensor.device.type == "cpu" and tensor.dtype == torch.float32 for tensor in model.parameters())
+
+
+def _is_exact_in_bf16(model: MegaByte) -> bool:
+    """Whether packing loses nothing; vectors stay in float32."""
+    return all(torch.equal(p, p.bfloat16().float()) for p in model.parameters() if p.ndim == 2)
+
+
+def _fingerprint(model: MegaByte) -> tuple:
+    """Changes when a weight is replaced or written to."""
+    return tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in model.parameters())
+
+
+@lru_cache(maxsize=1)
+def _library() -> ctypes.CDLL | None:
+    """The built library, or None if this machine cannot build it; looked for once per process."""
+    try:
+        library = ctypes.CDLL(str(build_library()))
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+        _logger.info("no native engine, torch decodes instead: %s", error)
+        return None
+    library.sequence_open.argtypes = (POINTER(_Model), POINTER(_State))
+    library.sequence_open.restype = c_void_p
+    library.sequence_step.argtypes = (c_void_p, c_int64)
+    library.sequence_step.restype = None
+    library.sequence_close.argtypes = (c_void_p,)
+    library.sequence_close.restype = None
+    return library
+
+
+def build_library(source: Path = _SOURCE) -> Path:
+    """The shared library of a source file, from the cache folder or built into it.
+
+    Raises:
+        OSError: if there is no compiler or no place for the result.
+        RuntimeError: if the user has no home folder.
+        subprocess.SubprocessError: if the compiler fails.
+    """
+    compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        raise FileNotFoundError("there is no C++ compiler (c++, g++ or clang++)")
+    folder = cache_folder()
+    library = folder / f"decode-{_cache_key(compiler, source)}.so"
+    if library.exists():
+        return library
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    # Built beside its place and renamed: whoever looks meanwhile sees a whole library or none.
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        built = Path(temporary) / library.name
+        command = [compiler, *_FLAGS, str(source), *_LINK_FLAGS, "-o", str(built)]
+        subprocess.run(command, check=True, capture_output=True, timeout=120)
+        built.replace(library)
+    return library
+
+
+def cache_folder() -> Path:
+    """Where built libraries are kept, one folder per user."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megabyte"
+
+
+def _cache_key(compiler: str, source: Path) -> str:
+    """What the machine code depends on: source, compiler and its flags, processor."""
+    version = subprocess.run([compiler, "--version"], check=True, capture_output=True, timeout=30).stdout
+    parts = (source.read_bytes(), compiler.encode(), version, " ".join(_FLAGS + _LINK_FLAGS).encode(), _processor().encode())
+    return hashlib.sha256(b"\0".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()
+
+
+def _processor() -> str:
+    """What `-march=native` follows: the model of the processor and what it can do."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return f"{platform.machine()} {platform.processor()}"
+    names = ("vendor_id", "cpu family", "model", "flags", "Features", "CPU part")
+    return "\n".join(sorted({line for line in lines if line.partition(":")[0].strip() in names}))
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    if tensor is None:
+        return None
+    assert tensor.is_contiguous()
+    return tensor.data_ptr()
+
+
+# The structures of decode.cpp, field by field.
+
+
+class _Matrix(Structure):
+    _fields_ = [("panels", c_void_p), ("bias", c_void_p), ("rows", c_int64), ("columns", c_int64)]
+
+
+class _Norm(Structure):
+    _fields_ = [("weight", c_void_p), ("bias", c_void_p), ("epsilon", c_double)]
+
+
+class _Block(Structure):
+    _fields_ = [
+        ("attention_norm", _Norm),
+        ("qkv", _Matrix),
+        ("out", _Matrix),
+        ("ffn_norm", _Norm),
+        ("ffn_in", _Matrix),
+        ("ffn_out", _Matrix),
+    ]
+
+
+class _Level(Structure):
+    _fields_ = [
+        *((name, c_int64) for name in ("dim", "num_layers", "num_heads", "head_dim", "ffn_dim", "span", "row_length", "memory")),
+        ("embedding", c_void_p),
+        ("byte_dim", c_int64),
+        *((name, c_void_p) for name in ("byte_positions", "pad", "row_positions", "cos", "sin")),
+        ("project", _Matrix),
+        ("blocks", POINTER(_Block)),
+        ("norm", _Norm),
+    ]
+
+
+class _Model(Structure):
+    _fields_ = [
+        ("levels", POINTER(_Level)),
+        *((name, c_int64) for name in ("num_levels", "patch_size", "real_previous", "slices")),
+        ("unembedder", _Matrix),
+        ("head", _Matrix),
+    ]
+
+
+class _LevelState(Structure):
+    _fields_ = [("keys", c_void_p), ("values", c_void_p), ("num_slots", c_int64), ("from_parent", c_void_p)]
+
+
+class _State(Structure):
+    _fields_ = [
+        ("levels", _LevelState * 2),
+        ("patch_bytes", c_void_p),
+        ("position", c_void_p),
+        ("logits", c_void_p),
+    ]

@@ -1,0 +1,266 @@
+"""The native engine: torch's logits, and torch itself wherever the engine cannot run."""
+
+import os
+import shutil
+import stat
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from core import native
+from core.config import LevelConfig, MegaByteConfig
+from core.errors import UserError
+from core.likelihood import score
+from core.models import MegaByte
+from core.sample import SampleConfig, Sampler, generate
+from tests.model_cases import CASES, CONTEXT, build, random_bytes, two_level
+
+# Sums in another order, and an exponential of its own.
+LOGITS = {"rtol": 0.0, "atol": 1e-4}
+MAX_KL = 1e-9  # nats
+
+UNSUPPORTED = ("convolution", "all_learned", "all_rotary", "three_levels", "three_levels_rotary")
+SUPPORTED = {name: config for name, config in CASES.items() if name not in UNSUPPORTED}
+SUPPORTED["all_supported"] = two_level(
+    global_byte_dim=5, local_cross_patch=3, unembedder="full", real_previous=True, positions="both"
+)
+# Widths and heads that fill neither a panel nor a vector, as image32's head of 288 / 4, and more rows than one panel.
+SUPPORTED["uneven_widths"] = MegaByteConfig(
+    levels=(
+        LevelConfig(dim=144, num_layers=2, num_heads=2, patch_size=6),
+        LevelConfig(dim=100, num_layers=1, num_heads=2, ffn_dim=131, cross_patch=5),
+    ),
+    max_seq_len=36,
+    positions="both",
+    real_previous=True,
+    init_std=0.1,
+)
+
+
+@pytest.fixture(autouse=True)
+def _default_engine(monkeypatch):
+    monkeypatch.delenv("MEGABYTE_ENGINE", raising=False)
+
+
+@pytest.fixture
+def engine():
+    """Skips where the engine cannot be built."""
+    if not any(shutil.which(name) for name in ("c++", "g++", "clang++")):
+        pytest.skip("there is no C++ compiler, so there is no native engine to test")
+    assert native._library() is not None
+
+
+def rounded(config: MegaByteConfig, seed: int = 0) -> MegaByte:
+    """A random model that bf16 holds exactly, biases and all, as an exported one."""
+    model = build(config, seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape) * 0.05 if parameter.ndim == 1 else 0)
+            parameter.copy_(parameter.bfloat16())
+    return model
+
+
+def laws(logits_TV: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(np.asarray(logits_TV)).double().log_softmax(-1)
+
+
+@pytest.mark.usefixtures("engine")
+@pytest.mark.parametrize("name", SUPPORTED)
+def test_logits_equal_torch_s_after_any_prompt(name):
+    model = rounded(SUPPORTED[name])
+    decoder = native.compile_model(model)
+    context, patch_size = model.config.max_seq_len, model.config.patch_size
+    byte_ids = random_bytes(context)
+    for num_prompt in range(3 * patch_size + 2):
+        expected, got = [], []
+        slow, fast = model.new_cache(1, context), model.new_cache(1, context)
+        model.prefill(byte_ids[None, :num_prompt], slow)
+        fast.copy_from(slow)
+        sequence = decoder.sequence(fast)
+        end = context - 1 if num_prompt % patch_size == 1 else num_prompt + patch_size + 1
+        for t in range(num_prompt, min(end, context - 1)):
+            expected.append(model.step(byte_ids[t : t + 1], slow)[0].numpy())
+            got.append(sequence.step(int(byte_ids[t])).copy())
+        np.testing.assert_allclose(got, expected, **LOGITS)
+        kl = (laws(expected).exp() * (laws(expected) - laws(got))).sum(-1)
+        assert float(kl.max()) < MAX_KL
+
+
+@pytest.mark.usefixtures("engine")
+def test_a_full_cache_takes_no_byte():
+    model = rounded(SUPPORTED["exact"])
+    cache = model.new_cache(1, CONTEXT)
+    model.prefill(random_bytes(1, CONTEXT - 1), cache)
+    with pytest.raises(ValueError, match=f"holds {CONTEXT} bytes"):
+        native.compile_model(model).sequence(cache).step(0)
+
+
+@pytest.mark.usefixtures("engine")
+@pytest.mark.parametrize("name", SUPPORTED)
+def test_torch_may_take_any_step_of_a_native_sequence(name):
+    model = rounded(SUPPORTED[name])
+    context = model.config.max_seq_len
+    byte_ids = random_bytes(context)
+    expected = model(byte_ids[None])[0].detach().numpy()
+    cache = model.new_cache(1, context)
+    model.prefill(byte_ids[None, :0], cache)
+    sequence = native.compile_model(model).sequence(cache)
+    for t in range(context - 1):
+        by_torch = t % 3 == 1
+        logits = model.step(byte_ids[t : t + 1], cache)[0].numpy() if by_torch else sequence.step(int(byte_ids[t]))
+        np.testing.assert_allclose(logits, expected[t + 1], **LOGITS)
+
+
+@pytest.mark.usefixtures("engine")
+@pytest.mark.parametrize("name", ["uneven_widths", "all_supported", "flat"])
+def test_sequences_stepped_in_parallel_give_the_same_bits_every_time(name):
+    model = rounded(SUPPORTED[name])
+    byte_ids = random_bytes(model.config.max_seq_len - 1).tolist()
+    decoder = native.compile_model(model)
+
+    def run(_) -> np.ndarray:
+        cache = model.new_cache(1, model.config.max_seq_len)
+        model.prefill(torch.zeros(1, 0, dtype=torch.int64), cache)
+        sequence = decoder.sequence(cache)
+        return np.stack([sequence.step(byte).copy() for byte in byte_ids])
+
+    alone = run(0)
+    with ThreadPoolExecutor(4) as threads:
+        assert all(np.array_equal(alone, other) for other in threads.map(run, range(20)))
+
+
+@pytest.mark.usefixtures("engine")
+def test_sequences_stepped_in_turn_do_not_disturb_each_other():
+    model = rounded(SUPPORTED["all_supported"])
+    byte_ids = random_bytes(2, 20).tolist()
+
+    def sequence():
+        cache = model.new_cache(1, CONTEXT)
+        model.prefill(torch.zeros(1, 0, dtype=torch.int64), cache)
+        return native.compile_model(model).sequence(cache)
+
+    first, second = sequence(), sequence()
+    in_turn = [(first.step(a).copy(), second.step(b).copy()) for a, b in zip(*byte_ids, strict=True)]
+    for number in (0, 1):
+        alone = sequence()
+        assert all(np.array_equal(alone.step(b), pair[number]) for b, pair in zip(byte_ids[number], in_turn, strict=True))
+
+
+@pytest.mark.usefixtures("engine")
+@pytest.mark.parametrize("name", ["exact", "all_supported", "flat"])
+def test_samples_are_torch_s_also_after_a_full_context(name, monkeypatch):
+    model = rounded(SUPPORTED[name])
+    config = SampleConfig(seed=5)
+    fast = Sampler(model, b"start", 3 * CONTEXT, config)
+    assert fast.engine == "native-bf16"
+    chunks, again = list(fast.stream(1)), list(fast.stream(1))
+    monkeypatch.setenv("MEGABYTE_ENGINE", "torch")
+    slow = Sampler(model, b"start", 3 * CONTEXT, config)
+    assert slow.engine == "torch-fp32"
+    for mine, same, expected in zip(chunks, again, slow.stream(1), strict=True):
+        assert np.array_equal(mine.byte_values, same.byte_values)
+        assert np.array_equal(mine.bits, same.bits)
+        # These few draws lie on no border between two bytes that 1e-4 in a logit could move.
+        assert np.array_equal(mine.byte_values, expected.byte_values)
+        np.testing.assert_allclose(mine.bits, expected.bits, **LOGITS)
+
+
+@pytest.mark.usefixtures("engine")
+@pytest.mark.parametrize("prefix", [b"", b"a", b"abcd", b"abcdefghijk"])
+def test_reported_bits_are_the_score_of_the_sampled_bytes(prefix):
+    model = rounded(SUPPORTED["all_supported"])
+    chunks = list(Sampler(model, prefix, 17, SampleConfig(temperature=0.8, top_k=60)).stream())
+    made = np.concatenate([chunk.byte_values for chunk in chunks])
+    whole = np.concatenate((np.frombuffer(prefix, dtype=np.uint8), made))
+    bits = np.concatenate([chunk.bits for chunk in chunks])
+    np.testing.assert_allclose(bits, score(model, whole).bits[len(prefix) :], **LOGITS)
+
+
+@pytest.mark.usefixtures("engine")
+def test_a_changed_weight_is_noticed():
+    model = rounded(SUPPORTED["exact"])
+    before = generate(model, b"", 20, temperature=0)[0]
+    decoder = native.compile_model(model)
+    assert native.compile_model(model) is decoder
+    with torch.no_grad():
+        model.levels[-1].embedder.embedding.weight.neg_()
+    assert native.compile_model(model) is not decoder
+    assert not np.array_equal(generate(model, b"", 20, temperature=0)[0], before)
+
+
+@pytest.mark.usefixtures("engine")
+@pytest.mark.parametrize("name", UNSUPPORTED)
+def test_what_is_not_supported_is_torch_s(name):
+    model = rounded(CASES[name])
+    assert native.compile_model(model) is None
+    assert Sampler(model, b"", 1, SampleConfig()).engine == "torch-fp32"
+
+
+@pytest.mark.usefixtures("engine")
+def test_weights_that_bf16_would_change_are_torch_s():
+    assert native.compile_model(build(CASES["exact"])) is None
+    assert native.compile_model(rounded(CASES["exact"]).double()) is None
+
+
+def test_an_unknown_engine_is_refused(monkeypatch):
+    monkeypatch.setenv("MEGABYTE_ENGINE", "fast")
+    with pytest.raises(UserError, match="MEGABYTE_ENGINE=fast must be torch"):
+        native.compile_model(rounded(CASES["exact"]))
+
+
+@pytest.fixture
+def compiler(tmp_path, monkeypatch):
+    """Puts a script in the place of every compiler, and an empty folder in the place of the cache."""
+
+    def install(script: str | None) -> Path:
+        tools = tmp_path / "bin"
+        tools.mkdir(exist_ok=True)
+        if script is not None:
+            fake = tools / "c++"
+            fake.write_text(f"#!/bin/sh\n{script}\n")
+            fake.chmod(fake.stat().st_mode | stat.S_IXUSR)
+        monkeypatch.setenv("PATH", str(tools))
+        return fake if script is not None else tools
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    native._library.cache_clear()
+    yield install
+    native._library.cache_clear()
+
+
+@pytest.mark.parametrize("script", [None, "exit 1", "echo not a library"], ids=["missing", "failing", "writing nothing"])
+def test_without_a_working_compiler_torch_decodes(compiler, script):
+    compiler(script)
+    model = rounded(CASES["exact"])
+    sampler = Sampler(model, b"ab", 10, SampleConfig())
+    assert sampler.engine == "torch-fp32"
+    assert sum(len(chunk.bits) for chunk in sampler.stream()) == 10
+    assert not [path for path in native.cache_folder().glob("*") if path.suffix == ".so"]
+
+
+@pytest.mark.usefixtures("engine")
+def test_a_damaged_library_is_not_used(compiler):
+    path = os.environ["PATH"]
+    compiler(f'PATH={path}; exec c++ "$@"')
+    native.build_library().write_bytes(b"damaged")
+    assert Sampler(rounded(CASES["exact"]), b"", 1, SampleConfig()).engine == "torch-fp32"
+
+
+@pytest.mark.usefixtures("engine")
+def test_the_library_is_built_once_for_a_source_a_compiler_and_a_processor(compiler, tmp_path, monkeypatch):
+    path, count = os.environ["PATH"], tmp_path / "count"
+    compiler(f'PATH={path}; [ "$1" = --version ] || echo built >> {count}; exec c++ "$@"')
+    source = tmp_path / "decode.cpp"
+    source.write_text("int answer() { return 1; }\n")
+    first = native.build_library(source)
+    assert native.build_library(source) == first
+    assert count.read_text().split() == ["built"]
+    assert [entry.name for entry in native.cache_folder().iterdir()] == [first.name]
+    source.write_text("int answer() { return 2; }\n")
+    assert native.build_library(source) != first
+    monkeypatch.setattr(native, "_processor", lambda: "another processor")
+    assert native.build_library(source) != first
+    assert len(count.read_text().split()) == 3
