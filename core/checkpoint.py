@@ -186,7 +186,7 @@ def load_model(name_or_dir: str | Path, device: str = "cpu") -> ByteModel:
     load_weights(model, checkpoint)
     for module in model.modules():
         if isinstance(module, nn.Linear):
-            # Stored column by column, a product with one vector is a walk through memory: a fifth faster at batch 1.
+            # Stored column by column, a product with one vector is one walk through memory, which is faster at batch 1.
             module.weight.data = module.weight.data.t().contiguous().t()
     model.name = checkpoint.card.get("name", checkpoint.config.name)
     model.card = checkpoint.card

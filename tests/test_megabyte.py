@@ -196,8 +196,14 @@ def test_flop_count_equals_the_counted_ones(name):
     model, byte_ids = build(CASES[name]), random_bytes(1, CONTEXT)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(byte_ids)
-    # The counter charges causal attention in full and counts no row before the first; both are small here.
-    assert model.flops_per_byte(CONTEXT) == pytest.approx(counter.get_total_flops() / CONTEXT, rel=0.12)
+    # The counter knows nothing of the fused attention kernel and sees that the last element of a level is not embedded.
+    attention = 0.0
+    for level in model.levels:
+        own = level.config
+        keys = (level.row_length + 1) / 2 + own.cross_patch
+        attention += 4 * own.num_layers * own.dim * keys / level.span
+    counted = counter.get_total_flops() / CONTEXT
+    assert model.flops_per_byte(CONTEXT) - attention == pytest.approx(counted, rel=0.02)
 
 
 @pytest.mark.parametrize("name", CASES)
