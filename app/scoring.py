@@ -17,7 +17,7 @@ from app.messages import Failure, plain_sentence
 from app.store import LOCK_POLL_S, LoadedModel, ModelStore
 from core.codecs import Codec, Layout, Media, Picture, Sound, build_codec, read_media, read_raw
 from core.config import TextCodecConfig
-from core.likelihood import Score, score
+from core.likelihood import Expectation, Score, score
 
 ScoredAs = Literal["media", "file"]
 ProgressCallback = Callable[[int, int], None]  # bytes scored, bytes read so far
@@ -51,6 +51,7 @@ class FileScore:
         num_bytes: bytes counted; where the tiles of a picture overlap, each pixel counts once.
         notes: what was done to the file before scoring, in words.
         bits: float32 `(T,)` in stream order; `media_bits` has them in the shape of the media.
+        expected: rank, entropy and the likeliest bytes in stream order; None unless they were asked for.
     """
 
     file: Path
@@ -66,6 +67,7 @@ class FileScore:
     engine: str
     notes: tuple[str, ...]
     bits: np.ndarray
+    expected: Expectation | None
     layout: Layout
     media: Media
     codec: Codec
@@ -133,6 +135,7 @@ class Scorer:
         model: name or folder; None takes each file's modality's own.
         scored_as, hop, strided: as in `FileScore`; a hop of 0 stands for the window.
         adapt: resample sounds of another rate and enlarge pictures smaller than the model's, instead of refusing them.
+        detailed: keep what the model expected at each byte too.
         progress: called with the bytes scored and the bytes read, both so far; what it raises ends the scoring.
     """
 
@@ -142,6 +145,7 @@ class Scorer:
     hop: int = 0
     strided: bool = False
     adapt: bool = False
+    detailed: bool = False
     progress: ProgressCallback | None = None
 
     def score(self, files: Iterable[Path]) -> Iterator[FileScore | Failure]:
@@ -207,6 +211,7 @@ class Scorer:
                 [reading.stream for reading in readings],
                 hop=self.hop,
                 strided=self.strided,
+                detailed=self.detailed,
                 counted=[reading.layout.counted for reading in readings],
                 progress=advance,
             )
@@ -228,6 +233,7 @@ class Scorer:
             engine=result.engine,
             notes=(*reading.layout.notes, *self._says_what_was_scored(reading.media)),
             bits=result.bits,
+            expected=result.expected,
             layout=reading.layout,
             media=reading.media,
             codec=reading.codec,

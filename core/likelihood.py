@@ -11,6 +11,7 @@ from the pass in which it lies in the first half of its patch, because loss rise
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import log
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,12 +26,33 @@ from core.models import ByteModel
 _BYTES_PER_BATCH = {"cpu": 1 << 13, "cuda": 1 << 20}
 
 
+NUM_LIKELIEST = 5
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """What a model expected at every byte of a stream, before it saw the byte.
+
+    Attributes:
+        rank: how many byte values it thought likelier than the one that came, uint8 `(T,)`.
+        entropy: bits that it expected to need, float16 `(T,)`, 0 to 8.
+        likeliest: the byte values that it thought likeliest, in order, uint8 `(T, 5)`.
+        likeliest_bits: -log2 p of each of them, float16 `(T, 5)`.
+    """
+
+    rank: np.ndarray
+    entropy: np.ndarray
+    likeliest: np.ndarray
+    likeliest_bits: np.ndarray
+
+
 @dataclass(frozen=True)
 class Score:
     """Information content of a stream under a model.
 
     Attributes:
         bits: -log2 p(byte | bytes before it) of every byte, float32 `(T,)`.
+        expected: None unless it was asked for.
         num_bytes: bytes counted; fewer than T where tiles of a picture overlap.
         total_bits: their sum, in float64.
         window, hop: bytes; strided: whether a second pass was made.
@@ -38,6 +60,7 @@ class Score:
     """
 
     bits: np.ndarray
+    expected: Expectation | None
     num_bytes: int
     total_bits: float
     window: int
@@ -69,6 +92,7 @@ def score(
     hop: int = 0,
     strided: bool = False,
     counted: np.ndarray | Sequence[np.ndarray | None] | None = None,
+    detailed: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> Score | list[Score]:
     """Scores one stream of bytes, or many together.
@@ -79,6 +103,7 @@ def score(
         hop: bytes from one window's start to the next; 0 stands for `window`, disjoint windows.
         strided: read everything twice, half a patch apart.
         counted: for each stream a bool mask `(T,)` of the bytes that enter its totals; None counts all.
+        detailed: keep rank, entropy and the likeliest bytes too: 18 bytes a byte.
         progress: called with the number of bytes done since the last call.
 
     Raises:
@@ -86,35 +111,29 @@ def score(
     """
     if isinstance(streams, (np.ndarray, bytes, bytearray, str)):
         masks = None if counted is None else [counted]
-        return score(model, [streams], window=window, hop=hop, strided=strided, counted=masks, progress=progress)[0]
+        options = {"window": window, "hop": hop, "strided": strided, "detailed": detailed, "progress": progress}
+        return score(model, [streams], counted=masks, **options)[0]
     window, hop = checked_windows(model, window, hop, strided)
     arrays = [as_stream(stream) for stream in streams]
-    bits = [np.zeros(len(array), dtype=np.float32) for array in arrays]
+    measures = [_empty_measures(len(array), detailed) for array in arrays]
     todo = [w for index, array in enumerate(arrays) for w in split_windows(len(array), window, hop, index)]
     device = next(model.parameters()).device
+    measured = measures_of if detailed else _bits_alone
     for batch in _batches(todo, _BYTES_PER_BATCH.get(device.type, 1 << 13)):
         byte_ids_BT = _stack(arrays, batch).to(device)
-        bits_BT = bits_of(model, byte_ids_BT)
+        found = measured(model, byte_ids_BT)
         if strided:
-            bits_BT = _take_first_halves(bits_BT, bits_of(model, byte_ids_BT[:, model.config.patch_size // 2 :]), model)
-        bits_BT = bits_BT.cpu().numpy()
-        for row, w in zip(bits_BT, batch, strict=True):
-            bits[w.stream][w.first_scored : w.end] = row[w.first_scored - w.start : w.end - w.start]
+            second = measured(model, byte_ids_BT[:, model.config.patch_size // 2 :])
+            found = {name: _take_first_halves(first, second[name], model) for name, first in found.items()}
+        for name, values in found.items():
+            for row, w in zip(values.cpu().numpy(), batch, strict=True):
+                measures[w.stream][name][w.first_scored : w.end] = row[w.first_scored - w.start : w.end - w.start]
         if progress is not None:
             progress(sum(w.end - w.first_scored for w in batch))
     masks = counted if counted is not None else [None] * len(arrays)
-    kept = [values if mask is None else values[mask] for values, mask in zip(bits, masks, strict=True)]
     return [
-        Score(
-            bits=values,
-            num_bytes=len(kept_values),
-            total_bits=float(kept_values.sum(dtype=np.float64)),
-            window=window,
-            hop=hop,
-            strided=strided,
-            engine=engine_name(device, autocast=True),
-        )
-        for values, kept_values in zip(bits, kept, strict=True)
+        _score(own, mask, window=window, hop=hop, strided=strided, engine=engine_name(device, autocast=True))
+        for own, mask in zip(measures, masks, strict=True)
     ]
 
 
@@ -135,9 +154,34 @@ def as_stream(values: np.ndarray | bytes) -> np.ndarray:
 @torch.inference_mode()
 def bits_of(model: ByteModel, byte_ids_BT: Tensor) -> Tensor:
     """-log2 p of every byte `(B, T)`, float32, each row read from its beginning."""
+    return nats_to_bits(nll(_logits(model, byte_ids_BT), byte_ids_BT))
+
+
+@torch.inference_mode()
+def measures_of(model: ByteModel, byte_ids_BT: Tensor) -> dict[str, Tensor]:
+    """`bits` of every byte `(B, T)` and the fields of `Expectation`, each row read from its beginning."""
+    logits_BTV = _logits(model, byte_ids_BT)
+    log_p_BTV = logits_BTV.log_softmax(-1)
+    p_BTV = log_p_BTV.exp()
+    own_BT1 = log_p_BTV.gather(-1, byte_ids_BT[..., None])
+    likeliest = log_p_BTV.topk(NUM_LIKELIEST)
+    return {
+        "bits": nats_to_bits(nll(logits_BTV, byte_ids_BT)),
+        "rank": (log_p_BTV > own_BT1).sum(-1).to(torch.uint8),
+        # A probability that underflows to 0 counts for nothing, whatever its logarithm.
+        "entropy": nats_to_bits(-torch.special.xlogy(p_BTV, p_BTV).sum(-1)).half(),
+        "likeliest": likeliest.indices.to(torch.uint8),
+        "likeliest_bits": nats_to_bits(-likeliest.values).half(),
+    }
+
+
+def _bits_alone(model: ByteModel, byte_ids_BT: Tensor) -> dict[str, Tensor]:
+    return {"bits": bits_of(model, byte_ids_BT)}
+
+
+def _logits(model: ByteModel, byte_ids_BT: Tensor) -> Tensor:
     with torch.autocast(byte_ids_BT.device.type, dtype=torch.bfloat16, enabled=byte_ids_BT.is_cuda):
-        logits_BTV = model(byte_ids_BT)
-    return nats_to_bits(nll(logits_BTV, byte_ids_BT))
+        return model(byte_ids_BT)
 
 
 def nll(logits_BTV: Tensor, byte_ids_BT: Tensor) -> Tensor:
@@ -181,11 +225,38 @@ def split_windows(num_bytes: int, window: int, hop: int, stream: int = 0) -> Ite
             return
 
 
+def context_sizes(num_bytes: int, window: int, hop: int) -> np.ndarray:
+    """How many bytes before each byte its window held, int64 `(T,)`; a strided score's second pass has half a patch less."""
+    sizes = np.arange(num_bytes)
+    for w in split_windows(num_bytes, window, hop):
+        sizes[w.first_scored : w.end] -= w.start
+    return sizes
+
+
 def engine_name(device: torch.device, autocast: bool) -> str:
     """What a result was computed with: `torch-fp32` on a CPU, `cuda-bf16` or `cuda-fp32` on a GPU."""
     if device.type == "cpu":
         return "torch-fp32"
     return f"{device.type}-{'bf16' if autocast else 'fp32'}"
+
+
+def _empty_measures(num_bytes: int, detailed: bool) -> dict[str, np.ndarray]:
+    """Room for `bits` and, with `detailed`, for the fields of `Expectation`."""
+    measures = {"bits": np.zeros(num_bytes, np.float32)}
+    if detailed:
+        measures["rank"] = np.zeros(num_bytes, np.uint8)
+        measures["entropy"] = np.zeros(num_bytes, np.float16)
+        measures["likeliest"] = np.zeros((num_bytes, NUM_LIKELIEST), np.uint8)
+        measures["likeliest_bits"] = np.zeros((num_bytes, NUM_LIKELIEST), np.float16)
+    return measures
+
+
+def _score(measures: dict[str, np.ndarray], mask: np.ndarray | None, **protocol: Any) -> Score:
+    bits = measures.pop("bits")
+    kept = bits if mask is None else bits[mask]
+    total_bits = float(kept.sum(dtype=np.float64))
+    expected = Expectation(**measures) if measures else None
+    return Score(bits=bits, expected=expected, num_bytes=len(kept), total_bits=total_bits, **protocol)
 
 
 def _batches(windows: list[Window], bytes_per_batch: int) -> Iterator[list[Window]]:

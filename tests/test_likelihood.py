@@ -6,7 +6,7 @@ import torch
 
 from core.config import AudioCodecConfig, ImageCodecConfig
 from core.errors import UserError
-from core.likelihood import score, split_windows
+from core.likelihood import context_sizes, score, split_windows
 from core.models import build_model
 from tests.model_cases import CASES, CONTEXT, PATCH, build
 from tests.tiny_run import tiny_config
@@ -138,3 +138,42 @@ def test_windows_that_do_not_fit_are_refused():
         score(model, stream_of(32), strided=True)
     model.codec_config = AudioCodecConfig()
     assert score(model, stream_of(32), strided=True).strided
+
+
+@pytest.mark.parametrize("options", [{}, {"hop": 12}, {"strided": True}])
+def test_details_are_the_law_of_each_byte(options):
+    model, stream = build(CASES["exact"]), stream_of(75)
+    plain, detailed = score(model, stream, **options), score(model, stream, detailed=True, **options)
+    assert plain.expected is None
+    np.testing.assert_allclose(detailed.bits, plain.bits, atol=1e-4)
+    expected = detailed.expected
+    assert (expected.rank.dtype, expected.entropy.dtype) == (np.uint8, np.float16)
+    if "strided" in options:  # each byte's law comes from the same pass as its bits
+        own = (expected.likeliest == stream[:, None]).argmax(axis=1)[expected.rank < 5]
+        bits = expected.likeliest_bits[expected.rank < 5, own]
+        np.testing.assert_allclose(bits, detailed.bits[expected.rank < 5], atol=1e-2)
+        return
+    context = context_sizes(len(stream), CONTEXT, options.get("hop", CONTEXT))
+    for t in (0, 1, CONTEXT - 1, CONTEXT, 74):
+        with torch.no_grad():
+            logits = model(torch.from_numpy(stream[t - context[t] : t + 1].astype(np.int64))[None])[0, -1].double()
+        log_p = logits.log_softmax(-1).numpy() / np.log(2)
+        assert expected.rank[t] == (log_p > log_p[stream[t]]).sum()
+        assert expected.entropy[t] == pytest.approx(-(2.0**log_p * log_p).sum(), abs=5e-3)
+        assert expected.likeliest[t].tolist() == np.argsort(-log_p)[:5].tolist()
+        np.testing.assert_allclose(expected.likeliest_bits[t], np.sort(-log_p)[:5], atol=1e-2)
+
+
+def test_a_byte_that_was_expected_most_has_rank_zero_and_is_the_likeliest():
+    expected = score(build(CASES["exact"]), stream_of(600), detailed=True).expected
+    stream = stream_of(600)
+    assert ((expected.rank == 0) == (expected.likeliest[:, 0] == stream)).all()
+    in_five = (expected.likeliest == stream[:, None]).any(axis=1)
+    assert (in_five == (expected.rank < 5)).all()
+
+
+@pytest.mark.parametrize(("window", "hop"), [(32, 32), (32, 8), (20, 3)])
+def test_context_is_what_the_window_of_a_byte_held_before_it(window, hop):
+    for t, size in enumerate(context_sizes(75, window, hop)):
+        start = next(start for start in range(0, 75, hop) if t < start + window)
+        assert size == t - start
