@@ -11,7 +11,8 @@ import numpy as np
 
 from app.media import fitted
 from app.settings import CompletionSettings
-from app.store import LOCK_POLL_S, LoadedModel
+from app.store import LoadedModel
+from app.turns import Turn
 from core.codecs import Codec, Media, Picture, Raw, Sound
 from core.config import AudioCodecConfig, ImageCodecConfig
 from core.errors import UserError
@@ -41,7 +42,7 @@ class Progress:
         done_bytes, bytes_per_s: of that sample; `job.plan.num_bytes_to_generate` are wanted.
         chunk: the newest bytes and their bits.
         completion: the finished sample, on its last `Progress`.
-        is_waiting: another job has the model; nothing happens until it ends.
+        is_waiting: other jobs have their turn at the model.
     """
 
     job: "CompletionJob" = field(repr=False)
@@ -140,14 +141,10 @@ class CompletionJob:
         return self.media_of(self._prefix, 0)
 
     def run(self) -> Iterator[Progress]:
-        """Makes the samples, one `Progress` a model patch. Closing the iterator frees the model within a patch."""
-        while not self.loaded.lock.acquire(timeout=LOCK_POLL_S):
-            yield Progress(job=self, stream=self._prefix, is_waiting=True)
-        try:
+        """Makes the samples, one `Progress` a model patch, in turns with other jobs. Closing the iterator frees the model."""
+        with Turn(self.loaded.lock) as turn:
             for sample in range(self.settings.samples):
-                yield from self._run_sample(sample)
-        finally:
-            self.loaded.lock.release()
+                yield from self._run_sample(sample, turn)
 
     def media_of(self, stream: np.ndarray, num_made: int) -> Media:
         """The kept part and the first `num_made` new bytes as media; what is not made of a picture is grey."""
@@ -201,13 +198,16 @@ class CompletionJob:
         num_grey = len(self._stream) - len(self._prefix) - num_bytes if isinstance(self._media, Picture) else 0
         return (f"the last {num_grey} bytes of the picture are not made and stay grey",) if num_grey else ()
 
-    def _run_sample(self, sample: int) -> Iterator[Progress]:
+    def _run_sample(self, sample: int, turn: Turn) -> Iterator[Progress]:
         started, kept, num_bytes = time.perf_counter(), len(self._prefix), self.plan.num_bytes_to_generate
         stream = np.concatenate((self._prefix, np.zeros(num_bytes, dtype=np.uint8)))
         bits = np.empty(num_bytes, dtype=np.float32)
         done, completion = 0, None
         with closing(self._sampler.stream(sample)) as chunks:
-            for chunk in chunks:
+            while done < num_bytes:
+                while not turn.take():
+                    yield Progress(self, stream, sample, done, is_waiting=True)
+                chunk = next(chunks)
                 end = done + len(chunk.byte_values)
                 stream[kept + done : kept + end], bits[done:end] = chunk.byte_values, chunk.bits
                 done, seconds = end, time.perf_counter() - started

@@ -14,7 +14,8 @@ from PIL import Image
 
 from app.media import fitted, kind_of, modality_of
 from app.messages import Failure, plain_sentence
-from app.store import LOCK_POLL_S, LoadedModel, ModelStore
+from app.store import LoadedModel, ModelStore
+from app.turns import Turn
 from core.codecs import Codec, Layout, Media, Picture, Sound, build_codec, read_media, read_raw
 from core.config import TextCodecConfig
 from core.likelihood import Expectation, Score, score
@@ -197,15 +198,19 @@ class Scorer:
     def _score_streams(self, loaded: LoadedModel, readings: list[_Reading], done: int) -> list[Score]:
         known = done + sum(len(reading.stream) for reading in readings)
 
-        def advance(num_bytes: int) -> None:
+        def report(num_bytes: int = 0) -> None:
             nonlocal done
             done += num_bytes
             if self.progress is not None:
                 self.progress(done, known)
 
-        while not loaded.lock.acquire(timeout=LOCK_POLL_S):
-            advance(0)  # so that whoever waits for another job can still give up
-        try:
+        def advance(num_bytes: int) -> None:
+            report(num_bytes)
+            while done < known and not turn.take():
+                report()  # so that whoever waits for other jobs can still give up
+
+        with Turn(loaded.lock) as turn:
+            advance(0)
             return score(
                 loaded.model,
                 [reading.stream for reading in readings],
@@ -215,8 +220,6 @@ class Scorer:
                 counted=[reading.layout.counted for reading in readings],
                 progress=advance,
             )
-        finally:
-            loaded.lock.release()
 
     def _result(self, reading: _Reading, result: Score) -> FileScore:
         return FileScore(

@@ -1,4 +1,4 @@
-"""Models for the use cases: found by name or folder, loaded once, used by one job at a time."""
+"""Models for the use cases: found by name or folder, loaded once, used by one job at a time in turns."""
 
 import threading
 import time
@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from app.turns import FairLock
 from core.checkpoint import WEIGHTS_FOLDER, load_checkpoint, load_model, resolve_model
 from core.codecs import Codec, build_codec
 from core.config import AudioCodecConfig, CodecConfig, ImageCodecConfig
@@ -16,7 +17,6 @@ from core.models import ByteModel
 from core.sample import SampleConfig, Sampler
 
 DEFAULT_MODELS = {"image": "image32", "audio": "audio", "text": "text"}
-LOCK_POLL_S = 0.2  # how often somebody who waits for a model looks up
 _SPEED_TEST_S = 0.2
 
 
@@ -43,12 +43,12 @@ class ModelInfo:
 
 @dataclass(eq=False)
 class LoadedModel:
-    """A model in memory with its codec. Whoever computes with it holds `lock`."""
+    """A model in memory with its codec. Whoever computes with it takes turns at `lock`."""
 
     model: ByteModel
     codec: Codec
     info: ModelInfo
-    lock: threading.Lock = field(default_factory=threading.Lock)
+    lock: FairLock = field(default_factory=FairLock)
     _bytes_per_s: float | None = None
 
     @property

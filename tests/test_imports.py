@@ -20,7 +20,7 @@ LAYERS = [
     ["core.sample", "core.learner", "core.report"],
     ["core.train", "core.bench"],
     ["core"],
-    ["app.messages", "app.settings", "app.media"],
+    ["app.messages", "app.settings", "app.media", "app.turns"],
     ["app.store", "app.console"],
     ["app.scoring", "app.completion"],
     ["app.outputs"],
