@@ -52,8 +52,14 @@ class MegaByteConfig:
     positions: Literal["learned", "rotary", "both"] = "learned"  # learned vectors are added, rotary turns queries and keys
     unembedder: Literal["slices", "full"] = "slices"  # "slices" is the paper's; "full" maps D to P * D_child at once
     real_previous: bool = False  # the real previous element at the start of a patch instead of the trainable pad
+    activation: Literal["relu", "relu2"] = "relu"  # relu2 is its square (arXiv 2109.08668)
+    qk_norm: bool = False  # queries and keys at unit root mean square, per head (arXiv 2010.04245)
+    residual_scalars: bool = False  # each layer reads a * x + b * (the level's input), with learned a and b
+    logit_softcap: float = 0.0  # logits bounded to +-cap by cap * tanh(logits / cap); 0 turns it off
     dropout: float = 0.0
     init_std: float = 0.02
+    zero_init: bool = False  # what each layer adds starts at zero
+    smooth_init: bool = False  # embeddings of neighbouring byte values start close to each other
 
     def __post_init__(self) -> None:
         _require(len(self.levels) >= 1, "levels is empty; give at least one level")
@@ -65,6 +71,7 @@ class MegaByteConfig:
             f"max_seq_len={self.max_seq_len} must be a positive multiple of the patch size {self.patch_size}",
         )
         _require(0.0 <= self.dropout < 1.0, f"dropout={self.dropout} must lie in [0, 1)")
+        _require(self.logit_softcap >= 0.0, f"logit_softcap={self.logit_softcap} must not be negative; 0 turns it off")
         _require(self.levels[0].cross_patch == 0, "cross_patch on level 0 has no previous patch to attend to; set it to 0")
         _require(
             self.levels[-1].byte_dim in (0, self.levels[-1].dim) and not self.levels[-1].conv_kernels,
@@ -163,9 +170,12 @@ class TrainConfig:
     seq_len: int = 0  # bytes of one training sequence; 0 stands for the model's context
     batch_size: int = 16  # sequences of one optimizer step, over all ranks
     micro_batch_size: int = 0  # sequences of one forward pass on one rank; 0 stands for batch_size / ranks
-    lr: float = 1e-3
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon moves the matrices inside layers, adamw the rest
+    lr: float = 1e-3  # of adamw
+    muon_lr: float = 0.02  # of muon
     warmup_steps: int = 100
-    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    schedule: Literal["linear", "cosine", "constant", "trapezoid"] = "linear"
+    decay_fraction: float = 0.5  # last part of the steps, in which the trapezoid falls
     final_lr_fraction: float = 0.0
     betas: tuple[float, float] = (0.9, 0.98)
     weight_decay: float = 0.1
@@ -179,6 +189,7 @@ class TrainConfig:
     checkpoint_every: int = 200  # steps
     log_every: int = 10  # steps
     keep_checkpoints: int = 2
+    augment: bool = False  # mirrored pictures; sounds louder, softer and with their polarity turned
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -188,7 +199,9 @@ class TrainConfig:
         for name in ("seq_len", "micro_batch_size", "warmup_steps", "weight_decay", "final_lr_fraction", "seed"):
             _require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must not be negative")
         _require(self.seed < 2**63, f"seed={self.seed} must be below {2**63}")
-        _require(self.lr > 0, f"lr={self.lr} must be positive")
+        for name in ("lr", "muon_lr"):
+            _require(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be positive")
+        _require(0.0 < self.decay_fraction <= 1.0, f"decay_fraction={self.decay_fraction} must lie above 0 and up to 1")
         _require(all(0.0 <= beta < 1.0 for beta in self.betas), f"betas={self.betas} must both lie in [0, 1)")
         _require(self.grad_clip > 0, f"grad_clip={self.grad_clip} must be positive")
         _require(0.0 <= self.ema_decay < 1.0, f"ema_decay={self.ema_decay} must lie in [0, 1)")

@@ -101,11 +101,23 @@ class Loader:
     """Shuffled batches of windows; each is a pure function of the seed and the step, so resuming needs the step alone.
 
     An epoch visits every window once, in an order drawn from (seed, epoch). Aligned windows begin where a document begins.
-    Others lie side by side from an offset that is drawn from (seed, epoch) too, so later epochs cut the data elsewhere.
+    Others lie side by side from an offset that is drawn from (seed, epoch) too, so later epochs cut the data elsewhere,
+    but never inside one of its units.
+    Augmentation is drawn from (seed, window), so it too is the same after a restart and with any number of ranks.
     """
 
     def __init__(
-        self, data: ByteData, seq_len: int, batch_size: int, seed: int, *, aligned: bool, rank: int = 0, world_size: int = 1
+        self,
+        data: ByteData,
+        seq_len: int,
+        batch_size: int,
+        seed: int,
+        *,
+        aligned: bool,
+        unit: int = 1,
+        augment: "Callable[[np.ndarray, np.random.Generator], np.ndarray] | None" = None,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
         if batch_size % world_size:
             raise UserError(f"batch_size={batch_size} must be divisible by the {world_size} processes")
@@ -114,6 +126,8 @@ class Loader:
         self._batch_size = batch_size
         self._seed = seed
         rows = batch_size // world_size
+        self._unit = unit
+        self._augment = augment
         self._own_rows = range(rank * rows, (rank + 1) * rows)
         _require_enough(data, seq_len)
         self._aligned_starts = _document_starts(data, seq_len) if aligned else None
@@ -128,8 +142,7 @@ class Loader:
 
     def batch(self, step: int) -> np.ndarray:
         """This rank's rows of the batch of `step`, uint8 (batch_size / world_size, seq_len)."""
-        starts = (self._start(step * self._batch_size + row) for row in self._own_rows)
-        return np.stack([self._data.bytes[start : start + self._seq_len] for start in starts])
+        return np.stack([self._window(step * self._batch_size + row) for row in self._own_rows])
 
     def iterate(self, start_step: int, num_steps: int, *, pin: bool = False) -> "Iterator[torch.Tensor]":
         """The batches of `num_steps` steps as uint8 tensors, read ahead by one background thread.
@@ -153,6 +166,11 @@ class Loader:
         batch = torch.from_numpy(self.batch(step))
         return batch.pin_memory() if pin else batch
 
+    def _window(self, number: int) -> np.ndarray:
+        start = self._start(number)
+        window = self._data.bytes[start : start + self._seq_len]
+        return window if self._augment is None else self._augment(window, np.random.default_rng([self._seed, number, 1]))
+
     def _start(self, window: int) -> int:
         epoch, index = divmod(window, self.windows_per_epoch)
         return int(self._epoch_starts(epoch)[index])
@@ -163,7 +181,7 @@ class Loader:
         if self._aligned_starts is not None:
             return self._aligned_starts[order]
         spare = len(self._data) - self.windows_per_epoch * self._seq_len
-        return order * self._seq_len + generator.integers(spare + 1)
+        return order * self._seq_len + self._unit * generator.integers(spare // self._unit + 1)
 
 
 def evaluation_windows(data: ByteData, seq_len: int, num_sequences: int, *, aligned: bool) -> np.ndarray:

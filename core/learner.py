@@ -1,6 +1,7 @@
 """What a run learns with: its loss, the model, the optimizer, the averaged weights and the counters, saved as one."""
 
 import contextlib
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -12,7 +13,10 @@ from core.config import TrainConfig
 from core.distributed import Ranks
 from core.errors import UserError
 from core.likelihood import nats_to_bits, nll
-from core.optim import average_decay, build_optimizer, update_average
+from core.optim import Muon, average_decay, build_optimizers, set_learning_rate, update_average
+
+# What each optimizer remembers of a parameter.
+_STATE_KEYS = {torch.optim.AdamW: ("step", "exp_avg", "exp_avg_sq"), Muon: ("mean",)}
 
 
 class MeanNll(nn.Module):
@@ -34,7 +38,7 @@ class Learner:
 
     def __init__(self, model: nn.Module, config: TrainConfig, ranks: Ranks) -> None:
         self.model = model.to(ranks.device)
-        self.optimizer = build_optimizer(model, config)
+        self.optimizers = build_optimizers(model, config)
         self.weights = model_tensors(model)
         self.average = {name: tensor.clone() for name, tensor in self.weights.items()} if config.ema_decay else None
         self.step = 0
@@ -72,11 +76,13 @@ class Learner:
         nats, num_bytes = self._ranks.sum(sums).tolist()
         return nats_to_bits(nats / num_bytes)
 
-    def update(self, found_inf: Tensor) -> None:
+    def update(self, found_inf: Tensor, lr_fraction: float) -> None:
         """Moves the weights along the gradients that lie ready, unless `found_inf` is 1."""
-        self.optimizer.found_inf = found_inf
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        for optimizer in self.optimizers:
+            set_learning_rate(optimizer, lr_fraction)
+            optimizer.found_inf = found_inf
+            optimizer.step()
+            optimizer.zero_grad()
         if self.average is not None:
             update_average(self.average, self.weights, average_decay(self.step, self._config.ema_decay))
         self.step += 1
@@ -106,9 +112,9 @@ class Learner:
         load_weights(self.model, checkpoint)
         device = self._ranks.device
         try:
-            for name, parameter in self.model.named_parameters():
-                moments = {key: state.tensors[f"optimizer.{key}.{name}"].to(device) for key in ("step", "exp_avg", "exp_avg_sq")}
-                self.optimizer.state[parameter] = moments
+            for name, optimizer, parameter in self._optimized():
+                keys = _STATE_KEYS[type(optimizer)]
+                optimizer.state[parameter] = {key: state.tensors[f"optimizer.{key}.{name}"].to(device) for key in keys}
             saved_average = state.average
             for name, tensor in (self.average or {}).items():
                 tensor.copy_(saved_average[name])
@@ -123,10 +129,17 @@ class Learner:
 
     def _optimizer_tensors(self) -> dict[str, Tensor]:
         return {
-            f"optimizer.{key}.{name}": tensor
-            for name, parameter in self.model.named_parameters()
-            for key, tensor in self.optimizer.state[parameter].items()
+            f"optimizer.{key}.{name}": optimizer.state[parameter][key]
+            for name, optimizer, parameter in self._optimized()
+            for key in _STATE_KEYS[type(optimizer)]
         }
+
+    def _optimized(self) -> Iterator[tuple[str, torch.optim.Optimizer, Tensor]]:
+        """Every parameter with its name and the optimizer that moves it."""
+        names = {parameter: name for name, parameter in self.model.named_parameters()}
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                yield from ((names[parameter], optimizer, parameter) for parameter in group["params"])
 
 
 def _autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:

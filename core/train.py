@@ -19,7 +19,7 @@ from core.errors import UserError
 from core.folder import MANIFEST_NAME
 from core.learner import Learner, MeanNll
 from core.models import build_model
-from core.optim import FiniteGuard, learning_rate, set_learning_rate
+from core.optim import FiniteGuard, learning_rate_fraction
 from core.report import Report
 from core.run_folder import StopSignals, claim_run
 
@@ -99,6 +99,8 @@ class _Run:
             settings.batch_size,
             settings.seed,
             aligned=aligned,
+            unit=codec.unit_bytes,
+            augment=codec.augmented if settings.augment else None,
             rank=ranks.rank,
             world_size=ranks.num_ranks,
         )
@@ -130,11 +132,10 @@ class _Run:
 
         with self.new_report() as report:
             for batch in batches:
-                lr = learning_rate(learner.step, settings)
-                set_learning_rate(learner.optimizer, lr)
+                lr_fraction = learning_rate_fraction(learner.step, settings)
                 loss = self.accumulate_gradients(objective, batch)
                 grad_norm = nn.utils.clip_grad_norm_(learner.model.parameters(), settings.grad_clip)
-                learner.update(guard.watch(learner.step, loss, grad_norm))
+                learner.update(guard.watch(learner.step, loss, grad_norm), lr_fraction)
                 report.advance()
 
                 step, is_last = learner.step, learner.step == settings.num_steps
@@ -155,7 +156,7 @@ class _Run:
                         step=step,
                         loss_nats=loss.item(),
                         valid_bits_per_byte=valid_bits_per_byte,
-                        lr=lr,
+                        lr=settings.lr * lr_fraction,
                         grad_norm=grad_norm.item(),
                         bytes_seen=learner.bytes_seen,
                         bytes_per_s=bytes_per_s,
@@ -266,7 +267,7 @@ def require_same_course(saved: Config, given: Config) -> None:
     for name in ("model", "codec"):
         if getattr(saved, name) != getattr(given, name):
             raise UserError(f"the run was started with another {name} than the one given; resume it with its own config.json")
-    for name in ("seq_len", "batch_size", "seed"):
+    for name in ("seq_len", "batch_size", "seed", "augment", "optimizer"):
         was, now = getattr(saved.train, name), getattr(given.train, name)
         if was != now:
             raise UserError(f"train.{name}={now}, but the run was started with {was}; give the same to resume it")

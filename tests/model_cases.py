@@ -47,6 +47,8 @@ ALL_OPTIONS = {
     "real_previous": True,
 }
 
+RECIPE = {"activation": "relu2", "qk_norm": True, "residual_scalars": True, "logit_softcap": 5.0, "positions": "both"}
+
 CASES: dict[str, MegaByteConfig] = {
     "exact": two_level(),
     "rotary": two_level(positions="rotary"),
@@ -65,6 +67,12 @@ CASES: dict[str, MegaByteConfig] = {
     "flat": MegaByteConfig(
         levels=(LevelConfig(dim=16, num_layers=2, num_heads=2),), max_seq_len=CONTEXT, positions="rotary", init_std=0.2
     ),
+    "relu2": two_level(activation="relu2"),
+    "qk_norm": two_level(qk_norm=True),
+    "residual_scalars": two_level(residual_scalars=True),
+    "softcap": two_level(logit_softcap=5.0),
+    "recipe": two_level(**RECIPE),
+    "recipe_all": two_level(**ALL_OPTIONS, **RECIPE),
     "three_levels": three_level(),
     "three_levels_rotary": three_level(positions="rotary", real_previous=True),
     "three_levels_both": three_level(positions="both", unembedder="full"),
@@ -73,7 +81,11 @@ CASES: dict[str, MegaByteConfig] = {
 
 def build(config: MegaByteConfig, seed: int = 0) -> MegaByte:
     torch.manual_seed(seed)
-    return MegaByte(config).eval()
+    model = MegaByte(config).eval()
+    for level in model.levels:
+        if (scalars := level.transformer.residual_scalars) is not None:
+            torch.nn.init.uniform_(scalars, 0.5, 1.5)  # at their start of 1 and 0 they do nothing
+    return model
 
 
 def random_bytes(*shape: int, seed: int = 1) -> Tensor:

@@ -252,3 +252,29 @@ def test_a_header_that_lies_about_the_length_does_not_stop_the_count(tmp_path):
     content[40:44] = struct.pack("<I", 0x7FFFFFF0)
     path.write_bytes(content)
     assert np.array_equal(read_media(path).samples, samples)
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_augmentation_is_a_gain_of_at_most_6_db_with_either_sign(encoding):
+    codec, samples = make_codec(encoding), noise(20_000)
+    stream, layout = codec.encode(Sound(samples, RATE))
+    gains = []
+    for seed in range(40):
+        changed = codec.decode(codec.augmented(stream, np.random.default_rng(seed)), layout).samples
+        gain = np.vdot(changed, samples.astype(float)) / np.vdot(samples, samples.astype(float))
+        assert np.abs(changed - gain * samples).max() < 0.05 * 32768  # steps of mu-law before and after, at the top
+        gains.append(gain)
+    decibels = 20 * np.log10(np.abs(gains))
+    assert decibels.min() > -6.1
+    assert decibels.max() < 6.1
+    assert decibels.std() > 2
+    assert 10 <= np.sum(np.array(gains) < 0) <= 30
+
+
+def test_augmentation_leaves_no_gaps_between_the_values_of_a_louder_sound():
+    codec = make_codec("pcm16be")
+    stream, layout = codec.encode(Sound(np.random.default_rng(0).integers(-50, 50, 200_000).astype(np.int16), RATE))
+    values = codec.decode(codec.augmented(stream, np.random.default_rng(2)), layout).samples
+    counts = np.unique(np.abs(values), return_counts=True)[1]
+    assert np.abs(values).max() > 60
+    assert counts[1:40].min() > 0.7 * counts[1:40].mean()

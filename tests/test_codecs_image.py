@@ -253,3 +253,21 @@ def test_too_many_pixels_are_refused_before_they_are_decoded(tmp_path, size):
     path.write_bytes(content)
     with pytest.raises(UserError, match="40,000,000 pixels and 16,384"):
         read_media(path)
+
+
+@pytest.mark.parametrize("scan", ["raster", "patch"])
+def test_augmentation_mirrors_half_of_the_pictures_and_changes_nothing_else(scan):
+    codec, picture = make_codec(scan), random_picture(SIDE, SIDE)
+    stream, layout = codec.encode(picture)
+    mirrored = 0
+    for seed in range(100):
+        pixels = codec.decode(codec.augmented(stream, np.random.default_rng(seed)), layout).pixels
+        is_mirrored = np.array_equal(pixels, picture.pixels[:, ::-1])
+        assert is_mirrored or np.array_equal(pixels, picture.pixels)
+        mirrored += is_mirrored
+    assert 30 <= mirrored <= 70
+
+
+def test_part_of_a_picture_is_not_mirrored():
+    stream = random_picture(SIDE, SIDE).pixels.reshape(-1)[:-3]
+    assert all(make_codec().augmented(stream, np.random.default_rng(seed)) is stream for seed in range(8))

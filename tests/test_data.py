@@ -262,3 +262,24 @@ def test_files_of_both_splits_are_found_under_any_name(shards, folder):
     assert shared_files(both, train) == [folder / "link.txt"]
     apart, _ = shards(TEXT, folder / "b.txt")
     assert shared_files(apart, train) == []
+
+
+def test_windows_begin_at_whole_units_and_at_every_one_of_them():
+    data = counting_data(205)
+    starts = {int(row[0]) for step in range(300) for row in make_loader(data, unit=2).batch(step)}
+    assert all(start % 2 == 0 for start in starts)
+    assert len(starts) > 60
+
+
+def test_augmentation_depends_on_the_window_alone():
+    def augment(window: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+        return window + np.uint8(generator.integers(256))
+
+    data = counting_data(200)
+    plain = make_loader(data).batch(5)
+    whole = make_loader(data, augment=augment).batch(5)
+    shares = [make_loader(data, augment=augment, rank=rank, world_size=2).batch(5) for rank in (0, 1)]
+    assert np.array_equal(np.concatenate(shares), whole)
+    changes = whole - plain
+    assert (changes == changes[:, :1]).all()
+    assert len(np.unique(changes)) > 1

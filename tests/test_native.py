@@ -25,7 +25,9 @@ MAX_KL = 1e-9  # nats
 SUPPORTED = {
     name: config
     for name, config in CASES.items()
-    if len(config.levels) <= 2 and not any(level.conv_kernels for level in config.levels)
+    if len(config.levels) <= 2
+    and not any(level.conv_kernels for level in config.levels)
+    and not (config.activation != "relu" or config.qk_norm or config.residual_scalars or config.logit_softcap)
 }
 UNSUPPORTED = sorted(CASES.keys() - SUPPORTED.keys())
 SUPPORTED["all_supported"] = two_level(

@@ -23,7 +23,16 @@ from core.distributed import Ranks
 from core.errors import UserError
 from core.learner import Learner, MeanNll
 from core.models import build_model
-from core.optim import FiniteGuard, average_decay, build_optimizer, learning_rate, parameter_groups, set_learning_rate
+from core.optim import (
+    FiniteGuard,
+    Muon,
+    average_decay,
+    build_optimizers,
+    learning_rate_fraction,
+    orthogonalized,
+    parameter_groups,
+    set_learning_rate,
+)
 from core.run_folder import StopSignals, claim_run
 from core.train import explain_out_of_memory, micro_batch_size, repeatable_kernels, train
 from tests.tiny_run import SEQ_LEN, TINY_MODEL, digests, metrics, run_tiny, tiny_config, tiny_data
@@ -56,16 +65,62 @@ def byte_ids():
 # The schedule and the optimizer
 
 
-@pytest.mark.parametrize(("schedule", "half_way"), [("constant", 1.0), ("linear", 0.55), ("cosine", 0.55)])
-def test_learning_rate_warms_up_and_then_follows_its_schedule(schedule, half_way):
-    config = TrainConfig(num_steps=110, warmup_steps=10, lr=2.0, schedule=schedule, final_lr_fraction=0.1)
-    assert [learning_rate(step, config) for step in (0, 4, 9, 10)] == pytest.approx([0.2, 1.0, 2.0, 2.0])
-    assert learning_rate(60, config) == pytest.approx(2.0 * half_way)
-    assert learning_rate(110, config) == pytest.approx(2.0 if schedule == "constant" else 0.2)
+@pytest.mark.parametrize(
+    ("schedule", "at_60", "at_85"),
+    [("constant", 1.0, 1.0), ("linear", 0.55, 0.325), ("cosine", 0.55, 0.2318), ("trapezoid", 1.0, 0.6625)],
+)
+def test_learning_rate_warms_up_and_then_follows_its_schedule(schedule, at_60, at_85):
+    config = TrainConfig(num_steps=110, warmup_steps=10, schedule=schedule, decay_fraction=0.4, final_lr_fraction=0.1)
+    assert [learning_rate_fraction(step, config) for step in (0, 4, 9, 10)] == pytest.approx([0.1, 0.5, 1.0, 1.0])
+    assert learning_rate_fraction(60, config) == pytest.approx(at_60)
+    assert learning_rate_fraction(85, config) == pytest.approx(at_85, abs=1e-4)
+    assert learning_rate_fraction(110, config) == pytest.approx(1.0 if schedule == "constant" else 0.1)
 
 
 def test_no_warmup_starts_at_the_full_rate():
-    assert learning_rate(0, TrainConfig(warmup_steps=0, lr=0.5)) == 0.5
+    assert learning_rate_fraction(0, TrainConfig(warmup_steps=0)) == 1.0
+
+
+def test_set_learning_rate_is_a_fraction_of_each_group_s_own(model):
+    optimizers = build_optimizers(model, TrainConfig(optimizer="muon", lr=0.5, muon_lr=0.25))
+    for optimizer in optimizers:
+        set_learning_rate(optimizer, 0.1)
+        set_learning_rate(optimizer, 0.2)
+    assert [group["lr"] for optimizer in optimizers for group in optimizer.param_groups] == [0.05, 0.05, 0.1, 0.1]
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 8), (2, 24, 6), (2, 6, 24)])
+def test_orthogonalized_matrices_have_singular_values_near_one_and_the_same_directions(shape):
+    matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    left, _, right = torch.linalg.svd(matrices, full_matrices=False)
+    moved = left.mT @ orthogonalized(matrices) @ right.mT  # diagonal in the bases of the matrices themselves
+    diagonal = torch.diagonal(moved, dim1=1, dim2=2)
+    assert (diagonal - 1).abs().max() < 0.4
+    assert (moved - torch.diag_embed(diagonal)).abs().max() < 1e-4
+
+
+def test_muon_moves_the_layers_matrices_and_adamw_all_else(model):
+    muon, adamw = build_optimizers(model, TrainConfig(optimizer="muon"))
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups = [{names[id(p)] for p in group["params"]} for optimizer in (muon, adamw) for group in optimizer.param_groups]
+    assert set().union(*groups) == set(names.values())
+    assert sum(map(len, groups)) == len(names)
+    assert all(name.endswith("qkv.weight") for name in groups[1])
+    assert all(name.endswith(("out.weight", "ffn_in.weight", "project.weight")) for name in groups[0])
+    assert any("embedding" in name for name in groups[3])
+
+
+def test_muon_s_step_is_its_learning_rate_long_in_every_direction():
+    weight = nn.Parameter(torch.zeros(9, 3))
+    muon = Muon([{"params": [weight], "parts": 3}], lr=0.5, weight_decay=0.1)
+    weight.grad = torch.randn(9, 3, generator=torch.Generator().manual_seed(0))
+    muon.step()
+    assert torch.linalg.svdvals(weight.detach().view(3, 3, 3)).numpy() == pytest.approx(0.5, rel=0.35)
+    before = weight.detach().clone()
+    weight.grad = torch.zeros(9, 3)
+    muon.state[weight]["mean"].zero_()
+    muon.step()
+    torch.testing.assert_close(weight.detach(), before * (1 - 0.5 * 0.1))
 
 
 def test_every_parameter_is_in_one_group_and_only_matrices_decay(model):
@@ -89,15 +144,16 @@ def test_average_is_the_weighted_sum_of_all_past_weights(model):
     for step in range(30):
         model.zero_grad()
         weight.grad = torch.ones_like(weight)
-        learner.update(torch.tensor(0.0))
+        learner.update(torch.tensor(0.0), 1.0)
         decay = average_decay(step, 0.9)
         expected = decay * expected + (1 - decay) * weight.detach()
     torch.testing.assert_close(learner.average[name], expected)
     assert not torch.equal(learner.average[name], weight)
 
 
-def test_a_non_finite_gradient_changes_no_weight_and_its_step_is_known(model, byte_ids):
-    learner, guard = Learner(model, TrainConfig(), ALONE), FiniteGuard(ALONE.device)
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_non_finite_gradient_changes_no_weight_and_its_step_is_known(model, byte_ids, optimizer):
+    learner, guard = Learner(model, TrainConfig(optimizer=optimizer), ALONE), FiniteGuard(ALONE.device)
     objective = MeanNll(model, "fp32")
     history = []
     for step in range(4):
@@ -105,12 +161,13 @@ def test_a_non_finite_gradient_changes_no_weight_and_its_step_is_known(model, by
         loss.backward()
         if step == 2:
             next(model.parameters()).grad[0] = math.nan
-        learner.update(guard.watch(step, loss.detach(), nn.utils.clip_grad_norm_(model.parameters(), 1.0)))
+        learner.update(guard.watch(step, loss.detach(), nn.utils.clip_grad_norm_(model.parameters(), 1.0)), 1.0)
         history.append(torch.cat([p.detach().flatten().clone() for p in model.parameters()]))
     assert guard.bad_step() == 2
     assert not torch.equal(history[0], history[1])
     assert torch.equal(history[1], history[2])
     assert torch.equal(history[1], history[3])
+    assert all(torch.isfinite(tensor).all() for tensor in learner.capture().tensors.values())
 
 
 # What is learned
@@ -122,19 +179,18 @@ def test_loss_is_the_mean_over_every_byte(model, byte_ids):
     torch.testing.assert_close(MeanNll(model, "fp32")(byte_ids), expected)
 
 
-def test_one_batch_is_overfitted_below_0_05_bits_per_byte(byte_ids):
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_one_batch_is_overfitted_below_0_05_bits_per_byte(byte_ids, optimizer):
     byte_ids = byte_ids[:2]  # which row it is cannot be foreseen: rows cost log2(2) / 32 = 0.031 bits a byte whatever is learned
     torch.manual_seed(0)
     levels = (LevelConfig(dim=64, num_layers=1, num_heads=2, patch_size=4), LevelConfig(dim=64, num_layers=1, num_heads=2))
     model = build_model(tiny_config(MegaByteConfig(levels=levels, max_seq_len=SEQ_LEN)))
-    config = TrainConfig(num_steps=100, warmup_steps=10, lr=1e-2, weight_decay=0.0)
-    optimizer, objective = build_optimizer(model, config), MeanNll(model, "fp32")
+    config = TrainConfig(num_steps=100, warmup_steps=10, lr=1e-2, weight_decay=0.0, optimizer=optimizer)
+    learner, objective = Learner(model, config, ALONE), MeanNll(model, "fp32")
     for step in range(config.num_steps):
-        set_learning_rate(optimizer, learning_rate(step, config))
-        optimizer.zero_grad()
         loss = objective(byte_ids)
         loss.backward()
-        optimizer.step()
+        learner.update(torch.tensor(0.0), learning_rate_fraction(step, config))
     assert loss.item() / math.log(2) < 0.05
 
 
@@ -191,7 +247,7 @@ def test_metrics_have_a_line_for_every_logged_step(tmp_path):
     assert lines[-1]["bytes_seen"] == result.bytes_seen == 12 * 4 * SEQ_LEN
     for line in lines:
         assert line["bits_per_byte"] == pytest.approx(line["loss_nats"] / math.log(2))
-        assert line["lr"] == learning_rate(line["step"] - 1, config.train)
+        assert line["lr"] == config.train.lr * learning_rate_fraction(line["step"] - 1, config.train)
 
 
 def test_metrics_say_everything_under_the_promised_keys(tmp_path):

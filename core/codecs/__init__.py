@@ -62,6 +62,7 @@ class Codec(Protocol):
 
     config: Any
     modality: str
+    unit_bytes: int  # of one character, pixel or sample: a sequence begins at whole ones
     suffix: str  # of the files that `write` makes
 
     def encode(self, media: Any) -> tuple[np.ndarray, Any]:
@@ -78,6 +79,9 @@ class Codec(Protocol):
 
     def prefix_says(self, num_bytes: int) -> str:
         """What such a prefix is, in words."""
+
+    def augmented(self, stream: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+        """A training sequence changed at random into one that could as well have been recorded."""
 
     def write(self, media: Any, path: Path) -> None:
         """Writes an exact file, whole or not at all."""

@@ -32,6 +32,7 @@ _UNKNOWN_WAV_LENGTH = b"\xff\xff\xff\xff"
 _UNKNOWN_FRAMES = 2**62
 _CHUNK_NAME = re.compile(rb"[A-Za-z0-9 ]{4}")
 
+_MAX_GAIN_DB = 6.0  # of augmentation, either way
 _ZERO_CROSSINGS = 64  # of the resampling filter, on each side
 _CUTOFF = 0.955  # of the lower Nyquist frequency
 _KAISER_BETA = 9.0
@@ -127,6 +128,10 @@ class AudioCodec:
     def __init__(self, config: AudioCodecConfig) -> None:
         self.config = config
 
+    @property
+    def unit_bytes(self) -> int:
+        return self.config.bytes_per_sample
+
     def encode(self, media: Sound, resample: bool = False) -> tuple[np.ndarray, AudioLayout]:
         """The sound's bytes in time order.
 
@@ -164,6 +169,20 @@ class AudioCodec:
         samples = np.concatenate([original.samples[:num_samples], decoded.samples[num_samples:]])
         return Sound(samples, decoded.sample_rate, decoded.notes, decoded.is_truncated)
 
+    def augmented(self, stream: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+        """Up to 6 dB louder or softer, and with the opposite polarity half of the time.
+
+        A sample stands for all amplitudes that round to it; one of them is drawn before the gain, or louder sounds would
+        have gaps between their values.
+        """
+        gain = 10.0 ** (generator.uniform(-_MAX_GAIN_DB, _MAX_GAIN_DB) / 20) * generator.choice((-1.0, 1.0))
+        if self.config.encoding == "mulaw8":
+            levels = stream + generator.uniform(-0.5, 0.5, stream.size)
+            amplitudes = np.clip(gain * _mulaw_expand(levels / 127.5 - 1), -1.0, 1.0)
+            return np.rint((_mulaw_compress(amplitudes) + 1) * 127.5).astype(np.uint8)
+        samples = stream.view(self._sample_type) + generator.uniform(-0.5, 0.5, stream.size // 2)
+        return _to_int16(gain * samples).astype(self._sample_type).view(np.uint8)
+
     def write(self, media: Sound, path: Path) -> None:
         with atomic_file(path) as file, wave.open(file, "wb") as target:
             target.setparams((1, 2, media.sample_rate, media.samples.size, "NONE", "not compressed"))
@@ -182,18 +201,29 @@ class AudioCodec:
         return resample(sound, self.config.sample_rate)
 
 
+def _to_int16(samples: np.ndarray) -> np.ndarray:
+    return np.clip(np.rint(samples), -32768, 32767).astype(np.int16)
+
+
 def _mulaw_samples() -> np.ndarray:
     """The 16-bit sample each byte stands for: the continuous formula with mu = 255 at 256 evenly spaced levels."""
-    levels = np.arange(256) / 127.5 - 1
-    amplitudes = np.sign(levels) * (256 ** np.abs(levels) - 1) / 255
-    return np.clip(np.rint(amplitudes * 32768), -32768, 32767).astype(np.int16)
+    return _to_int16(_mulaw_expand(np.arange(256) / 127.5 - 1) * 32768)
 
 
 def _mulaw_bytes() -> np.ndarray:
     """The nearest level's byte for each sample, indexed by the sample's bits as an unsigned number."""
     amplitudes = np.arange(65536, dtype=np.uint16).view(np.int16) / 32768
-    levels = np.sign(amplitudes) * np.log1p(255 * np.abs(amplitudes)) / math.log(256)
-    return np.floor((levels + 1) * 127.5 + 0.5).astype(np.uint8)
+    return np.floor((_mulaw_compress(amplitudes) + 1) * 127.5 + 0.5).astype(np.uint8)
+
+
+def _mulaw_expand(levels: np.ndarray) -> np.ndarray:
+    """Levels in -1..1 as amplitudes."""
+    return np.sign(levels) * (256 ** np.abs(levels) - 1) / 255
+
+
+def _mulaw_compress(amplitudes: np.ndarray) -> np.ndarray:
+    """Amplitudes in -1..1 as levels; the inverse of `_mulaw_expand`."""
+    return np.sign(amplitudes) * np.log1p(255 * np.abs(amplitudes)) / math.log(256)
 
 
 _MULAW_SAMPLES = _mulaw_samples()
@@ -204,10 +234,6 @@ def _filter(distances: np.ndarray, cutoff: float, reach: int) -> np.ndarray:
     window = np.i0(_KAISER_BETA * np.sqrt(np.maximum(0.0, 1 - (distances / reach) ** 2)))
     taps = np.sinc(cutoff * distances) * window
     return (taps / taps.sum()).astype(np.float32)
-
-
-def _to_int16(samples: np.ndarray) -> np.ndarray:
-    return np.clip(np.rint(samples), -32768, 32767).astype(np.int16)
 
 
 class _ForwardSoundFile(soundfile.SoundFile):

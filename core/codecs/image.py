@@ -82,6 +82,7 @@ class ImageCodec:
     """RGB bytes of square tiles, the three bytes of a pixel side by side."""
 
     modality = "image"
+    unit_bytes = 3
     suffix = ".png"
 
     def __init__(self, config: ImageCodecConfig) -> None:
@@ -137,6 +138,14 @@ class ImageCodec:
     def prefix_says(self, num_bytes: int) -> str:
         rows = self.round_prefix(num_bytes) // (self.config.side * 3)
         return f"top {rows} of {self.config.side} rows"
+
+    def augmented(self, stream: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+        """One tile, mirrored left to right half of the time; part of a tile cannot be and stays."""
+        if stream.size != self.document_bytes or generator.random() < 0.5:
+            return stream
+        side = self.config.side
+        mirrored = stream[self._places].reshape(side, side, 3)[:, ::-1]
+        return mirrored.reshape(-1)[self._order]
 
     def write(self, media: Picture, path: Path) -> None:
         with atomic_file(path) as file:

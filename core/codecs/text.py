@@ -36,6 +36,7 @@ class TextCodec:
     """Bytes as they are, both ways."""
 
     modality = "text"
+    unit_bytes = 1
     suffix = ".txt"
 
     def __init__(self, config: TextCodecConfig) -> None:
@@ -56,6 +57,10 @@ class TextCodec:
 
     def prefix_says(self, num_bytes: int) -> str:
         return f"{num_bytes} bytes"
+
+    def augmented(self, stream: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+        """The text itself: no change of its bytes leaves it as likely."""
+        return stream
 
     def write(self, media: Raw, path: Path) -> None:
         with atomic_file(path) as file:

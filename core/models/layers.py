@@ -15,7 +15,9 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from core.cache import LevelCache
-from core.config import LevelConfig
+from core.config import LevelConfig, MegaByteConfig
+
+_ACTIVATIONS = {"relu": F.relu, "relu2": lambda x: F.relu(x).square()}
 
 # Up to this row length, plain matrix products beat the fused attention kernels wherever those waste a tile on a row.
 _SHORT_ROW = 128
@@ -98,10 +100,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
 class Attention(nn.Module):
     """Multi-head attention inside rows and to the last `memory` elements of the row before."""
 
-    def __init__(self, config: LevelConfig) -> None:
+    def __init__(self, config: LevelConfig, qk_norm: bool = False) -> None:
         super().__init__()
         self.num_heads = config.num_heads
         self.memory = config.cross_patch
+        self.qk_norm = nn.RMSNorm(config.head_dim, eps=1e-6, elementwise_affine=False) if qk_norm else nn.Identity()
         self.qkv = nn.Linear(config.dim, 3 * config.dim)
         self.out = nn.Linear(config.dim, config.dim)
 
@@ -109,6 +112,7 @@ class Attention(nn.Module):
         """Attends within and across rows; `rotation` covers the S slots of memory and row."""
         num_rows, length = x_BKLD.shape[1:3]
         q, k, v = rearrange(self.qkv(x_BKLD), "b k l (three h c) -> three b k h l c", three=3, h=self.num_heads)
+        q, k = self.qk_norm(q), self.qk_norm(k)
         mask = None
         own_rotation = rotation and tuple(table[self.memory :] for table in rotation)
         q, own_k = rotate(q, own_rotation), rotate(k, own_rotation)
@@ -125,7 +129,7 @@ class Attention(nn.Module):
     def step(self, x_BD: Tensor, rotation: Rotation | None, cache: LevelCache, layer: int, slots: Slots) -> Tensor:
         # view, not rearrange: this runs for every byte of every layer.
         qkv = self.qkv(x_BD).view(len(x_BD), 3, self.num_heads, -1)
-        q, k = rotate(qkv[:, :2], rotation).unbind(1)
+        q, k = rotate(self.qk_norm(qkv[:, :2]), rotation).unbind(1)
         keys, values = cache.keys[layer], cache.values[layer]
         keys[slots.write] = k
         values[slots.write] = qkv[:, 2]
@@ -146,16 +150,17 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + feed-forward(norm(x)), with ReLU as in the paper's appendix A.1."""
+    """x + attention(norm(x)), then x + feed-forward(norm(x)), with ReLU as in the paper's appendix A.1 or its square."""
 
-    def __init__(self, config: LevelConfig, dropout: float) -> None:
+    def __init__(self, config: LevelConfig, model: MegaByteConfig) -> None:
         super().__init__()
         self.attention_norm = nn.LayerNorm(config.dim)
-        self.attention = Attention(config)
+        self.attention = Attention(config, model.qk_norm)
         self.ffn_norm = nn.LayerNorm(config.dim)
         self.ffn_in = nn.Linear(config.dim, config.ffn_dim)
         self.ffn_out = nn.Linear(config.ffn_dim, config.dim)
-        self.dropout = nn.Dropout(dropout)
+        self.activation = _ACTIVATIONS[model.activation]
+        self.dropout = nn.Dropout(model.dropout)
 
     def forward(self, x_BKLD: Tensor, rotation: Rotation | None, cache: LevelCache | None = None, layer: int = 0) -> Tensor:
         x_BKLD = x_BKLD + self.dropout(self.attention(self.attention_norm(x_BKLD), rotation, cache, layer))
@@ -166,33 +171,43 @@ class Block(nn.Module):
         return x_BD + self._feed_forward(x_BD)
 
     def _feed_forward(self, x: Tensor) -> Tensor:
-        return self.ffn_out(F.relu(self.ffn_in(self.ffn_norm(x))))
+        return self.ffn_out(self.activation(self.ffn_in(self.ffn_norm(x))))
 
 
 class Transformer(nn.Module):
     """The layers of one level and the norm after them."""
 
-    def __init__(self, config: LevelConfig, row_length: int, is_rotary: bool, dropout: float) -> None:
+    def __init__(self, config: LevelConfig, row_length: int, model: MegaByteConfig) -> None:
         super().__init__()
         self.memory = config.cross_patch
         self.row_length = row_length
-        self.rotary = Rotary(config.head_dim, self.memory + row_length) if is_rotary else None
-        self.blocks = nn.ModuleList(Block(config, dropout) for _ in range(config.num_layers))
+        self.rotary = Rotary(config.head_dim, self.memory + row_length) if model.is_rotary else None
+        self.blocks = nn.ModuleList(Block(config, model) for _ in range(config.num_layers))
+        # For each layer what it reads: a times the layer before, b times the input of them all.
+        self.residual_scalars = nn.Parameter(torch.empty(config.num_layers, 2)) if model.residual_scalars else None
         self.norm = nn.LayerNorm(config.dim)
 
     def forward(self, x_BKLD: Tensor, cache: LevelCache | None = None) -> Tensor:
         """Rows to rows; a cache keeps what the elements after the last row may attend to."""
         rotation = self.rotary and self.rotary(slice(0, self.memory + x_BKLD.shape[2]))
+        input_BKLD = x_BKLD
         for layer, block in enumerate(self.blocks):
-            x_BKLD = block(x_BKLD, rotation, cache, layer)
+            x_BKLD = block(self._mixed(x_BKLD, input_BKLD, layer), rotation, cache, layer)
         return self.norm(x_BKLD)
 
     def step(self, x_BD: Tensor, cache: LevelCache, slots: Slots) -> Tensor:
         """One more element of every row."""
         rotation = self.rotary and self.rotary(slots.positions)
+        input_BD = x_BD
         for layer, block in enumerate(self.blocks):
-            x_BD = block.step(x_BD, rotation, cache, layer, slots)
+            x_BD = block.step(self._mixed(x_BD, input_BD, layer), rotation, cache, layer, slots)
         return self.norm(x_BD)
+
+    def _mixed(self, x: Tensor, level_input: Tensor, layer: int) -> Tensor:
+        if self.residual_scalars is None:
+            return x
+        a, b = self.residual_scalars[layer]
+        return a * x + b * level_input
 
     def begin_row(self, cache: LevelCache) -> None:
         """Moves the last r elements of the finished row into the memory slots."""

@@ -15,10 +15,13 @@ of levels. `levels[0]` is the paper's Global, `levels[-1]` its Local; with a sin
 Where the paper leaves a choice: pads are trainable (as in its Fig. 2), levels below the first have learned positions
 inside the patch, Transformers are pre-norm with a final norm. Its section 2.3 gives the options: a causal convolutional
 patch encoder and cross-patch attention. Ours: rotary positions, a projecting patch embedder and a full un-embedder for
-widths that do not divide by P, and the real previous byte (instead of the pad) at the start of a patch.
+widths that do not divide by P, the real previous byte (instead of the pad) at the start of a patch, and what later
+Transformers found worth its cost: squared ReLU, normalised queries and keys, residual scalars, softly capped logits.
 """
 
 # Shapes: B batch, T bytes, N elements of a level (T / span), K rows, L elements of a row, P children, D width, V = 256.
+
+import math
 
 import torch
 import torch.nn.functional as F
@@ -92,7 +95,7 @@ class Level(nn.Module):
         self.embedder = PatchEmbedder(own, self.span, config.max_seq_len if learned and self.is_top else 0)
         self.pad = nn.Parameter(torch.empty(own.dim))
         self.positions = nn.Parameter(torch.empty(self.row_length, own.dim)) if learned and not self.is_top else None
-        self.transformer = Transformer(own, self.row_length, config.is_rotary, config.dropout)
+        self.transformer = Transformer(own, self.row_length, config)
         children = config.levels[index + 1 : index + 2]
         self.unembedder = Unembedder(own, children[0].dim, config.unembedder) if children else nn.Identity()
 
@@ -210,12 +213,7 @@ class MegaByte(nn.Module):
         self._num_levels_with_past = max([1] + [index + 1 for index, memory in enumerate(has_memory) if memory])
         self.apply(self._init_weights)
         for level in self.levels:
-            for parameter in (level.pad, level.positions):
-                if parameter is not None:
-                    _truncated_normal(parameter, config.init_std)
-            for block in level.transformer.blocks:
-                for linear in (block.attention.out, block.ffn_out):
-                    _truncated_normal(linear.weight, config.init_std / (2 * level.config.num_layers) ** 0.5)
+            self._init_level(level)
 
     def forward(self, byte_ids_BT: Tensor) -> Tensor:
         """Logits `(B, T, V)` in float32 of byte values `(B, T)`, any T from 0 to the context.
@@ -331,7 +329,9 @@ class MegaByte(nn.Module):
         """Eq. 6: the output matrix is the last level's byte embedding."""
         # fp32: bf16 keeps 8 significant bits, too few for a per-byte likelihood that is summed over a whole file.
         with torch.autocast(h.device.type, enabled=False):
-            return F.linear(h.float(), self.levels[-1].embedder.embedding.weight.float())
+            logits = F.linear(h.float(), self.levels[-1].embedder.embedding.weight.float())
+            cap = self.config.logit_softcap
+            return cap * torch.tanh(logits / cap) if cap else logits
 
     def _init_weights(self, module: nn.Module) -> None:
         """N(0, init_std) truncated at two sigma for every matrix, zero for biases; norms keep 1 and 0 (appendix A.1)."""
@@ -339,6 +339,36 @@ class MegaByte(nn.Module):
             _truncated_normal(module.weight, self.config.init_std)
             if getattr(module, "bias", None) is not None:
                 nn.init.zeros_(module.bias)
+
+    @torch.no_grad()
+    def _init_level(self, level: Level) -> None:
+        """What lies outside the matrices, and the two of a layer that write to the residual stream."""
+        config = self.config
+        for parameter in (level.pad, level.positions):
+            if parameter is not None:
+                _truncated_normal(parameter, config.init_std)
+        for block in level.transformer.blocks:
+            for linear in (block.attention.out, block.ffn_out):
+                if config.zero_init:
+                    nn.init.zeros_(linear.weight)
+                else:
+                    _truncated_normal(linear.weight, config.init_std / (2 * level.config.num_layers) ** 0.5)
+        if level.transformer.residual_scalars is not None:
+            level.transformer.residual_scalars.copy_(torch.tensor([1.0, 0.0]))
+        if config.smooth_init:
+            embedding = level.embedder.embedding.weight
+            embedding.copy_(config.init_std * _smooth_functions(NUM_BYTE_VALUES, embedding.shape[1]))
+
+
+def _smooth_functions(num_values: int, num_functions: int) -> Tensor:
+    """Random functions `(num_values, num_functions)` of a number, of unit variance, most of it in low frequencies.
+
+    Pixels and samples are numbers: 127 and 128 should not have to be found alike.
+    """
+    phase = torch.arange(num_values) / num_values * math.pi
+    waves = torch.stack([torch.cos(k * phase) / k**0.5 for k in range(1, num_values // 4 + 1)], dim=1)
+    functions = waves @ torch.randn(waves.shape[1], num_functions)
+    return functions / functions.std(dim=0, keepdim=True)
 
 
 def _truncated_normal(parameter: Tensor, std: float) -> None:

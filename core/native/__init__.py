@@ -201,6 +201,9 @@ def _has_supported_form(model: ByteModel) -> bool:
     """One or two levels without convolutions, in float32 on a CPU."""
     if not isinstance(model, MegaByte) or len(model.levels) > 2 or any(level.config.conv_kernels for level in model.levels):
         return False
+    config = model.config
+    if config.activation != "relu" or config.qk_norm or config.residual_scalars or config.logit_softcap:
+        return False
     return all(tensor.device.type == "cpu" and tensor.dtype == torch.float32 for tensor in model.parameters())
 
 
