@@ -47,6 +47,7 @@ class LevelConfig:
 class MegaByteConfig:
     """A MegaByte of one or more levels. One level is the flat byte Transformer."""
 
+    kind: Literal["megabyte"] = "megabyte"
     levels: tuple[LevelConfig, ...]
     max_seq_len: int  # context in bytes, a multiple of the coarsest patch
     positions: Literal["learned", "rotary", "both"] = "learned"  # learned vectors are added, rotary turns queries and keys
@@ -117,6 +118,59 @@ class MegaByteConfig:
     def patch_size(self) -> int:
         """Bytes in one coarsest patch (the paper's P when there are two levels)."""
         return self.span(0)
+
+    def num_predicted(self, num_bytes: int) -> int:
+        """How many of `num_bytes` bytes one forward pass predicts: all of them."""
+        return num_bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class PerceiverArConfig:
+    """A Perceiver AR: the last `num_latents` positions look at the whole context, and only their bytes are predicted."""
+
+    kind: Literal["perceiver_ar"] = "perceiver_ar"
+    dim: int  # D
+    num_layers: int  # on the latents, after the cross-attention
+    num_heads: int
+    ffn_dim: int = 0  # inner width of the feed-forward layer; 0 stands for 4 * dim
+    num_latents: int  # N, bytes
+    max_seq_len: int  # context in bytes, a multiple of num_latents
+    positions: Literal["rotary", "both"] = "rotary"  # "both" adds learned vectors, which pictures need
+    dropout: float = 0.0
+    init_std: float = 0.02
+
+    def __post_init__(self) -> None:
+        for name in ("dim", "num_layers", "num_heads", "num_latents", "max_seq_len"):
+            _require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
+        _require(self.ffn_dim >= 0, f"ffn_dim={self.ffn_dim} must not be negative")
+        _require(
+            self.dim % (2 * self.num_heads) == 0,
+            f"dim={self.dim} must be divisible by twice num_heads={self.num_heads}; rotary positions need an even head_dim",
+        )
+        _require(self.num_latents % 2 == 0, f"num_latents={self.num_latents} must be even; decoding drops half of them at a time")
+        _require(
+            self.max_seq_len % self.num_latents == 0,
+            f"max_seq_len={self.max_seq_len} must be a multiple of num_latents={self.num_latents}",
+        )
+        _require(0.0 <= self.dropout < 1.0, f"dropout={self.dropout} must lie in [0, 1)")
+        if self.ffn_dim == 0:
+            object.__setattr__(self, "ffn_dim", 4 * self.dim)
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.num_heads
+
+    @property
+    def patch_size(self) -> int:
+        """It reads bytes one by one."""
+        return 1
+
+    def num_predicted(self, num_bytes: int) -> int:
+        """How many of `num_bytes` bytes, the last ones, one forward pass predicts."""
+        return min(num_bytes, self.num_latents)
+
+
+ModelConfig = MegaByteConfig | PerceiverArConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,7 +266,7 @@ class Config:
     """One checkpoint's whole description: what the model is, what its bytes mean and how it is trained."""
 
     name: str
-    model: MegaByteConfig
+    model: ModelConfig
     codec: CodecConfig
     train: TrainConfig = field(default_factory=TrainConfig)
 
@@ -307,6 +361,16 @@ def _assign(raw: Any, key: str, value: str) -> None:
         raise ValueError(f"--set {key}: there is no such setting; config.json of a run lists them all") from None
 
 
+def _chosen_option(options: tuple[type, ...], raw: dict[str, Any], where: str) -> type:
+    """The class whose first field, its tag, has the value in `raw`. A model without a tag is a MegaByte: old files have none."""
+    tag = dataclasses.fields(options[0])[0].name
+    classes = {dataclasses.fields(option)[0].default: option for option in options}
+    name = raw.get(tag, "megabyte" if tag == "kind" else None)
+    *others, last = classes
+    _require(name in [*others, last], f"{where}.{tag}={name!r} must be {', '.join(others)} or {last}")
+    return classes[name]
+
+
 _KIND_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
 
 
@@ -314,11 +378,8 @@ def _build(kind: Any, raw: Any, where: str) -> Any:
     """`raw` JSON as a value of type `kind`, refusing unknown keys, missing keys and wrong types."""
     origin = typing.get_origin(kind)
     if origin is types.UnionType:
-        modality = raw.get("modality") if isinstance(raw, dict) else None
-        for option in typing.get_args(kind):
-            if option.__dataclass_fields__["modality"].default == modality:
-                return _build(option, raw, where)
-        raise ValueError(f"{where}.modality={modality!r} must be image, audio or text")
+        _require(isinstance(raw, dict), f"{where} must be a JSON object")
+        return _build(_chosen_option(typing.get_args(kind), raw, where), raw, where)
     if dataclasses.is_dataclass(kind):
         _require(isinstance(raw, dict), f"{where} must be a JSON object")
         hints = typing.get_type_hints(kind)

@@ -104,6 +104,7 @@ class Loader:
     Others lie side by side from an offset that is drawn from (seed, epoch) too, so later epochs cut the data elsewhere,
     but never inside one of its units.
     Augmentation is drawn from (seed, window), so it too is the same after a restart and with any number of ranks.
+    Of the windows of a step as many bytes are read as one of `lengths` says, drawn from (seed, step).
     """
 
     def __init__(
@@ -114,6 +115,7 @@ class Loader:
         seed: int,
         *,
         aligned: bool,
+        lengths: tuple[int, ...] = (),
         unit: int = 1,
         augment: "Callable[[np.ndarray, np.random.Generator], np.ndarray] | None" = None,
         rank: int = 0,
@@ -123,6 +125,7 @@ class Loader:
             raise UserError(f"batch_size={batch_size} must be divisible by the {world_size} processes")
         self._data = data
         self._seq_len = seq_len
+        self._lengths = lengths or (seq_len,)
         self._batch_size = batch_size
         self._seed = seed
         rows = batch_size // world_size
@@ -141,8 +144,10 @@ class Loader:
         return max(1, len(self._data) // self._seq_len - 1)
 
     def batch(self, step: int) -> np.ndarray:
-        """This rank's rows of the batch of `step`, uint8 (batch_size / world_size, seq_len)."""
-        return np.stack([self._window(step * self._batch_size + row) for row in self._own_rows])
+        """This rank's rows of the batch of `step`, uint8 (batch_size / world_size, length)."""
+        # The third number keeps these draws apart from those of epochs and windows.
+        length = self._lengths[np.random.default_rng([self._seed, step, 2]).integers(len(self._lengths))]
+        return np.stack([self._window(step * self._batch_size + row)[:length] for row in self._own_rows])
 
     def iterate(self, start_step: int, num_steps: int, *, pin: bool = False) -> "Iterator[torch.Tensor]":
         """The batches of `num_steps` steps as uint8 tensors, read ahead by one background thread.

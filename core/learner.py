@@ -20,7 +20,7 @@ _STATE_KEYS = {torch.optim.AdamW: ("step", "exp_avg", "exp_avg_sq"), Muon: ("mea
 
 
 class MeanNll(nn.Module):
-    """The training loss: mean negative log-likelihood over every byte, in nats. One module, so one graph to compile."""
+    """The training loss: mean negative log-likelihood over every predicted byte, in nats. One module, so one graph to compile."""
 
     def __init__(self, model: nn.Module, precision: str) -> None:
         super().__init__()
@@ -54,12 +54,13 @@ class Learner:
         return self.weights if self.average is None else self.average
 
     @torch.no_grad()
-    def evaluate(self, windows: np.ndarray, batch_size: int) -> float:
+    def evaluate(self, windows: np.ndarray, batch_size: int, lengths: tuple[int, ...]) -> float:
         """Bits per byte of the evaluated weights: sums over all windows and ranks, divided once.
 
         Args:
             windows: All ranks' windows, uint8 (n, seq_len); each rank takes its share of them.
             batch_size: Windows of one forward pass on one rank.
+            lengths: Bytes of each window that are read, one forward pass for each; the bytes that it predicts count.
         """
         device = self._ranks.device
         own = torch.from_numpy(windows[self._ranks.rank :: self._ranks.num_ranks])
@@ -67,11 +68,13 @@ class Learner:
         was_training = self.model.training
         self.model.eval()
         for batch in own.split(batch_size):
-            byte_ids = batch.to(device).long()
-            with _autocast(device, self._config.precision):
-                logits = functional_call(self.model, self.evaluated_weights, (byte_ids,))
-            sums[0] += nll(logits, byte_ids).sum()
-            sums[1] += byte_ids.numel()
+            for length in lengths:
+                byte_ids = batch[:, :length].to(device).long()
+                with _autocast(device, self._config.precision):
+                    logits = functional_call(self.model, self.evaluated_weights, (byte_ids,))
+                nats = nll(logits, byte_ids)
+                sums[0] += nats.sum()
+                sums[1] += nats.numel()
         self.model.train(was_training)
         nats, num_bytes = self._ranks.sum(sums).tolist()
         return nats_to_bits(nats / num_bytes)

@@ -2,7 +2,8 @@
 
 The only place where nats become bits. A stream longer than the context is read in windows. They start every `hop` bytes;
 each byte is scored once, by the first window that holds it, so a hop below the window gives every later byte at
-least window - hop bytes of context.
+least window - hop bytes of context. A model that predicts only the last bytes of what it reads, a Perceiver AR, reads a window
+once for each such part, with all of the window before it; its hop is that part unless it is said otherwise.
 
 Strided inference (arXiv 2305.07185, section 2.3) reads each window a second time, half a patch later, and takes each byte
 from the pass in which it lies in the first half of its patch, because loss rises towards the end of a patch.
@@ -100,7 +101,8 @@ def score(
     Args:
         streams: uint8 `(T,)` or bytes; or a sequence of them, for a list of scores.
         window: bytes read at once; 0 stands for the model's context.
-        hop: bytes from one window's start to the next; 0 stands for `window`, disjoint windows.
+        hop: bytes from one window's start to the next; 0 stands for what one forward pass predicts: for most models the
+            whole window, so that windows are disjoint.
         strided: read everything twice, half a patch apart.
         counted: for each stream a bool mask `(T,)` of the bytes that enter its totals; None counts all.
         detailed: keep rank, entropy and the likeliest bytes too: 18 bytes a byte.
@@ -116,18 +118,22 @@ def score(
     window, hop = checked_windows(model, window, hop, strided)
     arrays = [as_stream(stream) for stream in streams]
     measures = [_empty_measures(len(array), detailed) for array in arrays]
-    todo = [w for index, array in enumerate(arrays) for w in split_windows(len(array), window, hop, index)]
+    windows = (w for index, array in enumerate(arrays) for w in split_windows(len(array), window, hop, index))
+    todo = [part for w in windows for part in predicted_parts(w, model)]
+    only_equal_lengths = model.config.num_predicted(window) < window
     device = next(model.parameters()).device
     measured = measures_of if detailed else _bits_alone
-    for batch in _batches(todo, _BYTES_PER_BATCH.get(device.type, 1 << 13)):
+    for batch in _batches(todo, _BYTES_PER_BATCH.get(device.type, 1 << 13), only_equal_lengths):
         byte_ids_BT = _stack(arrays, batch).to(device)
         found = measured(model, byte_ids_BT)
         if strided:
             second = measured(model, byte_ids_BT[:, model.config.patch_size // 2 :])
             found = {name: _take_first_halves(first, second[name], model) for name, first in found.items()}
         for name, values in found.items():
+            num_unpredicted = byte_ids_BT.shape[1] - values.shape[1]
             for row, w in zip(values.cpu().numpy(), batch, strict=True):
-                measures[w.stream][name][w.first_scored : w.end] = row[w.first_scored - w.start : w.end - w.start]
+                first = w.start + num_unpredicted
+                measures[w.stream][name][w.first_scored : w.end] = row[w.first_scored - first : w.end - first]
         if progress is not None:
             progress(sum(w.end - w.first_scored for w in batch))
     masks = counted if counted is not None else [None] * len(arrays)
@@ -153,23 +159,23 @@ def as_stream(values: np.ndarray | bytes) -> np.ndarray:
 
 @torch.inference_mode()
 def bits_of(model: ByteModel, byte_ids_BT: Tensor) -> Tensor:
-    """-log2 p of every byte `(B, T)`, float32, each row read from its beginning."""
+    """-log2 p of the last S bytes `(B, S)` that the model predicts, float32, each row of `(B, T)` read from its beginning."""
     return nats_to_bits(nll(_logits(model, byte_ids_BT), byte_ids_BT))
 
 
 @torch.inference_mode()
 def measures_of(model: ByteModel, byte_ids_BT: Tensor) -> dict[str, Tensor]:
-    """`bits` of every byte `(B, T)` and the fields of `Expectation`, each row read from its beginning."""
-    logits_BTV = _logits(model, byte_ids_BT)
-    log_p_BTV = logits_BTV.log_softmax(-1)
-    p_BTV = log_p_BTV.exp()
-    own_BT1 = log_p_BTV.gather(-1, byte_ids_BT[..., None])
-    likeliest = log_p_BTV.topk(NUM_LIKELIEST)
+    """`bits` of the last S bytes `(B, S)` that the model predicts, and the fields of `Expectation`; rows as in `bits_of`."""
+    logits_BSV = _logits(model, byte_ids_BT)
+    log_p_BSV = logits_BSV.log_softmax(-1)
+    p_BSV = log_p_BSV.exp()
+    own_BS1 = log_p_BSV.gather(-1, _predicted(byte_ids_BT, logits_BSV)[..., None])
+    likeliest = log_p_BSV.topk(NUM_LIKELIEST)
     return {
-        "bits": nats_to_bits(nll(logits_BTV, byte_ids_BT)),
-        "rank": (log_p_BTV > own_BT1).sum(-1).to(torch.uint8),
+        "bits": nats_to_bits(nll(logits_BSV, byte_ids_BT)),
+        "rank": (log_p_BSV > own_BS1).sum(-1).to(torch.uint8),
         # A probability that underflows to 0 counts for nothing, whatever its logarithm.
-        "entropy": nats_to_bits(-torch.special.xlogy(p_BTV, p_BTV).sum(-1)).half(),
+        "entropy": nats_to_bits(-torch.special.xlogy(p_BSV, p_BSV).sum(-1)).half(),
         "likeliest": likeliest.indices.to(torch.uint8),
         "likeliest_bits": nats_to_bits(-likeliest.values).half(),
     }
@@ -184,9 +190,14 @@ def _logits(model: ByteModel, byte_ids_BT: Tensor) -> Tensor:
         return model(byte_ids_BT)
 
 
-def nll(logits_BTV: Tensor, byte_ids_BT: Tensor) -> Tensor:
-    """-ln p of every byte `(B, T)`, float32."""
-    return F.cross_entropy(logits_BTV.flatten(0, 1), byte_ids_BT.flatten(), reduction="none").view_as(byte_ids_BT)
+def nll(logits_BSV: Tensor, byte_ids_BT: Tensor) -> Tensor:
+    """-ln p `(B, S)`, float32, of the last S of the bytes, which the logits are of."""
+    targets_BS = _predicted(byte_ids_BT, logits_BSV)
+    return F.cross_entropy(logits_BSV.flatten(0, 1), targets_BS.flatten(), reduction="none").view_as(targets_BS)
+
+
+def _predicted(byte_ids_BT: Tensor, logits_BSV: Tensor) -> Tensor:
+    return byte_ids_BT[:, byte_ids_BT.shape[1] - logits_BSV.shape[1] :]
 
 
 def nats_to_bits(nats):
@@ -201,12 +212,12 @@ def checked_windows(model: ByteModel, window: int, hop: int, strided: bool) -> t
     """
     context = model.config.max_seq_len
     window = window or context
-    hop = hop or window
+    is_picture = isinstance(model.codec_config, ImageCodecConfig)
+    hop = hop or (window if is_picture else model.config.num_predicted(window))
     if not 1 <= window <= context:
         raise UserError(f"window={window} bytes must lie in 1..{context}, the model's context")
     if not 1 <= hop <= window:
         raise UserError(f"hop={hop} bytes must lie in 1..{window}, the window")
-    is_picture = isinstance(model.codec_config, ImageCodecConfig)
     if is_picture and (hop, window) != (context, context):
         raise UserError(f"a picture model reads whole pictures of {context} bytes; leave out the window and the hop")
     if strided and (is_picture or model.config.patch_size % 2):
@@ -231,6 +242,13 @@ def context_sizes(num_bytes: int, window: int, hop: int) -> np.ndarray:
     for w in split_windows(num_bytes, window, hop):
         sizes[w.first_scored : w.end] -= w.start
     return sizes
+
+
+def predicted_parts(w: Window, model: ByteModel) -> Iterator[Window]:
+    """A window as shorter ones with the same beginning, of each of which one forward pass predicts all scored bytes."""
+    num_predicted = model.config.num_predicted(w.end - w.start)
+    for first_scored in range(w.first_scored, w.end, num_predicted):
+        yield Window(w.stream, w.start, min(first_scored + num_predicted, w.end), first_scored)
 
 
 def engine_name(device: torch.device, autocast: bool) -> str:
@@ -259,11 +277,12 @@ def _score(measures: dict[str, np.ndarray], mask: np.ndarray | None, **protocol:
     return Score(bits=bits, expected=expected, num_bytes=len(kept), total_bits=total_bits, **protocol)
 
 
-def _batches(windows: list[Window], bytes_per_batch: int) -> Iterator[list[Window]]:
-    """Windows of about one length together, longest first, so that little is padding."""
+def _batches(windows: list[Window], bytes_per_batch: int, only_equal_lengths: bool) -> Iterator[list[Window]]:
+    """Windows of about one length together, longest first, so that little is padding; or of exactly one, so that none is."""
     batch: list[Window] = []
     for w in sorted(windows, key=lambda w: w.start - w.end):
-        if batch and (len(batch) + 1) * (batch[0].end - batch[0].start) > bytes_per_batch:
+        length = batch[0].end - batch[0].start if batch else 0
+        if batch and ((len(batch) + 1) * length > bytes_per_batch or (only_equal_lengths and w.end - w.start < length)):
             yield batch
             batch = []
         batch.append(w)

@@ -82,6 +82,7 @@ class _Run:
         self.log = log if ranks.is_first else lambda _: None
         self.data_names = ", ".join(Path(path).name for path in data_paths)
         self.seq_len = settings.seq_len or config.model.max_seq_len
+        self.bytes_per_step = settings.batch_size * config.model.num_predicted(self.seq_len)
         self.micro_batch_size = micro_batch_size(settings, ranks.num_ranks)
         self.is_on_gpu = ranks.device.type == "cuda"
 
@@ -92,6 +93,7 @@ class _Run:
         if seen := shared_files(valid, data):
             self.log(f"{shown(seen[0])} is validated on and trained on: the validation will look better than it is")
         aligned = config.codec.modality == "image"
+        self.lengths = lengths_read(config)
         self.windows = evaluation_windows(valid, self.seq_len, settings.eval_sequences, aligned=aligned)
         self.loader = Loader(
             data,
@@ -101,6 +103,7 @@ class _Run:
             aligned=aligned,
             unit=codec.unit_bytes,
             augment=codec.augmented if settings.augment else None,
+            lengths=self.lengths,
             rank=ranks.rank,
             world_size=ranks.num_ranks,
         )
@@ -148,7 +151,7 @@ class _Run:
 
                 # Only from here on does the host wait for the device.
                 require_finite(guard, settings)
-                learner.bytes_seen, learner.seconds = step * settings.batch_size * self.seq_len, report.seconds
+                learner.bytes_seen, learner.seconds = step * self.bytes_per_step, report.seconds
                 bytes_per_s = report.bytes_per_s()
                 valid_bits_per_byte = self.evaluate() if is_evaluating else None
                 if is_reporting:
@@ -180,7 +183,7 @@ class _Run:
             self.out / "metrics.jsonl",
             step=self.learner.step,
             num_steps=self.config.train.num_steps,
-            bytes_per_step=self.config.train.batch_size * self.seq_len,
+            bytes_per_step=self.bytes_per_step,
             seconds=self.learner.seconds,
             speaks=self.ranks.is_first,
         )
@@ -201,7 +204,7 @@ class _Run:
     def evaluate(self) -> float:
         """Validates the weights, and exports them if they are the best so far."""
         learner = self.learner
-        bits_per_byte = learner.evaluate(self.windows, self.micro_batch_size)
+        bits_per_byte = learner.evaluate(self.windows, self.micro_batch_size, self.lengths)
         self.log(f"step {learner.step}: {bits_per_byte:.4f} bits/byte on the validation data")
         best = learner.best_bits_per_byte
         if best is None or bits_per_byte < best or not (self.out / "export" / MANIFEST_NAME).exists():
@@ -242,6 +245,16 @@ class _Run:
             },
             "engine": f"torch-{config.train.precision}",
         }
+
+
+def lengths_read(config: Config) -> tuple[int, ...]:
+    """How many bytes of a training window are read: always all of them, unless the model predicts only the last of what it reads.
+
+    A picture has a beginning, so such a model reads each part of it up to its end, and learns all of the picture.
+    """
+    seq_len = config.train.seq_len or config.model.max_seq_len
+    num_predicted = config.model.num_predicted(seq_len)
+    return tuple(range(num_predicted, seq_len + 1, num_predicted)) if config.codec.modality == "image" else (seq_len,)
 
 
 def micro_batch_size(settings: TrainConfig, num_ranks: int) -> int:

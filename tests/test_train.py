@@ -1,6 +1,7 @@
 """The training loop: what it learns, what it writes, how it stops and how it goes on."""
 
 import contextlib
+import dataclasses
 import io
 import json
 import math
@@ -18,7 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from core.checkpoint import load_checkpoint, load_train_state, step_folder
-from core.config import LevelConfig, MegaByteConfig, TrainConfig
+from core.config import LevelConfig, MegaByteConfig, PerceiverArConfig, TrainConfig
 from core.distributed import Ranks
 from core.errors import UserError
 from core.learner import Learner, MeanNll
@@ -179,12 +180,20 @@ def test_loss_is_the_mean_over_every_byte(model, byte_ids):
     torch.testing.assert_close(MeanNll(model, "fp32")(byte_ids), expected)
 
 
+_WIDE = LevelConfig(dim=64, num_layers=1, num_heads=2)
+EVERY_KIND = {
+    "two_levels": MegaByteConfig(levels=(dataclasses.replace(_WIDE, patch_size=4), _WIDE), max_seq_len=SEQ_LEN),
+    "flat": MegaByteConfig(levels=(_WIDE,), max_seq_len=SEQ_LEN),
+    "perceiver_ar": PerceiverArConfig(dim=64, num_layers=1, num_heads=2, num_latents=16, max_seq_len=SEQ_LEN),
+}
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_one_batch_is_overfitted_below_0_05_bits_per_byte(byte_ids, optimizer):
+@pytest.mark.parametrize("kind", EVERY_KIND)
+def test_one_batch_is_overfitted_below_0_05_bits_per_byte(kind, optimizer, byte_ids):
     byte_ids = byte_ids[:2]  # which row it is cannot be foreseen: rows cost log2(2) / 32 = 0.031 bits a byte whatever is learned
     torch.manual_seed(0)
-    levels = (LevelConfig(dim=64, num_layers=1, num_heads=2, patch_size=4), LevelConfig(dim=64, num_layers=1, num_heads=2))
-    model = build_model(tiny_config(MegaByteConfig(levels=levels, max_seq_len=SEQ_LEN)))
+    model = build_model(tiny_config(EVERY_KIND[kind]))
     config = TrainConfig(num_steps=100, warmup_steps=10, lr=1e-2, weight_decay=0.0, optimizer=optimizer)
     learner, objective = Learner(model, config, ALONE), MeanNll(model, "fp32")
     for step in range(config.num_steps):
@@ -194,15 +203,18 @@ def test_one_batch_is_overfitted_below_0_05_bits_per_byte(byte_ids, optimizer):
     assert loss.item() / math.log(2) < 0.05
 
 
-def test_random_bytes_stay_at_8_bits_on_fresh_data(tmp_path):
+@pytest.mark.parametrize("kind", EVERY_KIND)
+def test_random_bytes_stay_at_8_bits_on_fresh_data(kind, tmp_path):
     """The leak alarm: below 8 bits a model of uniform noise has seen what it predicts."""
-    config = tiny_config(num_steps=80, eval_every=80, checkpoint_every=80, log_every=80, eval_sequences=62, lr=1e-2)
+    once = {"num_steps": 80, "eval_every": 80, "checkpoint_every": 80, "log_every": 80}
+    config = tiny_config(EVERY_KIND[kind], **once, eval_sequences=62, lr=1e-2)
     result = run_tiny(tmp_path, config=config)
     assert 8.0 - 0.01 < result.bits_per_byte < 9.5
 
 
-def test_a_run_learns_what_is_there_to_learn(tmp_path):
-    config = tiny_config(num_steps=80, eval_every=80, checkpoint_every=80, log_every=80, lr=1e-2)
+@pytest.mark.parametrize("kind", EVERY_KIND)
+def test_a_run_learns_what_is_there_to_learn(kind, tmp_path):
+    config = tiny_config(EVERY_KIND[kind], num_steps=80, eval_every=80, checkpoint_every=80, log_every=80, lr=1e-2)
     result = run_tiny(tmp_path, config=config, num_values=4)
     assert 2.0 - 0.05 < result.bits_per_byte < 2.2
 
@@ -223,7 +235,7 @@ def test_validation_is_the_global_sum_over_the_global_count(model):
         log_p = model.eval()(torch.from_numpy(windows).long()).double().log_softmax(-1)
     expected = -log_p.gather(-1, torch.from_numpy(windows).long()[..., None]).mean() / math.log(2)
     for batch_size in (1, 3, 7, 100):
-        assert learner.evaluate(windows, batch_size) == pytest.approx(expected.item(), abs=1e-6)
+        assert learner.evaluate(windows, batch_size, (windows.shape[1],)) == pytest.approx(expected.item(), abs=1e-6)
 
 
 def test_micro_batches_add_up_to_the_whole_batch(tmp_path):

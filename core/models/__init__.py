@@ -5,20 +5,24 @@ from typing import Protocol
 from torch import Tensor
 
 from core.cache import Cache
-from core.config import CodecConfig, Config, MegaByteConfig
+from core.config import CodecConfig, Config, ModelConfig, PerceiverArConfig
 from core.models.megabyte import MegaByte
+from core.models.perceiver_ar import PerceiverAr
 
-__all__ = ["ByteModel", "MegaByte", "build_model"]
+__all__ = ["ByteModel", "MegaByte", "PerceiverAr", "build_model"]
 
 
 class ByteModel(Protocol):
     """`logits[:, t]` is the law of byte t given the bytes before t; all 256 values are data."""
 
-    config: MegaByteConfig
+    config: ModelConfig
     codec_config: CodecConfig | None  # what the bytes mean; None if that was not said
 
     def forward(self, byte_ids_BT: Tensor) -> Tensor:
-        """Logits `(B, T, 256)`, float32, of int64 byte values `(B, T)`, any T up to `config.max_seq_len`."""
+        """Logits `(B, S, 256)`, float32, of the last S = `config.num_predicted(T)` of int64 byte values `(B, T)`.
+
+        S is T for most models; any T up to `config.max_seq_len`.
+        """
 
     def new_cache(self, batch_size: int, max_seq_len: int) -> Cache:
         """Decoding buffers for `batch_size` sequences of up to `max_seq_len` bytes."""
@@ -32,6 +36,7 @@ class ByteModel(Protocol):
 
 def build_model(config: Config) -> ByteModel:
     """A freshly initialised model that knows what its bytes mean, in evaluation mode."""
-    model = MegaByte(config.model).eval()
+    kind = PerceiverAr if isinstance(config.model, PerceiverArConfig) else MegaByte
+    model = kind(config.model).eval()
     model.codec_config = config.codec
     return model

@@ -241,3 +241,16 @@ class CausalConv(nn.Module):
             tail.copy_(extended[:, -self.tail_length :])
         convolved = self.conv(extended.transpose(1, 2)).transpose(1, 2)
         return x_BTD + F.relu(convolved)
+
+
+def init_matrices(model: nn.Module, std: float) -> None:
+    """N(0, std) truncated at two sigma for every matrix, zero for biases; norms keep 1 and 0 (arXiv 2305.07185, A.1)."""
+    for module in model.modules():
+        if isinstance(module, (nn.Linear, nn.Embedding, nn.Conv1d)):
+            truncated_normal(module.weight, std)
+            if getattr(module, "bias", None) is not None:
+                nn.init.zeros_(module.bias)
+
+
+def truncated_normal(parameter: Tensor, std: float) -> None:
+    nn.init.trunc_normal_(parameter, std=std, a=-2 * std, b=2 * std)

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from core.cache import Cache, LevelCache
 from core.config import NUM_BYTE_VALUES, CodecConfig, LevelConfig, MegaByteConfig
-from core.models.layers import CausalConv, Slots, Transformer
+from core.models.layers import CausalConv, Slots, Transformer, init_matrices, truncated_normal
 
 
 class PatchEmbedder(nn.Module):
@@ -211,7 +211,7 @@ class MegaByte(nn.Module):
         has_memory = [bool(level.cross_patch or level.conv_kernels) for level in config.levels]
         # Deeper levels begin each patch afresh unless they look across patches or convolve.
         self._num_levels_with_past = max([1] + [index + 1 for index, memory in enumerate(has_memory) if memory])
-        self.apply(self._init_weights)
+        init_matrices(self, config.init_std)
         for level in self.levels:
             self._init_level(level)
 
@@ -333,26 +333,19 @@ class MegaByte(nn.Module):
             cap = self.config.logit_softcap
             return cap * torch.tanh(logits / cap) if cap else logits
 
-    def _init_weights(self, module: nn.Module) -> None:
-        """N(0, init_std) truncated at two sigma for every matrix, zero for biases; norms keep 1 and 0 (appendix A.1)."""
-        if isinstance(module, (nn.Linear, nn.Embedding, nn.Conv1d)):
-            _truncated_normal(module.weight, self.config.init_std)
-            if getattr(module, "bias", None) is not None:
-                nn.init.zeros_(module.bias)
-
     @torch.no_grad()
     def _init_level(self, level: Level) -> None:
         """What lies outside the matrices, and the two of a layer that write to the residual stream."""
         config = self.config
         for parameter in (level.pad, level.positions):
             if parameter is not None:
-                _truncated_normal(parameter, config.init_std)
+                truncated_normal(parameter, config.init_std)
         for block in level.transformer.blocks:
             for linear in (block.attention.out, block.ffn_out):
                 if config.zero_init:
                     nn.init.zeros_(linear.weight)
                 else:
-                    _truncated_normal(linear.weight, config.init_std / (2 * level.config.num_layers) ** 0.5)
+                    truncated_normal(linear.weight, config.init_std / (2 * level.config.num_layers) ** 0.5)
         if level.transformer.residual_scalars is not None:
             level.transformer.residual_scalars.copy_(torch.tensor([1.0, 0.0]))
         if config.smooth_init:
@@ -369,7 +362,3 @@ def _smooth_functions(num_values: int, num_functions: int) -> Tensor:
     waves = torch.stack([torch.cos(k * phase) / k**0.5 for k in range(1, num_values // 4 + 1)], dim=1)
     functions = waves @ torch.randn(waves.shape[1], num_functions)
     return functions / functions.std(dim=0, keepdim=True)
-
-
-def _truncated_normal(parameter: Tensor, std: float) -> None:
-    nn.init.trunc_normal_(parameter, std=std, a=-2 * std, b=2 * std)
