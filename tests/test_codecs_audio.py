@@ -189,6 +189,14 @@ def test_a_cut_wav_is_read_as_far_as_it_reaches(tmp_path, num_samples, surplus):
     assert sound.notes[-1].startswith("ends early: ")
 
 
+def test_a_cut_wav_counts_what_is_missing_at_any_rate(tmp_path, make_wav):
+    path = make_wav(num_samples=1000)
+    path.write_bytes(path.read_bytes()[: 44 + 2 * 600])
+    sound = read_media(path)
+    assert (sound.samples.size, sound.num_missing) == (600, 400)
+    assert resample(sound, 4000).num_missing == 200
+
+
 def test_a_cut_wav_says_how_much_is_there(tmp_path):
     sound = read_media(cut(saved(tmp_path / "a.wav", noise(2 * RATE)), 44 + RATE))
     assert sound.notes == ("ends early: 0.50 s of 2.00 s are there",)

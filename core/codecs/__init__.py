@@ -7,6 +7,7 @@ from typing import Any, BinaryIO, Protocol
 import numpy as np
 
 from core.codecs.audio import MAX_SECONDS, AudioCodec, AudioLayout, Sound, read_sound, resample
+from core.codecs.comments import read_comment
 from core.codecs.files import (
     LISTED_FORMATS,
     FileKind,
@@ -18,6 +19,7 @@ from core.codecs.files import (
     sniff_open,
 )
 from core.codecs.image import ImageCodec, ImageLayout, Picture, read_picture
+from core.codecs.partial import read_picture_part
 from core.codecs.text import Raw, TextCodec, TextLayout, utf8_decoder
 from core.config import AudioCodecConfig, CodecConfig, ImageCodecConfig, TextCodecConfig
 
@@ -39,8 +41,10 @@ __all__ = [
     "atomic_file",
     "build_codec",
     "open_regular",
+    "read_comment",
     "read_media",
     "read_open",
+    "read_partial",
     "read_raw",
     "resample",
     "shown",
@@ -83,8 +87,11 @@ class Codec(Protocol):
     def augmented(self, stream: np.ndarray, generator: np.random.Generator) -> np.ndarray:
         """A training sequence changed at random into one that could as well have been recorded."""
 
-    def write(self, media: Any, path: Path) -> None:
-        """Writes an exact file, whole or not at all."""
+    def write(self, media: Any, path: Path, comment: str | None = None) -> None:
+        """Writes an exact file, whole or not at all.
+
+        The ASCII text `comment` goes into the file where its format has a place for it, which text has not.
+        """
 
 
 def build_codec(config: CodecConfig) -> Codec:
@@ -106,6 +113,20 @@ def read_media(path: str | os.PathLike[str]) -> Media:
     """
     with open_regular(path) as file:
         return read_open(file, shown(path))
+
+
+def read_partial(path: str | os.PathLike[str]) -> Media:
+    """What a file holds as far as its bytes reach: unlike `read_media` it also opens a picture that is cut short.
+
+    The picture's `known`, or the sound's `num_missing`, says what is not there, and its notes say it in words.
+
+    Raises:
+        UserError: as `read_media`, and if not even a part of a picture can be seen.
+    """
+    with open_regular(path) as file:
+        name = shown(path)
+        kind = sniff_open(file, name)
+        return read_picture_part(file, name, kind) if kind.modality == "image" else read_open(file, name)
 
 
 def read_open(file: BinaryIO, name: str, max_seconds: float = MAX_SECONDS) -> Media:

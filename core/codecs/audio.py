@@ -7,13 +7,14 @@ import re
 import struct
 import wave
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 import soundfile
 
+from core.codecs.comments import info_list
 from core.codecs.files import FileKind, atomic_file
 from core.config import AudioCodecConfig
 from core.errors import UserError
@@ -24,6 +25,7 @@ MAX_CHANNELS = 8
 # Above this rate a file may last correspondingly shorter, so that memory is bounded by MAX_SECONDS.
 _FULL_LENGTH_RATE_HZ = 48_000
 _BLOCK_FRAMES = 4096  # damage in a compressed file costs at most one block
+_RIFF_SIZE_PLACE = 4
 _MAX_WAV_CHUNKS = 1000
 _OGG_HEADER_BYTES = 27  # before a page's segment lengths
 _MAX_OGG_PAGE_BYTES = _OGG_HEADER_BYTES + 255 + 255 * 255
@@ -46,6 +48,7 @@ class Sound:
     sample_rate: int  # Hz
     notes: tuple[str, ...] = ()  # what was done to the file to get here, for a person
     is_truncated: bool = False  # whether the file promised more samples than it holds
+    num_missing: int = 0  # samples that it promised in vain, where it said how many
 
     @property
     def seconds(self) -> float:
@@ -116,7 +119,8 @@ def resample(sound: Sound, sample_rate: int) -> Sound:
         outputs = resampled[phase::up]
         outputs[...] = windows[centre::down][: outputs.size] @ _filter(distances, cutoff, reach)
     note = f"resampled from {sound.sample_rate} Hz to {sample_rate} Hz"
-    return Sound(_to_int16(resampled), sample_rate, (*sound.notes, note), sound.is_truncated)
+    num_missing = round(sound.num_missing * up / down)
+    return Sound(_to_int16(resampled), sample_rate, (*sound.notes, note), sound.is_truncated, num_missing)
 
 
 class AudioCodec:
@@ -183,10 +187,15 @@ class AudioCodec:
         samples = stream.view(self._sample_type) + generator.uniform(-0.5, 0.5, stream.size // 2)
         return _to_int16(gain * samples).astype(self._sample_type).view(np.uint8)
 
-    def write(self, media: Sound, path: Path) -> None:
-        with atomic_file(path) as file, wave.open(file, "wb") as target:
-            target.setparams((1, 2, media.sample_rate, media.samples.size, "NONE", "not compressed"))
-            target.writeframes(media.samples.astype("<i2").tobytes())
+    def write(self, media: Sound, path: Path, comment: str | None = None) -> None:
+        with atomic_file(path) as file:
+            with wave.open(file, "wb") as target:
+                target.setparams((1, 2, media.sample_rate, media.samples.size, "NONE", "not compressed"))
+                target.writeframes(media.samples.astype("<i2").tobytes())
+            if comment is not None:
+                num_bytes = file.write(info_list(comment))
+                file.seek(_RIFF_SIZE_PLACE)
+                file.write(struct.pack("<I", 36 + 2 * media.samples.size + num_bytes))
 
     @property
     def _sample_type(self) -> str:
@@ -318,4 +327,5 @@ def _mono_blocks(source: soundfile.SoundFile) -> Iterator[np.ndarray]:
 def _cut_short(sound: Sound, fraction: float | None) -> Sound:
     promised = f" of {sound.seconds / fraction:.2f} s" if fraction else ""
     note = f"ends early: {sound.seconds:.2f} s{promised} are there"
-    return Sound(sound.samples, sound.sample_rate, (*sound.notes, note), is_truncated=True)
+    num_missing = round(sound.samples.size * (1 / fraction - 1)) if fraction else 0
+    return replace(sound, notes=(*sound.notes, note), is_truncated=True, num_missing=num_missing)

@@ -1,8 +1,9 @@
 """Pictures as bytes: safe reading, tiles, and the raster and patch scans as a permutation and its inverse."""
 
+import contextlib
 import itertools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO, Literal
@@ -10,27 +11,35 @@ from typing import BinaryIO, Literal
 import numpy as np
 from PIL import Image, ImageOps
 
+from core.codecs.comments import png_info
 from core.codecs.files import FileKind, ImpatientReader, atomic_file, require_size
 from core.config import ImageCodecConfig
 from core.errors import UserError
 
 MAX_PIXELS = 40_000_000
 MAX_SIDE = 16_384
-_MAX_FILE_BYTES = 256 * 2**20  # more than MAX_PIXELS of three 16-bit values
+MAX_FILE_BYTES = 256 * 2**20  # more than MAX_PIXELS of three 16-bit values
 _MAX_READS = 1_000_000
 _STRIP_PIXELS = 2**20  # pictures are converted in strips, so that only two copies of one are ever in memory
 _ORIENTATION_TAG = 0x0112
-_OFFER = "score its raw bytes with --bytes file"
+OFFER = "score its raw bytes with --bytes file"
 
 Rule = Literal["tile", "grid", "fit", "crop"]
 
 
 @dataclass(frozen=True, eq=False)
 class Picture:
-    """An upright RGB picture."""
+    """An RGB picture, upright unless a note says otherwise.
 
-    pixels: np.ndarray  # uint8 (H, W, 3)
-    notes: tuple[str, ...] = ()  # what was done to the file to get here, for a person
+    Attributes:
+        pixels: uint8 (H, W, 3).
+        notes: what was done to the file to get here, for a person.
+        known: bool (H, W), False where a file cut short holds no pixel; None where all are there.
+    """
+
+    pixels: np.ndarray
+    notes: tuple[str, ...] = ()
+    known: np.ndarray | None = None
 
     @property
     def height(self) -> int:
@@ -57,25 +66,60 @@ class ImageLayout:
         return len(self.corners)
 
 
+class DamagedPictureError(UserError):
+    """A picture file that is cut short or damaged; `read_partial` may still see a part of it."""
+
+
 def read_picture(file: BinaryIO, name: str, kind: FileKind) -> Picture:
     """The first frame of an open picture file as upright 8-bit RGB.
 
     Raises:
-        UserError: if the picture is too large, cut short or damaged.
+        DamagedPictureError: if the file is cut short or damaged.
+        UserError: if the picture is too large.
     """
-    require_size(file, name, _MAX_FILE_BYTES)
+    require_size(file, name, MAX_FILE_BYTES)
+    with opened_image(file, name, kind) as image:
+        pixels, notes = load_rgb(image)
+        if getattr(image, "is_animated", False):
+            notes.append("first frame of several")
+        orientation = read_orientation(image)
+        if orientation in _TURNS:
+            pixels = np.ascontiguousarray(_TURNS[orientation](pixels))
+            notes.append("turned upright by its EXIF tag")
+        return Picture(pixels, tuple(notes))
+
+
+@contextlib.contextmanager
+def opened_image(file: BinaryIO, name: str, kind: FileKind) -> Iterator[Image.Image]:
+    """A picture file opened by the decoder of its kind; only its size is looked at, and its pixels come with `load`.
+
+    Raises:
+        DamagedPictureError: if the decoder finds damage, here or inside the block.
+        UserError: if the picture is too large.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with Image.open(ImpatientReader(file, _MAX_READS), formats=[kind.name.upper()]) as image:
-                return _read_image(image, name)
+                require_pixels(*image.size, name)
+                yield image
     except UserError:
         raise
     except Image.DecompressionBombError:
-        raise UserError(_too_large(name, "far too many")) from None
+        raise UserError(_too_large(name, "far too many", MAX_PIXELS)) from None
     # Decoders answer damage with whatever exception they ran into (OSError, SyntaxError, struct.error, IndexError ...).
     except Exception:
-        raise UserError(f"{name} is cut short or damaged, so no picture can be read from it; {_OFFER}") from None
+        raise DamagedPictureError(f"{name} is cut short or damaged, so no picture can be read from it; {OFFER}") from None
+
+
+def require_pixels(width: int, height: int, name: str, max_pixels: int = MAX_PIXELS) -> None:
+    """Refuses a picture by the size that its header claims, before anything of that size is made.
+
+    Raises:
+        UserError: if it has more than `max_pixels` pixels or more than MAX_SIDE on a side.
+    """
+    if width * height > max_pixels or max(width, height) > MAX_SIDE:
+        raise UserError(_too_large(name, f"{width}x{height}", max_pixels))
 
 
 class ImageCodec:
@@ -147,9 +191,10 @@ class ImageCodec:
         mirrored = stream[self._places].reshape(side, side, 3)[:, ::-1]
         return mirrored.reshape(-1)[self._order]
 
-    def write(self, media: Picture, path: Path) -> None:
+    def write(self, media: Picture, path: Path, comment: str | None = None) -> None:
         with atomic_file(path) as file:
-            Image.fromarray(media.pixels).save(file, format="PNG")
+            info = None if comment is None else png_info(comment)
+            Image.fromarray(media.pixels).save(file, format="PNG", pnginfo=info)
 
     @property
     def _row_height(self) -> int:
@@ -188,7 +233,7 @@ def _keep_all(picture: Picture, side: int) -> Picture:
     if min(picture.height, picture.width) < side:
         raise UserError(
             f"the picture has {picture.width}x{picture.height} pixels, fewer than the model's {side}x{side}; "
-            f"--adapt enlarges it for scoring, or {_OFFER}"
+            f"--adapt enlarges it for scoring, or {OFFER}"
         )
     return picture
 
@@ -226,27 +271,12 @@ _FRAMINGS: dict[Rule, Callable[[Picture, int], Picture]] = {
 }
 
 
-def _read_image(image: Image.Image, name: str) -> Picture:
+def load_rgb(image: Image.Image) -> tuple[np.ndarray, list[str]]:
+    """The pixels of an opened picture, uint8 (H, W, 3), and notes on how they came to be."""
     width, height = image.size
-    if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
-        raise UserError(_too_large(name, f"{width}x{height}"))
     is_16_bit = image.mode.startswith("I") or ";16" in str(image.tile)
     # Exactly one load: Pillow may report damage on the first load of a file only.
     image.load()
-    pixels, notes = _to_rgb(image)
-    if is_16_bit:
-        notes.append("16 bits per value scaled to 8")
-    if getattr(image, "is_animated", False):
-        notes.append("first frame of several")
-    orientation = _read_orientation(image)
-    if orientation in _TURNS:
-        pixels = np.ascontiguousarray(_TURNS[orientation](pixels))
-        notes.append("turned upright by its EXIF tag")
-    return Picture(pixels, tuple(notes))
-
-
-def _to_rgb(image: Image.Image) -> tuple[np.ndarray, list[str]]:
-    width, height = image.size
     pixels = np.empty((height, width, 3), np.uint8)
     is_opaque = True
     rows = max(1, _STRIP_PIXELS // width)
@@ -262,7 +292,8 @@ def _to_rgb(image: Image.Image) -> tuple[np.ndarray, list[str]]:
             is_opaque = is_opaque and bool((rgba[..., 3] == 255).all())
         else:
             target[...] = np.asarray(strip.convert("RGB"))
-    return pixels, [] if is_opaque else ["alpha laid on white"]
+    notes = [] if is_opaque else ["alpha laid on white"]
+    return pixels, [*notes, "16 bits per value scaled to 8"] if is_16_bit else notes
 
 
 def _over_white(rgba: np.ndarray) -> np.ndarray:
@@ -270,7 +301,8 @@ def _over_white(rgba: np.ndarray) -> np.ndarray:
     return (colour * alpha + 255 * (255 - alpha) + 127) // 255
 
 
-def _read_orientation(image: Image.Image) -> int:
+def read_orientation(image: Image.Image) -> int:
+    """How the picture lies by its EXIF tag; 1 is upright."""
     try:
         return image.getexif().get(_ORIENTATION_TAG, 1)
     # Damaged EXIF data says nothing about the pixels, so the picture stays as it lies.
@@ -289,8 +321,8 @@ _TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {
 }
 
 
-def _too_large(name: str, size: str) -> str:
+def _too_large(name: str, size: str, max_pixels: int) -> str:
     return (
-        f"{name} has {size} pixels; pictures of at most {MAX_PIXELS:,} pixels and {MAX_SIDE:,} on a side are read, "
+        f"{name} has {size} pixels; pictures of at most {max_pixels:,} pixels and {MAX_SIDE:,} on a side are read, "
         "so make it smaller"
     )

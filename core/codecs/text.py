@@ -62,7 +62,7 @@ class TextCodec:
         """The text itself: no change of its bytes leaves it as likely."""
         return stream
 
-    def write(self, media: Raw, path: Path) -> None:
+    def write(self, media: Raw, path: Path, comment: str | None = None) -> None:
         with atomic_file(path) as file:
             file.write(media.data.tobytes())
 
