@@ -12,25 +12,33 @@ from core.checkpoint import Checkpoint, TrainState, load_train_state, load_weigh
 from core.config import TrainConfig
 from core.distributed import Ranks
 from core.errors import UserError
-from core.likelihood import nats_to_bits, nll
+from core.likelihood import nats_to_bits
+from core.models.loss import nll
 from core.optim import Muon, average_decay, build_optimizers, set_learning_rate, update_average
 
 # What each optimizer remembers of a parameter.
 _STATE_KEYS = {torch.optim.AdamW: ("step", "exp_avg", "exp_avg_sq"), Muon: ("mean",)}
 
 
-class MeanNll(nn.Module):
-    """The training loss: mean negative log-likelihood over every predicted byte, in nats. One module, so one graph to compile."""
+class Nll(nn.Module):
+    """-ln p `(B, S)` of every byte that the model predicts, at the run's precision."""
 
-    def __init__(self, model: nn.Module, precision: str) -> None:
+    def __init__(self, model: nn.Module, precision: str, recompute: bool = False) -> None:
         super().__init__()
         self.model = model
         self._precision = precision
+        self._recompute = recompute
 
     def forward(self, byte_ids_BT: Tensor) -> Tensor:
         with _autocast(byte_ids_BT.device, self._precision):
-            logits_BTV = self.model(byte_ids_BT)
-        return nll(logits_BTV, byte_ids_BT).mean()
+            return nll(self.model, byte_ids_BT, self._recompute)
+
+
+class MeanNll(Nll):
+    """The training loss: mean negative log-likelihood over every predicted byte, in nats. One module, so one graph to compile."""
+
+    def forward(self, byte_ids_BT: Tensor) -> Tensor:
+        return super().forward(byte_ids_BT).mean()
 
 
 class Learner:
@@ -67,12 +75,12 @@ class Learner:
         sums = torch.zeros(2, dtype=torch.float64, device=device)  # nats and bytes
         was_training = self.model.training
         self.model.eval()
+        nll_of_batch = Nll(self.model, self._config.precision)
+        weights = {f"model.{name}": tensor for name, tensor in self.evaluated_weights.items()}
         for batch in own.split(batch_size):
             for length in lengths:
                 byte_ids = batch[:, :length].to(device).long()
-                with _autocast(device, self._config.precision):
-                    logits = functional_call(self.model, self.evaluated_weights, (byte_ids,))
-                nats = nll(logits, byte_ids)
+                nats = functional_call(nll_of_batch, weights, (byte_ids,))
                 sums[0] += nats.sum()
                 sums[1] += nats.numel()
         self.model.train(was_training)

@@ -16,12 +16,12 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from core.config import ImageCodecConfig
 from core.errors import UserError
 from core.models import ByteModel
+from core.models.loss import nll, nll_of_logits
 
 # Small on a CPU: what one layer writes should still be in its cache when the next one reads it.
 _BYTES_PER_BATCH = {"cpu": 1 << 13, "cuda": 1 << 20}
@@ -160,19 +160,24 @@ def as_stream(values: np.ndarray | bytes) -> np.ndarray:
 @torch.inference_mode()
 def bits_of(model: ByteModel, byte_ids_BT: Tensor) -> Tensor:
     """-log2 p of the last S bytes `(B, S)` that the model predicts, float32, each row of `(B, T)` read from its beginning."""
-    return nats_to_bits(nll(_logits(model, byte_ids_BT), byte_ids_BT))
+    with _autocast(byte_ids_BT.device):
+        return nats_to_bits(nll(model, byte_ids_BT))
 
 
 @torch.inference_mode()
 def measures_of(model: ByteModel, byte_ids_BT: Tensor) -> dict[str, Tensor]:
     """`bits` of the last S bytes `(B, S)` that the model predicts, and the fields of `Expectation`; rows as in `bits_of`."""
-    logits_BSV = _logits(model, byte_ids_BT)
+    with _autocast(byte_ids_BT.device):
+        return model.measure(byte_ids_BT, _measures_of_logits)
+
+
+def _measures_of_logits(logits_BSV: Tensor, byte_ids_BS: Tensor) -> dict[str, Tensor]:
     log_p_BSV = logits_BSV.log_softmax(-1)
     p_BSV = log_p_BSV.exp()
-    own_BS1 = log_p_BSV.gather(-1, _predicted(byte_ids_BT, logits_BSV)[..., None])
+    own_BS1 = log_p_BSV.gather(-1, byte_ids_BS[..., None])
     likeliest = log_p_BSV.topk(NUM_LIKELIEST)
     return {
-        "bits": nats_to_bits(nll(logits_BSV, byte_ids_BT)),
+        "bits": nats_to_bits(nll_of_logits(logits_BSV, byte_ids_BS)),
         "rank": (log_p_BSV > own_BS1).sum(-1).to(torch.uint8),
         # A probability that underflows to 0 counts for nothing, whatever its logarithm.
         "entropy": nats_to_bits(-torch.special.xlogy(p_BSV, p_BSV).sum(-1)).half(),
@@ -185,19 +190,8 @@ def _bits_alone(model: ByteModel, byte_ids_BT: Tensor) -> dict[str, Tensor]:
     return {"bits": bits_of(model, byte_ids_BT)}
 
 
-def _logits(model: ByteModel, byte_ids_BT: Tensor) -> Tensor:
-    with torch.autocast(byte_ids_BT.device.type, dtype=torch.bfloat16, enabled=byte_ids_BT.is_cuda):
-        return model(byte_ids_BT)
-
-
-def nll(logits_BSV: Tensor, byte_ids_BT: Tensor) -> Tensor:
-    """-ln p `(B, S)`, float32, of the last S of the bytes, which the logits are of."""
-    targets_BS = _predicted(byte_ids_BT, logits_BSV)
-    return F.cross_entropy(logits_BSV.flatten(0, 1), targets_BS.flatten(), reduction="none").view_as(targets_BS)
-
-
-def _predicted(byte_ids_BT: Tensor, logits_BSV: Tensor) -> Tensor:
-    return byte_ids_BT[:, byte_ids_BT.shape[1] - logits_BSV.shape[1] :]
+def _autocast(device: torch.device) -> torch.autocast:
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda")
 
 
 def nats_to_bits(nats):

@@ -127,7 +127,7 @@ class _Run:
     def loop(self, stop: StopSignals) -> TrainResult:
         """Next batch, forward, backward, clip, optimizer; every so many steps evaluate, report, save."""
         settings, learner, ranks = self.config.train, self.learner, self.ranks
-        objective = MeanNll(learner.model, settings.precision)
+        objective = MeanNll(learner.model, settings.precision, settings.checkpoint_activations)
         objective = ranks.average_gradients(torch.compile(objective) if settings.compile else objective)
         guard = FiniteGuard(ranks.device)
         batches = self.loader.iterate(learner.step, settings.num_steps - learner.step, pin=self.is_on_gpu)

@@ -11,8 +11,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from core.checkpoint import load_model
 from core.config import Config, ImageCodecConfig, PerceiverArConfig
 from core.errors import UserError
-from core.likelihood import nll, score
+from core.likelihood import score
 from core.models import PerceiverAr, build_model
+from core.models.loss import nll
 from core.sample import generate
 from core.train import lengths_read
 from tests.model_cases import random_bytes
@@ -162,7 +163,18 @@ def test_each_byte_is_scored_once_with_the_window_s_context(window, hop):
 def full_bits(model: PerceiverAr, stream: np.ndarray) -> np.ndarray:
     byte_ids = torch.from_numpy(stream.astype(np.int64))[None]
     with torch.no_grad():
-        return nll(model(byte_ids), byte_ids)[0].numpy() / np.log(2)
+        return nll(model, byte_ids)[0].numpy() / np.log(2)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_recomputation_gives_the_same_gradient(name):
+    model, byte_ids = build(CASES[name]).train(), random_bytes(2, CONTEXT)
+    gradients = []
+    for recompute in (False, True):
+        torch.manual_seed(1)
+        gradients.append(torch.autograd.grad(nll(model, byte_ids, recompute).mean(), list(model.parameters())))
+    for kept, recomputed in zip(*gradients, strict=True):
+        torch.testing.assert_close(recomputed, kept, rtol=1e-4, atol=1e-6)
 
 
 def test_streams_of_unequal_length_together_score_as_each_alone():

@@ -488,3 +488,11 @@ def test_running_out_of_memory_names_the_batch_and_a_smaller_one():
         torch.empty(1 << 60, dtype=torch.uint8)
     with pytest.raises(RuntimeError, match="unrelated"), explain_out_of_memory(8, 32):
         raise RuntimeError("unrelated")
+
+
+def test_checkpointed_activations_change_no_step(tmp_path):
+    for name, settings in {"kept": {}, "recomputed": {"checkpoint_activations": True}}.items():
+        run_tiny(tmp_path, name, tiny_config(num_steps=4, **settings))
+    kept, recomputed = metrics(tmp_path / "kept"), metrics(tmp_path / "recomputed")
+    assert [line["loss_nats"] for line in recomputed] == pytest.approx([line["loss_nats"] for line in kept], rel=1e-5)
+    assert [line["grad_norm"] for line in recomputed] == pytest.approx([line["grad_norm"] for line in kept], rel=1e-4)

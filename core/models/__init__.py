@@ -6,6 +6,7 @@ from torch import Tensor
 
 from core.cache import Cache
 from core.config import CodecConfig, Config, ModelConfig, PerceiverArConfig
+from core.models.loss import Measure
 from core.models.megabyte import MegaByte
 from core.models.perceiver_ar import PerceiverAr
 
@@ -22,6 +23,12 @@ class ByteModel(Protocol):
         """Logits `(B, S, 256)`, float32, of the last S = `config.num_predicted(T)` of int64 byte values `(B, T)`.
 
         S is T for most models; any T up to `config.max_seq_len`.
+        """
+
+    def measure(self, byte_ids_BT: Tensor, of_logits: Measure, recompute: bool = False) -> dict[str, Tensor]:
+        """What `of_logits` says of `forward`'s logits, in memory that need not hold them all.
+
+        With `recompute` the backward pass runs layers again instead of keeping what is inside them.
         """
 
     def new_cache(self, batch_size: int, max_seq_len: int) -> Cache:

@@ -8,11 +8,13 @@ a row also attends to the last r elements of the row before it.
 # Shapes: B batch, K rows, L elements of a row, D width, H heads, C channels per head, S = r + L slots, r memory.
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from core.cache import LevelCache
 from core.config import LevelConfig, MegaByteConfig
@@ -187,12 +189,16 @@ class Transformer(nn.Module):
         self.residual_scalars = nn.Parameter(torch.empty(config.num_layers, 2)) if model.residual_scalars else None
         self.norm = nn.LayerNorm(config.dim)
 
-    def forward(self, x_BKLD: Tensor, cache: LevelCache | None = None) -> Tensor:
-        """Rows to rows; a cache keeps what the elements after the last row may attend to."""
+    def forward(self, x_BKLD: Tensor, cache: LevelCache | None = None, recompute: bool = False) -> Tensor:
+        """Rows to rows; a cache keeps what the elements after the last row may attend to.
+
+        With `recompute` only what goes into each layer is kept for the backward pass, which runs the layer again.
+        """
         rotation = self.rotary and self.rotary(slice(0, self.memory + x_BKLD.shape[2]))
         input_BKLD = x_BKLD
         for layer, block in enumerate(self.blocks):
-            x_BKLD = block(self._mixed(x_BKLD, input_BKLD, layer), rotation, cache, layer)
+            run = partial(checkpoint, block, use_reentrant=False) if recompute else block
+            x_BKLD = run(self._mixed(x_BKLD, input_BKLD, layer), rotation, cache, layer)
         return self.norm(x_BKLD)
 
     def step(self, x_BD: Tensor, cache: LevelCache, slots: Slots) -> Tensor:

@@ -22,15 +22,18 @@ Transformers found worth its cost: squared ReLU, normalised queries and keys, re
 # Shapes: B batch, T bytes, N elements of a level (T / span), K rows, L elements of a row, P children, D width, V = 256.
 
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from core.cache import Cache, LevelCache
 from core.config import NUM_BYTE_VALUES, CodecConfig, LevelConfig, MegaByteConfig
 from core.models.layers import CausalConv, Slots, Transformer, init_matrices, truncated_normal
+from core.models.loss import Chunk, Measure, chunk_bytes, plan_chunks
 
 
 class PatchEmbedder(nn.Module):
@@ -99,8 +102,18 @@ class Level(nn.Module):
         children = config.levels[index + 1 : index + 2]
         self.unembedder = Unembedder(own, children[0].dim, config.unembedder) if children else nn.Identity()
 
-    def forward(self, byte_ids_BT: Tensor, from_parent_BND: Tensor | None, cache: LevelCache | None = None) -> Tensor:
-        """What each element says to its children `(B, N * P, D_child)`; it has seen the elements before it, nothing of itself."""
+    @property
+    def rows_of_past(self) -> int:
+        """How many rows before its own a row depends on, by its memory in every layer and by its previous element."""
+        return (self.config.num_layers if self.transformer.memory else 0) + int(self.real_previous)
+
+    def forward(
+        self, byte_ids_BT: Tensor, from_parent_BND: Tensor | None, cache: LevelCache | None = None, recompute: bool = False
+    ) -> Tensor:
+        """The level's elements `(B, N, D)`; each has seen the elements before it, nothing of itself.
+
+        With `recompute` the backward pass runs each layer again instead of keeping what is inside it.
+        """
         shifted_BND = self._shifted_elements(byte_ids_BT, cache)
         row_length = shifted_BND.shape[1] if self.is_top else self.row_length
         x_BKLD = rearrange(shifted_BND, "b (k l) d -> b k l d", l=row_length)
@@ -111,7 +124,7 @@ class Level(nn.Module):
             x_BKLD = x_BKLD + self.positions
         if from_parent_BND is not None:
             x_BKLD = x_BKLD + rearrange(from_parent_BND, "b (k l) d -> b k l d", l=row_length)
-        return self.unembedder(rearrange(self.transformer(x_BKLD, cache), "b k l d -> b (k l) d"))
+        return rearrange(self.transformer(x_BKLD, cache, recompute), "b k l d -> b (k l) d")
 
     def _shifted_elements(self, byte_ids_BT: Tensor, cache: LevelCache | None) -> Tensor:
         """The pad, then the embedded elements but the last one, which is nobody's past (Eq. 2)."""
@@ -222,16 +235,54 @@ class MegaByte(nn.Module):
             ValueError: if T exceeds the context.
         """
         num_bytes = byte_ids_BT.shape[1]
-        if num_bytes > self.config.max_seq_len:
-            raise ValueError(f"{num_bytes} bytes exceed the model's context of {self.config.max_seq_len}; score them in windows")
+        whole_BT = self._whole_patches(byte_ids_BT)
         if num_bytes == 0:
             return self.levels[-1].pad.new_zeros(len(byte_ids_BT), 0, NUM_BYTE_VALUES, dtype=torch.float32)
-        # The added bytes come after all others, so no logit that is kept can see them.
-        whole_BT = F.pad(byte_ids_BT, (0, -num_bytes % self.config.patch_size))
         h_BND = None
         for level in self.levels:
-            h_BND = level(whole_BT, h_BND)
+            h_BND = level.unembedder(level(whole_BT, h_BND))
         return self._to_logits(h_BND[:, :num_bytes])
+
+    def measure(self, byte_ids_BT: Tensor, of_logits: Measure, recompute: bool = False) -> dict[str, Tensor]:
+        """What `of_logits` says of every byte, from `forward`'s logits, but never with all of them at once.
+
+        The coarse levels run once over the whole sequence, the last level and `of_logits` chunk by chunk, so that memory
+        grows with the patches rather than with the bytes.
+
+        Args:
+            byte_ids_BT: byte values, any T from 0 to the context.
+            of_logits: takes logits `(B, L, V)` and the byte values `(B, L)` they predict; gives tensors `(B, L, ...)` by name.
+            recompute: keep for the backward pass only what goes into each coarse layer and each chunk, and run them again.
+
+        Raises:
+            ValueError: if T exceeds the context.
+        """
+        whole_BT = self._whole_patches(byte_ids_BT)
+        if byte_ids_BT.numel() == 0:
+            return of_logits(self.forward(byte_ids_BT), byte_ids_BT)
+        *coarse, finest = self.levels
+        h_BND = None
+        for index, level in enumerate(coarse):
+            h_BND = level(whole_BT, coarse[index - 1].unembedder(h_BND) if index else None, recompute=recompute)
+        if not coarse:
+            h_BND = finest(whole_BT, None, recompute=recompute)
+        row = finest.row_length if coarse else 1
+        past = row * finest.rows_of_past if coarse else 0
+
+        def measure_chunk(chunk: Chunk) -> dict[str, Tensor]:
+            out_BLD = h_BND[chunk.sequences, chunk.first // row : chunk.end // row]
+            if coarse:
+                out_BLD = finest(whole_BT[chunk.sequences, chunk.first : chunk.end], coarse[-1].unembedder(out_BLD))
+            logits_BLV = self._to_logits(out_BLD[:, chunk.start - chunk.first :])
+            return of_logits(logits_BLV, whole_BT[chunk.sequences, chunk.start : chunk.end])
+
+        run = partial(checkpoint, measure_chunk, use_reentrant=False) if recompute else measure_chunk
+        plan = plan_chunks(*whole_BT.shape, row, past, chunk_bytes(whole_BT.device, recompute))
+        found = [[run(chunk) for chunk in group] for group in plan]
+        return {
+            name: torch.cat([torch.cat([part[name] for part in parts], dim=1) for parts in found])[:, : byte_ids_BT.shape[1]]
+            for name in found[0][0]
+        }
 
     def new_cache(self, batch_size: int, max_seq_len: int) -> Cache:
         """Buffers for `batch_size` sequences of up to `max_seq_len` bytes (rounded up to whole coarsest patches).
@@ -305,11 +356,27 @@ class MegaByte(nn.Module):
             max_seq_len=max_seq_len,
         )
 
+    def _whole_patches(self, byte_ids_BT: Tensor) -> Tensor:
+        """The bytes and what fills their last patch: it comes after all others, so no prediction that is kept can see it.
+
+        Raises:
+            ValueError: if there are more bytes than the context holds.
+        """
+        num_bytes = byte_ids_BT.shape[1]
+        if num_bytes > self.config.max_seq_len:
+            raise ValueError(f"{num_bytes} bytes exceed the model's context of {self.config.max_seq_len}; score them in windows")
+        return F.pad(byte_ids_BT, (0, -num_bytes % self.config.patch_size))
+
     def _read_patches(self, byte_ids_BT: Tensor, cache: Cache) -> None:
         """Leaves the cache as after stepping through these whole patches, just before the next one begins."""
-        h_BND = None
-        for level, level_cache in zip(self.levels[: self._num_levels_with_past], cache.levels, strict=False):
-            h_BND = level(byte_ids_BT, h_BND, level_cache)
+        h_BND, read_BT = None, byte_ids_BT
+        for index, (level, level_cache) in enumerate(zip(self.levels[: self._num_levels_with_past], cache.levels, strict=False)):
+            if index and level is self.levels[-1]:
+                # The cache keeps the last row alone.
+                num_rows = 1 + level.rows_of_past
+                h_BND, read_BT = h_BND[:, -num_rows:], byte_ids_BT[:, -num_rows * level.row_length :]
+            from_parent_BND = self.levels[index - 1].unembedder(h_BND) if index else None
+            h_BND = level(read_BT, from_parent_BND, level_cache)
         cache.patch_bytes_BP.copy_(byte_ids_BT[:, -self.config.patch_size :])
         cache.positions_B.fill_(byte_ids_BT.shape[1])
 

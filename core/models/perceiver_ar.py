@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from core.cache import Cache, LevelCache
 from core.config import NUM_BYTE_VALUES, CodecConfig, LevelConfig, MegaByteConfig, PerceiverArConfig
 from core.models.layers import Rotary, Rotation, Slots, Transformer, attend, init_matrices, rotate, truncated_normal
+from core.models.loss import Measure
 
 
 class CrossBlock(nn.Module):
@@ -88,8 +89,10 @@ class PerceiverAr(nn.Module):
         for linear in branches:
             truncated_normal(linear.weight, config.init_std / len(branches) ** 0.5)
 
-    def forward(self, byte_ids_BT: Tensor) -> Tensor:
+    def forward(self, byte_ids_BT: Tensor, recompute: bool = False) -> Tensor:
         """Logits `(B, S, V)`, float32, of the last S = min(T, num_latents) of byte values `(B, T)`.
+
+        With `recompute` the backward pass runs each layer on the latents again instead of keeping what is inside it.
 
         Raises:
             ValueError: if T exceeds the context.
@@ -102,7 +105,12 @@ class PerceiverAr(nn.Module):
         inputs_BTD = self._inputs(byte_ids_BT[:, :-1], 0)  # the last byte is nobody's past
         keys, values = self.cross.keys_values(inputs_BTD, self.rotary(slice(0, num_bytes)))
         first = num_bytes - self.config.num_predicted(num_bytes)
-        return self._to_logits(self._latents(inputs_BTD[:, first:], first, keys, values))
+        return self._to_logits(self._latents(inputs_BTD[:, first:], first, keys, values, recompute=recompute))
+
+    def measure(self, byte_ids_BT: Tensor, of_logits: Measure, recompute: bool = False) -> dict[str, Tensor]:
+        """What `of_logits` says of the logits of `forward` and of the S bytes they predict."""
+        logits_BSV = self.forward(byte_ids_BT, recompute)
+        return of_logits(logits_BSV, byte_ids_BT[:, byte_ids_BT.shape[1] - logits_BSV.shape[1] :])
 
     def new_cache(self, batch_size: int, max_seq_len: int) -> Cache:
         """Buffers for `batch_size` sequences of up to `max_seq_len` bytes, which must all stand at the same byte.
@@ -206,10 +214,18 @@ class PerceiverAr(nn.Module):
             inputs_BTD = inputs_BTD + self.positions.weight[first : first + inputs_BTD.shape[1]]
         return inputs_BTD
 
-    def _latents(self, inputs_BSD: Tensor, first: int, keys: Tensor, values: Tensor, cache: LevelCache | None = None) -> Tensor:
+    def _latents(
+        self,
+        inputs_BSD: Tensor,
+        first: int,
+        keys: Tensor,
+        values: Tensor,
+        cache: LevelCache | None = None,
+        recompute: bool = False,
+    ) -> Tensor:
         """The finished latents `(B, S, D)` of the inputs from place `first` on."""
         latents_BSD = self.cross(inputs_BSD, keys, values, self.rotary(slice(first, first + inputs_BSD.shape[1])))
-        return self.latent_transformer(latents_BSD[:, None], cache)[:, 0]
+        return self.latent_transformer(latents_BSD[:, None], cache, recompute)[:, 0]
 
     def _restart_latents(self, cache: Cache, position: int) -> Tensor:
         """Computes the latents up to `position` anew from the bytes in the cache; logits `(B, V)` of the byte there."""
