@@ -30,68 +30,99 @@ def preset_names() -> list[str]:
 
 
 def _text(name: str) -> Config:
+    return _shipped(
+        name,
+        levels=(
+            LevelConfig(dim=448, num_layers=6, num_heads=7, patch_size=4),
+            LevelConfig(dim=320, num_layers=3, num_heads=5),
+        ),
+        max_seq_len=8192,
+        dropout=0.1,
+        codec=TextCodecConfig(),
+        batch_size=32,
+        num_steps=5000,
+    )
+
+
+def _image(name: str, side: int, batch_size: int, num_steps: int, dropout: float) -> Config:
+    """A pixel is a patch: the global model attends to every pixel before it, the local one makes its three colours."""
+    return _shipped(
+        name,
+        levels=(
+            LevelConfig(dim=448, num_layers=6, num_heads=7, patch_size=3, byte_dim=64),
+            LevelConfig(dim=320, num_layers=3, num_heads=5),
+        ),
+        max_seq_len=3 * side * side,
+        positions="both",
+        dropout=dropout,
+        codec=ImageCodecConfig(side=side, scan="raster"),
+        batch_size=batch_size,
+        num_steps=num_steps,
+    )
+
+
+def _audio(name: str, encoding: str, dropout: float) -> Config:
+    return _shipped(
+        name,
+        levels=(
+            LevelConfig(dim=448, num_layers=6, num_heads=7, patch_size=4),
+            LevelConfig(dim=320, num_layers=3, num_heads=5, cross_patch=4),
+        ),
+        max_seq_len=8192,
+        dropout=dropout,
+        codec=AudioCodecConfig(sample_rate=16000, encoding=encoding),
+        batch_size=32,
+        num_steps=2000,
+    )
+
+
+def _shipped(
+    name: str,
+    *,
+    levels: tuple[LevelConfig, ...],
+    max_seq_len: int,
+    dropout: float,
+    codec: CodecConfig,
+    batch_size: int,
+    num_steps: int,
+    positions: str = "rotary",
+) -> Config:
+    """About 20 million parameters and everything that was found to pay."""
     return Config(
         name=name,
         model=MegaByteConfig(
-            levels=(
-                LevelConfig(dim=256, num_layers=4, num_heads=4, patch_size=4),
-                LevelConfig(dim=256, num_layers=3, num_heads=4),
-            ),
-            max_seq_len=8192,
-            positions="rotary",
+            levels=levels,
+            max_seq_len=max_seq_len,
+            positions=positions,
             unembedder="full",
             real_previous=True,
+            activation="relu2",
+            qk_norm=True,
+            residual_scalars=True,
+            logit_softcap=20.0,
+            zero_init=True,
+            smooth_init=codec.modality != "text",
+            dropout=dropout,
         ),
-        codec=TextCodecConfig(),
-        train=_shipped_training(num_steps=5700, batch_size=32),
-    )
-
-
-def _image32(name: str) -> Config:
-    return Config(
-        name=name,
-        model=MegaByteConfig(
-            levels=(
-                LevelConfig(dim=288, num_layers=3, num_heads=4, patch_size=48),
-                LevelConfig(dim=256, num_layers=3, num_heads=4, cross_patch=48),
-            ),
-            max_seq_len=3 * 32 * 32,
-            positions="both",
-            real_previous=True,
+        codec=codec,
+        train=TrainConfig(
+            num_steps=num_steps,
+            batch_size=batch_size,
+            optimizer="muon",
+            lr=3e-3,
+            muon_lr=0.02,
+            betas=(0.9, 0.95),
+            weight_decay=0.05,
+            warmup_steps=100,
+            schedule="trapezoid",
+            decay_fraction=0.6,
+            ema_decay=0.997,
+            deterministic=False,
+            augment=codec.modality != "text",
+            eval_every=500,
+            eval_sequences=128,
+            checkpoint_every=1000,
         ),
-        codec=ImageCodecConfig(side=32, scan="patch", scan_patch=4),
-        train=_shipped_training(num_steps=2400, batch_size=96),
-    )
-
-
-def _audio(name: str) -> Config:
-    return Config(
-        name=name,
-        model=MegaByteConfig(
-            levels=(
-                LevelConfig(dim=320, num_layers=4, num_heads=5, patch_size=8),
-                LevelConfig(dim=192, num_layers=2, num_heads=3, cross_patch=8),
-            ),
-            max_seq_len=8192,
-            positions="rotary",
-            real_previous=True,
-            dropout=0.1,
-        ),
-        codec=AudioCodecConfig(sample_rate=16000, encoding="mulaw8"),
-        train=_shipped_training(num_steps=1200, batch_size=32),
-    )
-
-
-def _shipped_training(num_steps: int, batch_size: int) -> TrainConfig:
-    return TrainConfig(
-        num_steps=num_steps,
-        batch_size=batch_size,
-        lr=2e-3,
-        warmup_steps=200,
-        ema_decay=0.998,
-        eval_every=200,
-        eval_sequences=128,
-        checkpoint_every=1000,
     )
 
 
@@ -121,8 +152,10 @@ def _paper(
 
 _PRESETS: dict[str, Callable[[str], Config]] = {
     "text": _text,
-    "image32": _image32,
-    "audio": _audio,
+    "image32": lambda name: _image(name, side=32, batch_size=96, num_steps=5000, dropout=0.05),
+    "image64": lambda name: _image(name, side=64, batch_size=24, num_steps=4000, dropout=0.15),
+    "audio": lambda name: _audio(name, "mulaw8", dropout=0.2),
+    "audio-pcm16": lambda name: _audio(name, "pcm16be", dropout=0.15),
     "paper-text": _paper(
         global_model=LevelConfig(dim=2048, num_layers=14, num_heads=16, ffn_dim=9088, patch_size=8),
         local_model=LevelConfig(dim=1024, num_layers=18, num_heads=8, ffn_dim=5056),
