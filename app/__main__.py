@@ -9,16 +9,20 @@ import logging
 import os
 import signal
 import sys
-from dataclasses import asdict, fields
+from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from app.console import LogHandler, Report, complain, emit, progress_bar, say
+from app.console_batch import make_batch, plan_batch
 from app.messages import plain_sentence
+from app.recipe import Item, parse_recipe, read_recipe
 from app.settings import CompletionSettings
+from app.sources import find_files, list_files
 
 if TYPE_CHECKING:
-    from app.service import CompletionJob, FileScore, ModelInfo, ScoreTotal, Service
+    from app.service import FileScore, ModelInfo, ScoreTotal, Service
 
 
 def run_ui(args: argparse.Namespace) -> int:
@@ -46,46 +50,41 @@ def run_train(args: argparse.Namespace) -> int:
 
 def run_score(args: argparse.Namespace) -> int:
     """Scores files and folders: a line for each, then one for all of them."""
-    from app.render import export_score
-    from app.service import Failure, ScoreTotal, list_files
+    if args.resume and args.out is None:
+        args.parser.error("--resume goes on with the results in a folder; say which with --out")
+    from app.score_folder import score_into
+    from app.service import Failure, ScoreTotal
 
     service, report, total = _service(args), Report(args.json), ScoreTotal()
-    outputs = _claim_outputs(list_files(args.paths), args, report)
+    files = list_files(args.paths)
     options = {"scored_as": args.bytes, **{name: getattr(args, name) for name in ("model", "hop", "strided", "adapt")}}
     with progress_bar() as advance:
-        results = service.score_files([file for file, _ in outputs], progress=advance, **options)
-        for (file, paths), result in zip(outputs, results, strict=True):
+        options["progress"] = advance
+        if args.out is None:
+            results = service.score_files(files, **options)
+        else:
+            results = score_into(service, files, args.out, options, resume=args.resume, force=args.force)
+        for file, result in zip(files, results, strict=True):
             if isinstance(result, Failure):
                 report.failure(file, result.message)
                 continue
             total.add(result)
             report.notes(file, result.notes)
-            with report.failures_of(file):
-                if paths:
-                    export_score(result, *paths)
             report.result(result.to_dict(), f"{_figures(result)}  {result.model}  {file}")
     report.result({"total": total.to_dict()}, f"{_figures(total)}  total, files: {total.num_files}")
     return report.exit_code
 
 
 def run_generate(args: argparse.Namespace) -> int:
-    """Completes files, or makes something from nothing."""
-    try:
-        settings = CompletionSettings(**{field.name: getattr(args, field.name) for field in fields(CompletionSettings)})
-    except ValueError as error:
-        args.parser.error(str(error))
-    from app.outputs import OutputFolder, completion_paths
-    from app.service import list_files
+    """Completes files, makes something from nothing, or does all that a recipe asks for."""
+    items = _items(args)
+    from app.batch import Batch
 
-    service, report = _service(args), Report(args.json)
-    folder = OutputFolder(args.out, list_files(args.paths) if args.paths else [None], args.force)
-    for source, stem in folder.names():
-        with report.failures_of(source):
-            job = service.complete(source, model=args.model, **asdict(settings))
-            paths = completion_paths(job, args.out, stem)
-            folder.claim(paths)
-            report.notes(source, job.notes)
-            _run_job(job, paths, report)
+    batch, report = Batch(_service(args), items, args.out, resume=args.resume, force=args.force), Report(args.json)
+    if args.dry_run:
+        plan_batch(batch, report)
+    else:
+        make_batch(batch, report, is_summed=args.recipe is not None)
     return report.exit_code
 
 
@@ -109,33 +108,20 @@ def _service(args: argparse.Namespace) -> "Service":
     return service
 
 
-def _claim_outputs(files: list[Path], args: argparse.Namespace, report: Report) -> list[tuple[Path, list[Path]]]:
-    """The files that may be scored, each with the paths of its outputs, which are none without --out."""
-    if args.out is None:
-        return [(file, []) for file in files]
-    from app.outputs import OutputFolder, score_paths
-
-    folder = OutputFolder(args.out, files, args.force)
-    claimed = []
-    for file, stem in folder.names():
-        with report.failures_of(file):
-            paths = score_paths(args.out, stem)
-            folder.claim(paths)
-            claimed.append((file, paths))
-    return claimed
-
-
-def _run_job(job: "CompletionJob", paths: list[Path], report: Report) -> None:
-    """Makes the samples of a job and writes each as soon as it is finished."""
-    num_bytes = job.plan.num_bytes_to_generate
-    with progress_bar(num_bytes * len(paths)) as advance:
-        for progress in job.run():
-            advance(progress.sample * num_bytes + progress.done_bytes)
-            if completion := progress.completion:
-                path = paths[completion.sample]
-                job.codec.write(completion.media, path)
-                made = f"{completion.num_bytes_generated} bytes made after {completion.num_bytes_kept} kept"
-                report.result(completion.to_dict(path), f"{completion.bits_per_byte:8.4f} bits/byte  {made}  {path}")
+def _items(args: argparse.Namespace) -> list[Item]:
+    """What the recipe asks for, or else the paths; leaves with exit code 2 if the settings are wrong."""
+    given = {field.name: getattr(args, field.name) for field in fields(CompletionSettings) if hasattr(args, field.name)}
+    if args.recipe is not None:
+        if args.paths or given or args.model:
+            args.parser.error("--recipe says what to complete and how; leave out files, --model and settings")
+        folder = args.recipe.parent
+        return parse_recipe(read_recipe(args.recipe), lambda pattern: find_files(pattern, folder))
+    try:
+        settings = CompletionSettings(**given)
+    except ValueError as error:
+        args.parser.error(str(error))
+    files = list_files(args.paths) if args.paths else [None]
+    return [Item(job=1, source=file, model=args.model, settings=settings) for file in files]
 
 
 def _figures(result: "FileScore | ScoreTotal") -> str:
@@ -188,7 +174,7 @@ def _add_score(verbs: "argparse._SubParsersAction[Parser]") -> None:
     )
     parser.add_argument("--out", type=Path, metavar="DIR", help="write each file's bits (NPZ) and heatmap (PNG) here")
     _add_manners(parser)
-    parser.set_defaults(handler=run_score)
+    parser.set_defaults(handler=run_score, parser=parser)
 
 
 def _add_generate(verbs: "argparse._SubParsersAction[Parser]") -> None:
@@ -198,17 +184,19 @@ def _add_generate(verbs: "argparse._SubParsersAction[Parser]") -> None:
     )
     _add_model(parser)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the results")
+    parser.add_argument("--recipe", type=Path, metavar="TOML", help="files, texts and settings of many jobs, instead of PATHs")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be made and how long it takes; write nothing")
+    # A setting that is not given is not there, so that a recipe can be told from the command line.
+    setting = partial(parser.add_argument, default=argparse.SUPPRESS)
     keep = parser.add_mutually_exclusive_group()
-    keep.add_argument("--keep", type=float, metavar="FRACTION", help="part that is kept, 0 to 1 (0.5)")
-    keep.add_argument("--keep-bytes", type=int, metavar="N", help="the same as a number of bytes")
-    parser.add_argument(
-        "--num-bytes", type=int, metavar="N", help="bytes to make (rest of a picture, as much sound as was cut, 500 of text)"
-    )
-    parser.add_argument("--samples", type=int, default=1, metavar="N", help="completions of each file (%(default)s)")
-    parser.add_argument("--temperature", type=float, default=1.0, metavar="T", help="0 takes the likeliest byte (%(default)s)")
-    parser.add_argument("--top-k", type=int, metavar="K", help="choose among the K likeliest bytes, 1 to 256 (all)")
-    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="choose among bytes of this total probability (1)")
-    parser.add_argument("--seed", type=int, default=0, metavar="S", help="the same seed gives the same bytes (%(default)s)")
+    keep.add_argument("--keep", type=float, metavar="FRACTION", default=argparse.SUPPRESS, help="part that is kept, 0 to 1 (0.5)")
+    keep.add_argument("--keep-bytes", type=int, metavar="N", default=argparse.SUPPRESS, help="the same as a number of bytes")
+    setting("--num-bytes", type=int, metavar="N", help="bytes to make (rest of a picture, as much sound as was cut, 500 of text)")
+    setting("--samples", type=int, metavar="N", help="completions of each file (1)")
+    setting("--temperature", type=float, metavar="T", help="0 takes the likeliest byte (1)")
+    setting("--top-k", type=int, metavar="K", help="choose among the K likeliest bytes, 1 to 256 (all)")
+    setting("--top-p", type=float, metavar="P", help="choose among bytes of this total probability (1)")
+    setting("--seed", type=int, metavar="S", help="the same seed gives the same bytes (0)")
     _add_manners(parser)
     parser.set_defaults(handler=run_generate, parser=parser)
 
@@ -226,6 +214,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
 
 def _add_manners(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--force", action="store_true", help="overwrite existing results")
+    parser.add_argument("--resume", action="store_true", help="leave out what an earlier call has made in the same folder")
     parser.add_argument("--json", action="store_true", help="print one JSON object a result")
 
 

@@ -1,7 +1,7 @@
 """Completing a file: keep its first part, make the rest byte by byte, and put the whole back into media."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -140,10 +140,18 @@ class CompletionJob:
         """The part of the media that is kept."""
         return self.media_of(self._prefix, 0)
 
-    def run(self) -> Iterator[Progress]:
-        """Makes the samples, one `Progress` a model patch, in turns with other jobs. Closing the iterator frees the model."""
+    @property
+    def engine(self) -> str:
+        """What makes the bytes: within one engine a seed gives the same ones."""
+        return self._sampler.engine
+
+    def run(self, samples: Sequence[int] | None = None) -> Iterator[Progress]:
+        """Makes the samples, or those of these numbers, one `Progress` a model patch, in turns with other jobs.
+
+        Closing the iterator frees the model.
+        """
         with Turn(self.loaded.lock) as turn:
-            for sample in range(self.settings.samples):
+            for sample in range(self.settings.samples) if samples is None else samples:
                 yield from self._run_sample(sample, turn)
 
     def media_of(self, stream: np.ndarray, num_made: int) -> Media:
@@ -229,11 +237,17 @@ class CompletionJob:
             bits=bits,
             seed=self.settings.seed,
             sample=sample,
-            engine=self._sampler.engine,
+            engine=self.engine,
             seconds=round(seconds, 3),
             notes=self.notes,
             codec=self.codec,
         )
+
+
+def run_together(tasks: Sequence[tuple[CompletionJob, int]]) -> Iterator[Progress]:
+    """Makes some samples, each a job and its number, of jobs that share a model."""
+    for job, sample in tasks:
+        yield from job.run([sample])
 
 
 def _blank_media(codec: Codec) -> Media:

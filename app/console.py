@@ -10,7 +10,6 @@ from typing import Any
 
 from tqdm import tqdm
 
-from app.messages import plain_sentence
 from core.errors import shown
 
 
@@ -41,12 +40,12 @@ class Report:
     """The results of a call, one after another, and whether something failed on the way."""
 
     def __init__(self, as_json: bool) -> None:
-        self._as_json = as_json
+        self.as_json = as_json
         self.exit_code = 0
 
     def result(self, facts: dict[str, Any], line: str) -> None:
         """Prints a result: its facts as one JSON object, or a line for a person."""
-        emit(json.dumps(facts) if self._as_json else line)
+        emit(json.dumps(facts) if self.as_json else line)
 
     def notes(self, file: Path | None, notes: tuple[str, ...]) -> None:
         for note in notes:
@@ -55,16 +54,6 @@ class Report:
     def failure(self, file: Path | None, sentence: str) -> None:
         complain(f"{_prefix(file)}{sentence}")
         self.exit_code = 1
-
-    @contextmanager
-    def failures_of(self, file: Path | None) -> Iterator[None]:
-        """Reports what goes wrong with one file in the block, so that the others are still done."""
-        try:
-            yield
-        except BrokenPipeError:
-            raise  # nobody reads the results any more
-        except (ValueError, OSError) as error:
-            self.failure(file, plain_sentence(error, file))
 
 
 @contextmanager

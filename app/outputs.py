@@ -1,4 +1,4 @@
-"""Files that results are written to: names that stay inside their folder, never collide and overwrite nothing unasked."""
+"""Files that results are written to: names that stay inside their folder, never collide and overwrite no source."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -9,24 +9,14 @@ from core.codecs import shown
 _MAX_STEM_BYTES = 180  # a name has at most 255 bytes, and a seed, a number and a suffix follow
 
 
-class OutputFolder:
-    """A folder for the results of some sources."""
+class OutputNames:
+    """Names for the results of some sources. A source of None stands for a completion of nothing."""
 
-    def __init__(self, folder: Path, sources: Sequence[Path | None], force: bool) -> None:
-        """Makes the folder. A source of None stands for a completion of nothing.
-
-        Raises:
-            ValueError: if the folder cannot be made.
-        """
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ValueError(f"{shown(folder)} is no folder to write to ({error.strerror}); choose another with --out") from None
+    def __init__(self, sources: Sequence[Path | None]) -> None:
         self._sources = sources
-        self._force = force
         self._source_files = {source.resolve() for source in sources if source is not None}
 
-    def names(self) -> Iterator[tuple[Path | None, str]]:
+    def stems(self) -> Iterator[tuple[Path | None, str]]:
         """Each source with the name, without suffix, of its results; no two names are equal."""
         taken: set[str] = set()
         for source in self._sources:
@@ -38,8 +28,8 @@ class OutputFolder:
             taken.add(unique)
             yield source, unique
 
-    def claim(self, paths: Sequence[Path]) -> None:
-        """Makes sure that nothing is overwritten unasked, and no source at all.
+    def protect_sources(self, paths: Sequence[Path]) -> None:
+        """Makes sure that no source is overwritten.
 
         Raises:
             ValueError: if one of the files must not be written.
@@ -47,7 +37,6 @@ class OutputFolder:
         for path in paths:
             if path.resolve() in self._source_files:
                 raise ValueError(f"{shown(path)} is one of the files given and is not overwritten; choose another folder")
-        refuse_existing(paths, self._force)
 
 
 def completion_paths(job: CompletionJob, out_dir: Path, stem: str) -> list[Path]:

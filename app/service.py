@@ -1,7 +1,6 @@
 """The use cases that the page and the command line share: models, scoring, completing, training. Plain values in and out."""
 
 import logging
-import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from app.messages import Failure
 from app.outputs import write_completion
 from app.scoring import FileScore, ProgressCallback, ScoredAs, Scorer, ScoreTotal, reference_sizes
 from app.settings import CompletionSettings
+from app.sources import list_files
 from app.store import LoadedModel, ModelInfo, ModelStore
 from core.checkpoint import WEIGHTS_FOLDER
 from core.codecs import Raw, read_media
@@ -175,23 +175,3 @@ def train_model(
     """
     config = preset(preset_name).with_overrides(list(overrides))
     return train(config, data_paths, valid_paths, out, resume=resume, device=device, log=log)
-
-
-def list_files(paths: Sequence[Path]) -> list[Path]:
-    """The files given, and those in the folders given: all levels, sorted, names starting with a dot left out.
-
-    Raises:
-        ValueError: if the folders hold no file.
-    """
-    files: list[Path] = []
-    for path in paths:
-        # os.path.isdir answers False where Path.is_dir raises; what is wrong is then said when the file is opened.
-        files.extend(_files_in(path) if os.path.isdir(path) else [path])
-    if not files:
-        raise ValueError("there is no file in the folder given; names that start with a dot do not count")
-    return files
-
-
-def _files_in(folder: Path) -> list[Path]:
-    found = (path for path in sorted(folder.rglob("*")) if os.path.isfile(path))
-    return [path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts)]

@@ -143,7 +143,7 @@ class TestScore:
         out = tmp_path / "out"
         files = [make_png("a.png"), make_text("a.txt"), make_text("d/a.txt")]
         assert cli("score", *files, "--out", out)[0] == 0
-        names = {"a.npz", "a.png", "a-2.npz", "a-2.png", "a-3.npz", "a-3.png"}
+        names = {"a.npz", "a.png", "a-2.npz", "a-2.png", "a-3.npz", "a-3.png", "ledger.jsonl"}
         assert {path.name for path in out.iterdir()} == names
         with np.load(out / "a.npz") as arrays:
             assert arrays["media_bits"].shape == (8, 8, 3)
@@ -152,7 +152,7 @@ class TestScore:
     def test_nothing_is_overwritten_without_force(self, cli, make_text, tmp_path):
         file, other, out = make_text("a.txt"), make_text("b.txt"), tmp_path / "out"
         cli("score", file, "--out", out)
-        before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
+        before = {path: path.stat().st_mtime_ns for path in out.iterdir() if path.name != "ledger.jsonl"}
         exit_code, lines, err = cli("score", file, other, "--out", out)
         assert exit_code == 1
         assert "--force" in err[0]

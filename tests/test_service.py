@@ -12,7 +12,7 @@ from PIL import Image
 
 import core
 from app.messages import plain_sentence
-from app.outputs import OutputFolder
+from app.outputs import OutputNames
 from app.service import CompletionSettings, Failure, Service, list_files
 from core.codecs import read_media
 from core.errors import UserError
@@ -370,8 +370,9 @@ class TestOutputs:
 
     def test_names_stay_inside_the_folder_and_differ(self, tmp_path):
         out = tmp_path / "out"
+        out.mkdir()
         sources = [Path(name) for name in HOSTILE_NAMES] * 2
-        stems = [stem for _, stem in OutputFolder(out, sources, force=False).names()]
+        stems = [stem for _, stem in OutputNames(sources).stems()]
         assert len(set(stems)) == len(stems)
         for stem in stems:
             path = out / f"{stem}-s{2**63 - 1}-1000.png"
@@ -382,7 +383,7 @@ class TestOutputs:
     def test_a_source_is_never_overwritten(self, make_png, tmp_path):
         path = make_png("a.png")
         with pytest.raises(ValueError, match="one of the files given"):
-            OutputFolder(tmp_path, [path], force=True).claim([tmp_path / "." / "a.png"])
+            OutputNames([path]).protect_sources([tmp_path / "." / "a.png"])
 
 
 def test_folders_stand_for_their_files_without_hidden_ones(make_text, tmp_path):

@@ -1,0 +1,207 @@
+"""Many completions into one folder: what each will cost, made in turn, none stopped by another's fault, none made twice."""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from app.completion import CompletionJob, Progress, run_together
+from app.ledger import Ledger, digest_of, key_of, open_ledger
+from app.messages import plain_sentence
+from app.outputs import OutputNames, completion_paths
+from app.recipe import Item
+from app.service import Service
+
+State = Literal["planned", "running", "done", "skipped", "failed"]
+_MAX_GROUP = 32  # samples that are made together; few enough to see results come
+
+
+@dataclass(kw_only=True)
+class Row:
+    """One item of a batch and how far it is.
+
+    Attributes:
+        says: the plan in words, or why it failed.
+        num_bytes: bytes to make in all its samples; `done_bytes` are made.
+        results: facts of the finished samples, as `Completion.to_dict` has them.
+        notes: what was done to the file before its first part was kept, in words.
+    """
+
+    item: Item
+    stem: str
+    state: State = "planned"
+    says: str = ""
+    num_bytes: int = 0
+    done_bytes: int = 0
+    estimate_seconds: float = 0.0
+    results: list[dict[str, Any]] = field(default_factory=list)
+    notes: tuple[str, ...] = ()
+
+    def fail(self, error: Exception | str) -> None:
+        self.state = "failed"
+        self.says = error if isinstance(error, str) else plain_sentence(error, self.item.source)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values only."""
+        source = None if self.item.source is None else str(self.item.source)
+        facts = {"job": self.item.job, "source": source, "state": self.state, "num_bytes": self.num_bytes}
+        return facts | (
+            {"error": self.says} if self.state == "failed" else {"outputs": [made["output"] for made in self.results]}
+        )
+
+
+@dataclass(frozen=True)
+class _Task:
+    """One sample that is still to be made."""
+
+    row: Row
+    job: CompletionJob
+    sample: int
+    path: Path
+    key: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """The counts of a batch."""
+
+    done: int
+    skipped: int
+    failed: int
+    num_samples: int
+    num_bytes: int
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values only."""
+        return asdict(self)
+
+
+class Batch:
+    """A list of items and the folder for their results.
+
+    Attributes:
+        rows: the items and how far each is, in their order.
+    """
+
+    def __init__(self, service: Service, items: Sequence[Item], out: Path, *, resume: bool = False, force: bool = False) -> None:
+        """Reads and makes nothing yet.
+
+        Args:
+            resume: leave results alone that lie in `out` and are those this batch would make.
+            force: overwrite other results.
+        """
+        self._service = service
+        self._out = out
+        self._resume = resume
+        self._force = force
+        self._outputs = OutputNames([item.source for item in items])
+        self.rows = [Row(item=item, stem=stem) for item, (_, stem) in zip(items, self._outputs.stems(), strict=True)]
+        self._started = time.perf_counter()
+
+    @property
+    def summary(self) -> Summary:
+        states = [row.state for row in self.rows]
+        results = [facts for row in self.rows for facts in row.results]
+        return Summary(
+            **{state: states.count(state) for state in ("done", "skipped", "failed")},
+            num_samples=len(results),
+            num_bytes=sum(facts["num_bytes_generated"] for facts in results),
+            seconds=round(time.perf_counter() - self._started, 3),
+        )
+
+    def plan(self) -> Iterator[Row]:
+        """Each row with what it will make and about how long that takes; nothing is written."""
+        for row in self.rows:
+            self._prepare(row)
+            yield row
+
+    def run(self) -> Iterator[tuple[Row, Progress | None]]:
+        """Makes what is missing. Each step is a row that has changed, with the progress of its sample if one is at work.
+
+        Raises:
+            ValueError: if nothing can be written to the folder.
+        """
+        with open_ledger(self._out, resume=self._resume, force=self._force) as ledger:
+            waiting: dict[int, list[_Task]] = {}  # of each model
+            for row in self.rows:
+                job = self._prepare(row)
+                tasks = [] if job is None else self._tasks(row, job, ledger)
+                yield row, None
+                if not tasks:
+                    continue
+                group = waiting.setdefault(id(job.loaded), [])
+                group.extend(tasks)
+                if len(group) >= _MAX_GROUP:
+                    yield from self._make(waiting.pop(id(job.loaded)), ledger)
+            for group in waiting.values():
+                yield from self._make(group, ledger)
+
+    def _prepare(self, row: Row) -> CompletionJob | None:
+        """The job of a row with its plan filled in; None, and the row says why, if it cannot be done."""
+        if row.item.settings is None:
+            row.fail(row.item.problem or "the recipe says nothing to do")
+            return None
+        try:
+            item = row.item
+            job = self._service.complete(item.source, text=item.text, model=item.model, **asdict(item.settings))
+        except (ValueError, OSError) as error:
+            row.fail(error)
+            return None
+        row.says, row.notes = job.plan.says, job.notes
+        row.num_bytes = job.settings.samples * job.plan.num_bytes_to_generate
+        row.estimate_seconds = job.plan.estimate_seconds
+        return job
+
+    def _tasks(self, row: Row, job: CompletionJob, ledger: Ledger) -> list[_Task]:
+        """The samples of a row that are still to be made; the folder is ready for each of them."""
+        tasks = []
+        try:
+            facts = _what_it_depends_on(row.item, job)
+            paths = completion_paths(job, self._out, row.stem)
+            for sample, path in enumerate(paths):
+                key = key_of(facts | {"sample": sample})
+                if made := ledger.finished(path.name, key):
+                    row.results.append(made)
+                    row.done_bytes += made["num_bytes_generated"]
+                else:
+                    tasks.append(_Task(row, job, sample, path, key))
+            self._outputs.protect_sources([task.path for task in tasks])
+            for task in tasks:
+                ledger.claim(task.path.name, task.key, [task.path])
+        except (ValueError, OSError) as error:
+            row.fail(error)
+            return []
+        row.state = "planned" if tasks else "skipped"
+        return tasks
+
+    def _make(self, tasks: list[_Task], ledger: Ledger) -> Iterator[tuple[Row, Progress | None]]:
+        by_sample = {(id(task.job), task.sample): task for task in tasks}
+        for progress in run_together([(task.job, task.sample) for task in tasks]):
+            task = by_sample[id(progress.job), progress.sample]
+            row = task.row
+            row.state = "running" if row.state == "planned" else row.state
+            row.done_bytes += 0 if progress.chunk is None else len(progress.chunk.byte_values)
+            if progress.completion is not None and row.state != "failed":
+                try:
+                    self._service.write_completion(progress.completion, self._out, force=True, stem=row.stem)
+                    facts = progress.completion.to_dict(task.path)
+                    ledger.finish(task.path.name, task.key, [task.path], facts)
+                    row.results.append(facts)
+                    row.state = "done" if len(row.results) == task.job.settings.samples else "running"
+                except (ValueError, OSError) as error:
+                    row.fail(error)
+            yield row, progress
+
+
+def _what_it_depends_on(item: Item, job: CompletionJob) -> dict[str, Any]:
+    """Everything that the bytes of a sample follow from, but its number."""
+    given = item.source if item.source is not None else item.text
+    settings = {name: value for name, value in asdict(job.settings).items() if name != "samples"}
+    return {
+        "input": None if given is None else digest_of(given),
+        "model": job.loaded.info.digest,
+        "engine": job.engine,
+        "settings": settings,
+    }

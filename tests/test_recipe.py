@@ -1,0 +1,74 @@
+"""Recipes: what they mean, and that a mistake in one job is said in that job alone."""
+
+from pathlib import Path
+
+import pytest
+
+from app.recipe import parse_recipe
+from app.settings import CompletionSettings
+from app.sources import find_files
+
+
+def items(text: str, folder: Path = Path("nowhere")):
+    return parse_recipe(text, lambda pattern: find_files(pattern, folder))
+
+
+def problem(job: str) -> str | None:
+    [item] = items(f"[[jobs]]\n{job}")
+    return item.problem
+
+
+def test_files_patterns_and_folders_are_those_of_the_recipes_folder(make_text, tmp_path):
+    for name in ("b/2.txt", "b/1.txt", "b/deep/3.txt", "b/.hidden", "a.png", "[odd].txt"):
+        make_text(name)
+    found = items('[[jobs]]\nfiles = ["gone.txt", "b/**/*.txt", "a.png", "b", "[odd].txt"]', tmp_path)
+    names = [str(item.source.relative_to(tmp_path)) for item in found]
+    in_b = ["b/1.txt", "b/2.txt", "b/deep/3.txt"]
+    assert names == ["gone.txt", *in_b, "a.png", *in_b, "[odd].txt"]
+
+
+def test_defaults_hold_unless_a_job_says_otherwise():
+    first, second, third = items(
+        "[defaults]\nseed = 7\nkeep = 0.25\n"
+        '[[jobs]]\nfiles = "a"\nsamples = 3\n[[jobs]]\ntext = "é"\nkeep_bytes = 1\nseed = 1\n[[jobs]]\nmodel = "audio"'
+    )
+    assert first.settings == CompletionSettings(seed=7, keep=0.25, samples=3)
+    assert (second.text, second.settings) == ("é".encode(), CompletionSettings(seed=1, keep_bytes=1))
+    assert (third.source, third.text, third.model, third.job) == (None, None, "audio", 3)
+
+
+@pytest.mark.parametrize(
+    ("job", "words"),
+    [
+        ("temperature = -1", "temperature=-1 must lie in 0..100"),
+        ("temperature = nan", "temperature=nan"),
+        ('temperature = "hot"', "temperature must be a number, not 'hot'"),
+        ("top_k = 2.5", "top_k must be a whole number"),
+        ("seed = true", "seed must be a whole number"),
+        ("sed = 1", "sed is no setting"),
+        ("keep = 0.5\nkeep_bytes = 3", "twice"),
+        ("files = []", "files must be"),
+        ("files = [1]", "files must be"),
+        ('files = "a"\ntext = "b"', "exclude each other"),
+        ('files = "*.none"', "no file fits"),
+    ],
+)
+def test_a_mistake_is_one_sentence_of_its_job(job, words):
+    assert words in problem(job)
+    [bad, good] = items(f'[[jobs]]\n{job}\n[[jobs]]\nfiles = "a"')
+    assert (bad.settings, good.problem) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "no job"),
+        ("jobs = 3", "no job"),
+        ("[[job]]", "job is no part"),
+        ("[[jobs]]\n[[jobs", "no TOML"),
+        ("[defaults]\nfiles = 'a'\n[[jobs]]", "without files"),
+    ],
+)
+def test_what_is_no_recipe_is_refused(text, words):
+    with pytest.raises(ValueError, match=words):
+        items(text)
