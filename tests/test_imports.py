@@ -21,7 +21,7 @@ LAYERS = [
     ["core.train", "core.bench"],
     ["core"],
     ["app.messages", "app.settings", "app.media", "app.sources", "app.turns"],
-    ["app.recipe", "app.ledger", "app.store", "app.console"],
+    ["app.recipe", "app.ledger", "app.jobs", "app.store", "app.console"],
     ["app.scoring", "app.completion"],
     ["app.outputs"],
     ["app.service"],

@@ -1,0 +1,257 @@
+"""Jobs: they outlive their page, end for four reasons only, belong to one owner, and share a model fairly."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from app.jobs import OUR_FAULT, Job, JobLimits, JobStore, UnknownJobError
+from app.service import Service
+
+CANCEL_LIMIT_S = 1.0
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def store(clock) -> Iterator[JobStore]:
+    store = JobStore(clock=clock)
+    yield store
+    store.close()
+
+
+@pytest.fixture(scope="module")
+def service(tiny_models):
+    return Service(weights=tiny_models, runs=tiny_models / "no-runs")
+
+
+def endless(job: Job) -> None:
+    step = 0
+    while True:
+        job.report(step)
+        step += 1
+        time.sleep(0.001)
+
+
+def quick(job: Job) -> str:
+    (job.folder / "made.txt").write_text("made")
+    return "a result"
+
+
+def ended(store: JobStore, owner: str, job_id: str):
+    view = store.look(owner, job_id, wait_s=10)
+    assert not view.is_running
+    return view
+
+
+def wait_until(is_so: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def test_a_job_reports_and_gives_its_result(store):
+    may_end = threading.Event()
+
+    def work(job: Job) -> str:
+        while not may_end.is_set():
+            job.report("half")
+        return "whole"
+
+    job_id = store.submit("me", "score", "a.txt", work)
+    wait_until(lambda: store.look("me", job_id).latest == "half")
+    assert store.look("me", job_id).state == "running"
+    may_end.set()
+    view = ended(store, "me", job_id)
+    assert (view.state, view.result, view.title, view.problem) == ("done", "whole", "a.txt", "")
+
+
+def test_nobody_sees_or_stops_a_job_of_somebody_else(store):
+    job_id = store.submit("me", "score", "a.txt", endless)
+    for owner in ("", "you", "m"):
+        assert store.list(owner) == []
+        assert store.left_alone(owner, "score") is None
+        for refused in (store.look, store.stop):
+            with pytest.raises(UnknownJobError, match="no such job"):
+                refused(owner, job_id)
+    assert store.look("me", job_id).is_running
+    assert len(job_id) >= 20
+
+
+@pytest.mark.parametrize(
+    ("steps", "reason"),
+    [
+        ([(599, True)] * 5, None),  # somebody looks every ten minutes
+        ([(601, False)], "nobody looked at it for 10 minutes"),
+        ([(500, True)] * 7 + [(101, True)], "time limit of 60 minutes"),
+    ],
+)
+def test_time_ends_a_job_at_its_limit_or_when_nobody_looks(store, clock, steps, reason):
+    job_id = store.submit("me", "score", "a.txt", endless)
+    for seconds, is_seen in steps:
+        clock.now += seconds
+        if is_seen:
+            store.look("me", job_id)
+    if reason is None:
+        assert store.look("me", job_id, wait_s=0.1).is_running
+    else:
+        view = ended(store, "me", job_id)
+        assert view.state == "stopped"
+        assert reason in view.problem
+
+
+def test_a_list_is_no_look(store, clock):
+    job_id = store.submit("me", "score", "a.txt", endless)
+    clock.now += 601
+    store.list("me")
+    assert ended(store, "me", job_id).state == "stopped"
+
+
+def test_each_job_is_stopped_on_its_own_and_keeps_what_it_reported(store):
+    first, second = (store.submit("me", "complete", name, endless) for name in "ab")
+    wait_until(lambda: (store.look("me", first).latest or 0) > 2)
+    store.stop("me", first)
+    view = ended(store, "me", first)
+    assert (view.state, view.problem) == ("stopped", "stopped")
+    assert view.latest > 2
+    assert store.look("me", second).is_running
+    store.stop("me", first)  # again: nothing happens
+    assert store.look("me", first).state == "stopped"
+
+
+def test_a_failure_is_one_sentence_and_our_own_fault_is_said_to_be_ours(store, caplog):
+    def refused(job: Job) -> None:
+        raise ValueError("top_k=300 must lie in 1..256")
+
+    def broken(job: Job) -> None:
+        raise KeyError("oops")
+
+    assert ended(store, "me", store.submit("me", "x", "", refused)).problem == "top_k=300 must lie in 1..256"
+    view = ended(store, "me", store.submit("me", "x", "", broken))
+    assert (view.state, view.problem) == ("failed", OUR_FAULT)
+    assert "oops" in caplog.text
+
+
+def test_results_are_kept_for_their_time_and_go_with_their_files(store, clock):
+    job_id = store.submit("me", "score", "a.txt", quick)
+    folder: Path = ended(store, "me", job_id).folder
+    clock.now += store.limits.retention_s - 1
+    assert (store.look("me", job_id).folder / "made.txt").exists()
+    clock.now += 2
+    assert store.list("me") == []
+    assert not folder.exists()
+    with pytest.raises(UnknownJobError, match="6 hours"):
+        store.look("me", job_id)
+
+
+def test_the_newest_results_of_an_owner_are_kept(clock):
+    store = JobStore(JobLimits(max_kept_of_owner=3), clock)
+    ids = [store.submit("me", "score", str(number), quick) for number in range(3)]
+    for job_id in ids:
+        ended(store, "me", job_id)
+    others = store.submit("you", "score", "", quick)
+    ended(store, "you", others)
+    ids.append(store.submit("me", "score", "3", quick))
+    ended(store, "me", ids[-1])
+    assert [view.id for view in store.list("me")] == ids[:0:-1]
+    assert len(store.list("you")) == 1
+    store.close()
+
+
+def test_more_jobs_than_the_machine_takes_are_refused_in_words(clock):
+    store = JobStore(JobLimits(max_running=3, max_running_of_owner=2), clock)
+    for _ in range(2):
+        store.submit("me", "score", "", endless)
+    with pytest.raises(ValueError, match="2 of your jobs"):
+        store.submit("me", "score", "", endless)
+    store.submit("you", "score", "", endless)
+    with pytest.raises(ValueError, match="as many as this machine takes"):
+        store.submit("she", "score", "", endless)
+    store.close()
+
+
+def test_a_page_that_comes_back_finds_what_nobody_looks_at(store, clock):
+    job_id = store.submit("me", "complete", "a.txt", endless)
+    assert store.left_alone("me", "complete") is None  # its own page has just begun to look
+    clock.now += 10
+    assert store.left_alone("me", "complete") == job_id
+    assert store.left_alone("me", "score") is None
+    store.look("me", job_id)
+    assert store.left_alone("me", "complete") is None
+    store.stop("me", job_id)
+    clock.now += 1
+    wait_until(lambda: store.list("me")[0].state == "stopped")
+    assert store.left_alone("me", "complete") == job_id  # it ended unseen
+    clock.now += 1
+    store.look("me", job_id)
+    assert store.left_alone("me", "complete") is None
+
+
+def test_closing_ends_everything_and_removes_the_files(clock):
+    store = JobStore(clock=clock)
+    folder = store.look("me", store.submit("me", "x", "", endless)).folder
+    store.close()
+    assert not folder.parent.exists()
+
+
+def completing(service: Service, path: Path, num_bytes: int) -> Callable[[Job], float]:
+    """The work of a completion; its result is the moment it was done."""
+
+    def work(job: Job) -> float:
+        with closing(service.complete(path, num_bytes=num_bytes).run()) as steps:
+            for progress in steps:
+                job.report(progress)
+        return time.monotonic()
+
+    return work
+
+
+def test_stop_frees_the_model_within_a_second(store, service, make_text):
+    lock = service.model("text").lock
+    for _ in range(5):
+        job_id = store.submit("me", "complete", "", completing(service, make_text(), 1_000_000))
+        wait_until(lambda: store.look("me", job_id).latest is not None)  # noqa: B023
+        started = time.monotonic()
+        store.stop("me", job_id)
+        ended(store, "me", job_id)
+        assert time.monotonic() - started < CANCEL_LIMIT_S
+        assert not lock.locked()
+
+
+def test_a_scoring_stops_within_a_second(store, service, make_text):
+    path = make_text(content=b"The lamp was lit.\n" * 50_000)
+
+    def work(job: Job) -> None:
+        service.score_file(path, progress=lambda done, known: job.report((done, known)))
+
+    job_id = store.submit("me", "score", "", work)
+    wait_until(lambda: (store.look("me", job_id).latest or (0, 0))[0] > 0)
+    started = time.monotonic()
+    store.stop("me", job_id)
+    ended(store, "me", job_id)
+    assert time.monotonic() - started < CANCEL_LIMIT_S
+    assert not service.model("text").lock.locked()
+
+
+def test_a_short_job_is_not_stuck_behind_the_long_ones_of_somebody_else(store, service, make_text):
+    path = make_text()
+    long_ones = [store.submit("busy", "complete", "", completing(service, path, 1_000_000)) for _ in range(4)]
+    wait_until(lambda: all(store.look("busy", job_id).latest is not None for job_id in long_ones))
+    short = store.submit("me", "complete", "", completing(service, path, 50))
+    assert ended(store, "me", short).state == "done"
+    assert all(store.look("busy", job_id).is_running for job_id in long_ones)
