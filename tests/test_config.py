@@ -23,10 +23,10 @@ def test_settings_that_a_file_leaves_out_have_their_defaults():
 
 def test_overrides_replace_settings_at_any_depth():
     config = TEXT.with_overrides(
-        ["train.lr=1", "train.deterministic=false", "model.levels.0.dim=512", "train.betas=[0.8, 0.9]", "name=mine"]
+        ["train.lr=1", "train.deterministic=false", "model.levels.0.dim=560", "train.betas=[0.8, 0.9]", "name=mine"]
     )
     assert (config.train.lr, config.train.deterministic, config.name) == (1.0, False, "mine")
-    assert (config.model.levels[0].dim, config.train.betas) == (512, (0.8, 0.9))
+    assert (config.model.levels[0].dim, config.train.betas) == (560, (0.8, 0.9))
     assert config.model.levels[1] == TEXT.model.levels[1]
 
 
@@ -46,7 +46,7 @@ def test_overrides_replace_settings_at_any_depth():
         ("train.lr=NaN", "lr=nan must be positive"),
         ("train.betas=[0.9, 1]", "must both lie in"),
         ("train.seed=99999999999999999999", "seed=99999999999999999999 must be below"),
-        ("model.levels.0.num_heads=3", "dim=256 must be divisible by num_heads=3"),
+        ("model.levels.0.num_heads=3", "dim=448 must be divisible by num_heads=3"),
         ("codec.modality=smell", "must be image, audio or text"),
     ],
 )
@@ -62,7 +62,7 @@ def test_what_does_not_fit_is_refused_with_the_reason(assignment, says):
         ("[" * 100_000, "not valid JSON"),
         ("[]", "must be a JSON object"),
         ("{}", "format_version=None"),
-        (TEXT.to_json().replace('"dropout": 0.0', '"dropout": 1' + "0" * 400), "dropout=.* must be a number"),
+        (TEXT.to_json().replace('"dropout": 0.1', '"dropout": 1' + "0" * 400), "dropout=.* must be a number"),
         (TEXT.to_json().replace('"dropout"', '"drop"'), "config.model.drop is not a known setting"),
         (TEXT.to_json().replace('"name"', '"nickname"'), "config.nickname is not a known setting"),
     ],
