@@ -11,7 +11,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -45,6 +45,7 @@ class JobView:
 
     Attributes:
         latest: what the work reported last; it stays when a job is stopped.
+        num_reports: how often it has reported, to tell whether there is news.
         result: what the work gave when it was done.
         problem: why it failed or was stopped, in one plain sentence.
         seconds: how long it has been running, or ran.
@@ -55,6 +56,7 @@ class JobView:
     title: str
     state: State
     latest: Any
+    num_reports: int
     result: Any
     problem: str
     seconds: float
@@ -88,6 +90,7 @@ class Job:
         self.folder = folder
         self.state: State = "running"
         self.latest: Any = None
+        self.num_reports = 0
         self.result: Any = None
         self.problem = ""
         self.started = self.seen = now
@@ -103,13 +106,14 @@ class Job:
             JobEndedError: if the job is to end.
         """
         self.latest = latest
+        self.num_reports += 1
         self.must_end = self.must_end or self._store.reason_to_end(self)
         if self.must_end:
             raise JobEndedError
 
     def view(self, now: float) -> JobView:
-        values = {name: getattr(self, name) for name in ("id", "kind", "title", "state", "latest", "result", "problem", "folder")}
-        return JobView(seconds=(self.ended or now) - self.started, **values)
+        names = {field.name for field in fields(JobView)} - {"seconds"}
+        return JobView(seconds=(self.ended or now) - self.started, **{name: getattr(self, name) for name in names})
 
 
 class JobStore:

@@ -3,7 +3,6 @@
 import os
 import socket
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +11,11 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 
 import gradio as gr
 
+from app.endpoints import add_endpoints
+from app.jobs import JobStore
 from app.service import Service
-from app.tabs import complete, likelihood
-from app.tabs.refusals import ENDPOINT_WORDS, refusals_shown
+from app.tabs import batch, complete, likelihood
+from app.tabs.following import QUIET, greet, visitor_state
 from app.tabs.sources import SAMPLES_FOLDER
 from app.views import factory
 from core.errors import UserError
@@ -41,12 +42,16 @@ def launch(service: Service, host: str = "127.0.0.1", port: int = 7860, open_bro
         UserError: if another program has the port.
     """
     check_port(host, port)
-    page = build(service)
+    store = JobStore()
+    page = build(service, store)
     _, url, _ = page.launch(
         server_name=host, server_port=port, inbrowser=open_browser, quiet=True, prevent_thread_lock=True, **launch_options()
     )
     print(f"The page is at {url} (Ctrl-C ends it)", file=sys.stderr, flush=True)
-    page.block_thread()
+    try:
+        page.block_thread()
+    finally:
+        store.close()
 
 
 def check_port(host: str, port: int) -> None:
@@ -71,6 +76,7 @@ def launch_options() -> dict[str, Any]:
         "share": False,
         "ssr_mode": False,
         "run_history": False,
+        "max_threads": 200,  # whoever follows a job holds one, most of the time asleep
         "max_file_size": MAX_FILE_SIZE,
         "footer_links": ["api", "settings"],
         "allowed_paths": [str(SAMPLES_FOLDER)],
@@ -106,58 +112,18 @@ def theme() -> gr.Theme:
     )
 
 
-def build(service: Service) -> gr.Blocks:
-    """The page with its tabs and endpoints."""
+def build(service: Service, store: JobStore) -> gr.Blocks:
+    """The page with its tabs and endpoints; its jobs are kept in `store`."""
     with gr.Blocks(title="Megabyte", analytics_enabled=False, delete_cache=DELETE_CACHE) as page:
+        visitor = visitor_state()
+        arrived = page.load(greet, visitor, visitor, queue=False, **QUIET)
         gr.HTML(HEADER, apply_default_css=False)
         with gr.Tabs():
             with gr.Tab("Likelihood", id="likelihood"):
                 likelihood.build_tab(service)
             with gr.Tab("Complete", id="complete"):
                 complete.build_tab(service)
-        _add_endpoints(service)
+            with gr.Tab("Batch", id="batch"):
+                batch.build_tab(service, store, visitor, arrived)
+        add_endpoints(service, store)
     return page.queue(max_size=QUEUE_SIZE, default_concurrency_limit=4)
-
-
-def _add_endpoints(service: Service) -> None:
-    """`/score` and `/generate`: the command line's verbs for `gradio_client`, with the same answers."""
-
-    def score(file: str | None, model: str, scored_as: str, adapt: bool) -> dict[str, Any]:
-        """Bits of a file under a model; an empty model name takes the one that suits the file."""
-        if file is None:
-            raise gr.Error("There is nothing to score: give a file.", print_exception=False)
-        with refusals_shown(ENDPOINT_WORDS):
-            result = service.score_file(Path(file), model=model or None, scored_as=scored_as, adapt=adapt)
-            return result.to_dict() | {"file": Path(file).name}
-
-    def generate(
-        file: str | None, text: str, model: str, keep: float, num_bytes: int | None, samples: int,
-        temperature: float, top_k: int, top_p: float, seed: int,
-    ):  # fmt: skip
-        """Completions of a file's first part or of a text: files in the order of the samples, and their facts."""
-        source = complete.FROM_TEXT if text else complete.FROM_FILE
-        form = complete.request(source, file, text, 100 * keep, model, num_bytes, samples, temperature, top_k, top_p, seed)
-        if form is None:
-            raise gr.Error("There is nothing to complete: give a file or a text.", print_exception=False)
-        with refusals_shown(ENDPOINT_WORDS), tempfile.TemporaryDirectory(prefix="generate-") as folder:
-            job = service.complete(**form)
-            for _ in job.run():
-                pass
-            paths = [service.write_completion(completion, Path(folder)) for completion in job.results]
-            names = {"source": Path(file).name if file else None}
-            facts = [c.to_dict() | names | {"output": p.name} for c, p in zip(job.results, paths, strict=True)]
-            yield [str(path) for path in paths], facts
-
-    # Endpoints need components for their types; a row that is not visible is left out of the page altogether.
-    with gr.Row(visible=False):
-        file, model, text = gr.File(), gr.Textbox(), gr.Textbox()
-        keep, temperature, top_p = gr.Number(0.5), gr.Number(1.0), gr.Number(1.0)
-        num_bytes, samples = gr.Number(0, precision=0), gr.Number(1, precision=0)
-        top_k, seed = gr.Number(0, precision=0), gr.Number(0, precision=0)
-        scored_as, adapt = gr.Radio(["media", "file"], value="media"), gr.Checkbox()
-        files, facts = gr.File(label="files", file_count="multiple"), gr.JSON(label="facts")
-        gr.Button().click(score, [file, model, scored_as, adapt], facts, api_name="score")
-        gr.Button().click(
-            generate, [file, text, model, keep, num_bytes, samples, temperature, top_k, top_p, seed], [files, facts],
-            api_name="generate",
-        )  # fmt: skip

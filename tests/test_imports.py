@@ -30,6 +30,7 @@ LAYERS = [
     ["app.console_batch"],
     ["app.views"],
     ["app.tabs"],
+    ["app.endpoints"],
     ["app.ui"],
     ["app.__main__"],
 ]

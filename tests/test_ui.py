@@ -1,24 +1,19 @@
-"""The page's handlers without a browser, and its endpoints through the client that scripts use."""
+"""The page's handlers without a browser."""
 
 import json
 import socket
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 import gradio as gr
 import numpy as np
 import pytest
-from gradio_client import Client, handle_file
-from gradio_client.exceptions import AppError
-from page_server import served_page
 from PIL import Image
 
 from app import ui
 from app.service import Service
 from app.tabs import complete, likelihood
-from app.tabs.refusals import ENDPOINT_WORDS, PAGE_WORDS
+from app.tabs.refusals import PAGE_WORDS
 from app.views import score_values
 from core.errors import UserError
 
@@ -28,17 +23,6 @@ SETTINGS = {"model": "", "num_bytes": None, "samples": 1, "temperature": 1.0, "t
 @pytest.fixture(scope="module")
 def service(tiny_models: Path) -> Service:
     return Service(weights=tiny_models, runs=tiny_models / "no-runs")
-
-
-@pytest.fixture(scope="module")
-def page_url(tiny_models: Path) -> Iterator[str]:
-    with served_page(tiny_models) as url:
-        yield url
-
-
-@pytest.fixture(scope="module")
-def client(page_url: str) -> Client:
-    return Client(page_url, verbose=False)
 
 
 def score_steps(service: Service, path: Path | None, scored_as: str = "media", adapt: bool = False) -> Iterator:
@@ -203,54 +187,3 @@ def test_busy_port_is_one_sentence():
         port = taken.getsockname()[1]
         with pytest.raises(UserError, match=rf"^port {port} .*--port$"):
             ui.check_port("127.0.0.1", port)
-
-
-def test_score_endpoint_answers_the_object_of_the_service(client, service, make_png):
-    path = make_png()
-    answer = client.predict(handle_file(path), "", api_name="/score")
-    assert answer == json.loads(json.dumps(service.score_file(path).to_dict() | {"file": path.name}))
-
-
-def test_score_endpoint_adapts_or_reads_the_stored_file_when_asked(client, service, make_png):
-    path = make_png(width=3)
-    with pytest.raises(AppError) as refusal:
-        client.predict(handle_file(path), "", api_name="/score")
-    assert all(words in str(refusal.value) for words in ENDPOINT_WORDS.values())
-    assert client.predict(handle_file(path), "", adapt=True, api_name="/score")["num_bytes"] == 192
-    assert client.predict(handle_file(path), "", scored_as="file", api_name="/score")["num_bytes"] == path.stat().st_size
-
-
-def test_generate_endpoint_gives_the_bytes_of_the_service(client, service, make_wav, tmp_path):
-    path = make_wav()
-    files, facts = client.predict(
-        handle_file(path), "", "", keep=0.5, num_bytes=30, samples=2, temperature=1.0, top_k=0, top_p=1.0, seed=5,
-        api_name="/generate",
-    )  # fmt: skip
-    job = service.complete(path, keep=0.5, num_bytes=30, samples=2, seed=5)
-    list(job.run())
-    expected = [service.write_completion(result, tmp_path).read_bytes() for result in job.results]
-    assert [Path(file).read_bytes() for file in files] == expected
-    assert [fact["seed"] for fact in facts] == [5, 5]
-    assert facts[0]["source"] == path.name
-    assert set(facts[0]) == set(job.results[0].to_dict())
-
-
-def test_endpoints_refuse_in_the_words_of_the_service(client, make_text):
-    with pytest.raises(AppError, match="temperature=-1"):
-        client.predict(None, "some text", "", 0.5, 10, 1, -1.0, 0, 1.0, 0, api_name="/generate")
-    with pytest.raises(AppError, match="nothing to score"):
-        client.predict(None, "", api_name="/score")
-
-
-def test_files_of_this_machine_cannot_be_scored_by_their_path(page_url, tmp_path):
-    secret = tmp_path / "secret.txt"
-    secret.write_text("not yours")
-    file = {"path": str(secret), "meta": {"_type": "gradio.FileData"}}
-    body = json.dumps({"data": [file, "", "media", False]}).encode()
-    request = urllib.request.Request(f"{page_url}gradio_api/call/score", body, {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request) as answer:
-        event = json.load(answer)["event_id"]
-    with urllib.request.urlopen(f"{page_url}gradio_api/call/score/{event}") as stream:
-        assert "bits_per_byte" not in stream.read().decode()
-    with pytest.raises(urllib.error.HTTPError, match="403"):
-        urllib.request.urlopen(f"{page_url}gradio_api/file={secret}")

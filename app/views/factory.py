@@ -18,7 +18,7 @@ HERE = Path(__file__).parent
 
 def stylesheet() -> str:
     """The CSS of all views, in the colours of the page's theme."""
-    return _asset("views.css")
+    return _asset("views.css") + _asset("batch.css")
 
 
 def picture_view() -> gr.HTML:
@@ -54,6 +54,11 @@ def summary_view(value: dict[str, Any]) -> gr.HTML:
 def results_view(value: dict[str, Any]) -> gr.HTML:
     """Source and samples of a completion; `value` is one of the dicts of `app.views.cards`."""
     return _view("results", value)
+
+
+def batch_view(value: dict[str, Any]) -> gr.HTML:
+    """The table of a batch; `value` is one of the dicts of `app.views.batch_values`."""
+    return _view("batch", value)
 
 
 def _view(name: str, value: dict[str, Any] | None = None) -> gr.HTML:

@@ -1,0 +1,95 @@
+"""The Batch tab without a browser: its plan, its table and its zip file."""
+
+import json
+import time
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import gradio as gr
+import pytest
+
+from app.jobs import JobStore
+from app.service import Service
+from app.tabs import batch
+from app.tabs.following import follower, greet
+
+
+@pytest.fixture(scope="module")
+def service(tiny_models):
+    return Service(weights=tiny_models, runs=tiny_models / "no-runs")
+
+
+@pytest.fixture
+def store() -> Iterator[JobStore]:
+    store = JobStore()
+    yield store
+    store.close()
+
+
+def submit(service: Service, store: JobStore, files: list[Path], recipe: str = batch.RECIPE) -> str:
+    items = batch.read_form([str(file) for file in files], recipe)
+    return store.submit("me", batch.KIND, "", batch.batch_work(service, items, recipe))
+
+
+def test_the_plan_comes_first_with_its_cost_and_its_problems(service, make_png, make_text):
+    files = [str(make_png()), str(make_text("b.txt", b"%PDF-1.7"))]
+    planned = batch.preview(service, files, batch.RECIPE)
+    assert (planned["state"], planned["title"]) == ("plan", "1 item")
+    assert planned["text"] == "96 bytes to make, about a second, 1 cannot be done"
+    assert [(row["name"], row["state"]) for row in planned["rows"]] == [("picture.png", "planned"), ("b.txt", "failed")]
+    assert json.dumps(planned)
+
+
+def test_a_half_written_recipe_is_no_error_message(service, make_text):
+    assert batch.preview(service, None, batch.RECIPE) == batch.EMPTY
+    assert "TOML" in batch.preview(service, [str(make_text())], "[[jobs]]\nfiles = ")["text"]
+
+
+def test_too_much_for_a_page_is_refused(make_text):
+    recipe = '[[jobs]]\nfiles = "*"\n' * (batch.MAX_ITEMS + 1)
+    with pytest.raises(ValueError, match="command line"):
+        batch.read_form([str(make_text())], recipe)
+
+
+def test_a_finished_job_shows_its_table_and_a_zip_of_the_results(service, store, make_png, make_text):
+    job_id = submit(service, store, [make_png(), make_text(), make_text("c.txt", b"%PDF-1.7")])
+    view = store.look("me", job_id, wait_s=30)
+    value = batch.shown(view)
+    assert (view.state, value["state"], value["title"]) == ("done", "done", "2 items done")
+    assert [row["word"] for row in value["rows"]] == ["done", "done", "failed"]
+    with zipfile.ZipFile(value["file"]["path"]) as archive:
+        assert archive.namelist() == ["jobs.toml", "results.jsonl", "picture-s0-1.png", "text-s0-1.txt"]
+        assert archive.read("jobs.toml").decode() == batch.RECIPE
+
+
+def test_a_stopped_job_keeps_what_is_there(service, store, make_text):
+    recipe = '[[jobs]]\ntext = "Once"\nnum_bytes = 20\n[[jobs]]\nfiles = "*"\nnum_bytes = 1000000'
+    job_id = submit(service, store, [make_text()], recipe)
+    deadline = time.monotonic() + 20
+    while (latest := store.look("me", job_id).latest) is None or latest.rows[1].done_bytes == 0:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    store.stop("me", job_id)
+    view = store.look("me", job_id, wait_s=10)
+    value = batch.shown(view)
+    assert (value["state"], value["title"]) == ("stopped", "Stopped after 1 of 2 items")
+    with zipfile.ZipFile(value["file"]["path"]) as archive:
+        assert archive.namelist()[2:] == ["new-s0-1.txt"]
+
+
+def test_following_shows_a_job_until_it_is_over_and_to_its_owner_alone(service, store, make_text):
+    steps = follower(store, lambda view: view.state)
+    job_id = submit(service, store, [make_text()])
+    first, *states = list(steps("me", job_id))
+    assert first == gr.skip()
+    assert states[-1] == "done"
+    assert list(steps("you", job_id)) == [gr.skip()]
+    assert list(steps("me", "")) == [gr.skip()]
+
+
+def test_a_visitor_keeps_the_name_given_at_the_first_visit():
+    first, second = greet(""), greet(None)
+    assert len(first) >= 20
+    assert first != second
+    assert greet(first) == first

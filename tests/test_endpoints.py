@@ -1,0 +1,151 @@
+"""The named endpoints, through the client that scripts use: the checks, the answers and the bytes of the command line."""
+
+import functools
+import json
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from gradio_client import Client, handle_file
+from gradio_client.exceptions import AppError
+from page_server import served_page
+
+from app.__main__ import main
+from app.service import Service
+from app.tabs.refusals import ENDPOINT_WORDS
+
+ROOT = Path(__file__).parents[1]
+RECIPE = '[[jobs]]\nfiles = "*"\nkeep = 0.5\nnum_bytes = 48\nseed = 5\nsamples = 2'
+
+
+@pytest.fixture(scope="module")
+def service(tiny_models: Path) -> Service:
+    return Service(weights=tiny_models, runs=tiny_models / "no-runs")
+
+
+@pytest.fixture(scope="module")
+def page_url(tiny_models: Path) -> Iterator[str]:
+    with served_page(tiny_models) as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def client(page_url: str) -> Client:
+    return Client(page_url, verbose=False)
+
+
+@pytest.fixture
+def command_line(tiny_models, monkeypatch):
+    """Runs one call on the tiny models."""
+    monkeypatch.setattr("app.service.Service", functools.partial(Service, weights=tiny_models, runs=tiny_models / "no-runs"))
+    return lambda *arguments: main([str(argument) for argument in arguments])
+
+
+def zipped(archive: str) -> dict[str, bytes]:
+    with zipfile.ZipFile(archive) as files:
+        return {name: files.read(name) for name in files.namelist()}
+
+
+def test_score_answers_the_object_of_the_service(client, service, make_png):
+    path = make_png()
+    answer = client.predict(handle_file(path), "", api_name="/score")
+    assert answer == json.loads(json.dumps(service.score_file(path).to_dict() | {"file": path.name}))
+
+
+def test_score_adapts_or_reads_the_stored_file_when_asked(client, make_png):
+    path = make_png(width=3)
+    with pytest.raises(AppError) as refusal:
+        client.predict(handle_file(path), "", api_name="/score")
+    assert all(words in str(refusal.value) for words in ENDPOINT_WORDS.values())
+    assert client.predict(handle_file(path), "", adapt=True, api_name="/score")["num_bytes"] == 192
+    assert client.predict(handle_file(path), "", scored_as="file", api_name="/score")["num_bytes"] == path.stat().st_size
+
+
+@pytest.mark.parametrize("make", ["make_png", "make_wav", "make_text"])
+def test_client_batch_and_command_line_give_equal_bytes_for_equal_seeds(client, command_line, request, make, tmp_path):
+    path, out = request.getfixturevalue(make)(), tmp_path / "out"
+    settings = {"keep": 0.5, "num_bytes": 48, "samples": 2, "seed": 5}
+    options = [part for name, value in settings.items() for part in (f"--{name.replace('_', '-')}", value)]
+    assert command_line("generate", path, "--out", out, *options) == 0
+    expected = {file.name: file.read_bytes() for file in out.glob(f"{path.stem}-*")}
+    assert len(expected) == 2
+
+    files, facts = client.predict(handle_file(path), "", "", **settings, api_name="/generate")
+    assert {Path(file).name: Path(file).read_bytes() for file in files} == expected
+    assert [(each["source"], each["seed"]) for each in facts] == [(path.name, 5)] * 2
+
+    archive, facts = client.predict([handle_file(path)], RECIPE, api_name="/batch")
+    made = zipped(archive)
+    assert {name: made[name] for name in expected} == expected
+    assert set(made) == {*expected, "jobs.toml", "results.jsonl"}
+    assert [json.loads(line) for line in made["results.jsonl"].splitlines()] == facts
+
+
+def test_a_batch_plan_tells_every_item_and_makes_nothing(client, make_png, make_text):
+    files = [handle_file(path) for path in (make_png(), make_text())]
+    recipe = f'{RECIPE}\n[[jobs]]\nfiles = "*.flac"\n[[jobs]]\ntext = "Once"\ntop_k = 300'
+    picture, text, nothing, wrong = client.predict(files, recipe, api_name="/batch_plan")["items"]
+    assert (picture["source"], picture["num_bytes"], text["num_bytes"]) == ("picture.png", 96, 96)
+    assert picture["plan"].startswith("keeps top 4 of 8 rows")
+    assert picture["estimate_seconds"] > 0
+    assert "none of the 2 files fits *.flac" in nothing["error"]
+    assert "top_k=300 must lie in 1..256" in wrong["error"]
+
+
+def test_a_bad_item_stops_no_other(client, make_text):
+    files = [handle_file(path) for path in (make_text("a.txt"), make_text("b.txt", b"%PDF-1.7"))]
+    archive, facts = client.predict(files, RECIPE, api_name="/batch")
+    assert [each.get("output") for each in facts] == ["a-s5-1.txt", "a-s5-2.txt", None]
+    assert "PDF" in facts[2]["error"]
+    assert "a-s5-2.txt" in zipped(archive)
+
+
+@pytest.mark.parametrize("pattern", ["/etc/passwd", "../*", "/etc/*", "**/*.py", "app/samples/lamp.txt"])
+def test_a_recipe_on_the_page_reaches_no_file_of_this_machine(client, make_text, pattern):
+    recipe = f'[[jobs]]\nfiles = "{pattern}"'
+    [item] = client.predict([handle_file(make_text())], recipe, api_name="/batch_plan")["items"]
+    assert "none of the 1 files fits" in item["error"]
+
+
+def test_no_endpoint_tells_a_path_of_this_machine(client, make_text):
+    files = [handle_file(make_text("a.txt")), handle_file(make_text("b.txt", b"%PDF-1.7"))]
+    plan = client.predict(files, RECIPE, api_name="/batch_plan")
+    archive, facts = client.predict(files, RECIPE, api_name="/batch")
+    for told in (json.dumps(plan), json.dumps(facts), zipped(archive)["results.jsonl"].decode()):
+        assert "/" not in told.replace("bits/byte", "")
+
+
+def test_endpoints_refuse_in_the_words_of_the_service(client):
+    with pytest.raises(AppError, match="temperature=-1"):
+        client.predict(None, "some text", "", 0.5, 10, 1, -1.0, 0, 1.0, 0, api_name="/generate")
+    with pytest.raises(AppError, match="nothing to score"):
+        client.predict(None, "", api_name="/score")
+    with pytest.raises(AppError, match="no TOML"):
+        client.predict(None, "[[", api_name="/batch")
+
+
+def test_files_of_this_machine_cannot_be_scored_by_their_path(page_url, tmp_path):
+    secret = tmp_path / "secret.txt"
+    secret.write_text("not yours")
+    file = {"path": str(secret), "meta": {"_type": "gradio.FileData"}}
+    body = json.dumps({"data": [file, "", "media", False]}).encode()
+    request = urllib.request.Request(f"{page_url}gradio_api/call/score", body, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request) as answer:
+        event = json.load(answer)["event_id"]
+    with urllib.request.urlopen(f"{page_url}gradio_api/call/score/{event}") as stream:
+        assert "bits_per_byte" not in stream.read().decode()
+    with pytest.raises(urllib.error.HTTPError, match="403"):
+        urllib.request.urlopen(f"{page_url}gradio_api/file={secret}")
+
+
+def test_the_script_of_the_readme_runs(page_url):
+    script = Path(__file__).with_name("client_script.py")
+    done = subprocess.run([sys.executable, script, page_url], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "bits per byte" in done.stdout
+    assert "lamp-s7-1.txt" in done.stdout
