@@ -33,7 +33,7 @@ def _text(name: str) -> Config:
     return _shipped(
         name,
         levels=(
-            LevelConfig(dim=448, num_layers=6, num_heads=7, patch_size=2),
+            LevelConfig(dim=448, num_layers=6, num_heads=7, patch_size=4),
             LevelConfig(dim=320, num_layers=3, num_heads=5),
         ),
         max_seq_len=8192,
@@ -54,7 +54,6 @@ def _image(name: str, side: int, batch_size: int, num_steps: int, dropout: float
         ),
         max_seq_len=3 * side * side,
         positions="both",
-        grid_width=side,
         dropout=dropout,
         codec=ImageCodecConfig(side=side, scan="raster"),
         batch_size=batch_size,
@@ -66,8 +65,8 @@ def _audio(name: str, encoding: str, dropout: float) -> Config:
     return _shipped(
         name,
         levels=(
-            LevelConfig(dim=448, num_layers=6, num_heads=7, patch_size=8),
-            LevelConfig(dim=320, num_layers=3, num_heads=5, cross_patch=8),
+            LevelConfig(dim=448, num_layers=6, num_heads=7, patch_size=4),
+            LevelConfig(dim=320, num_layers=3, num_heads=5, cross_patch=4),
         ),
         max_seq_len=8192,
         dropout=dropout,
@@ -87,7 +86,6 @@ def _shipped(
     batch_size: int,
     num_steps: int,
     positions: str = "rotary",
-    grid_width: int = 0,
 ) -> Config:
     """About 20 million parameters and everything that was found to pay."""
     return Config(
@@ -96,7 +94,6 @@ def _shipped(
             levels=levels,
             max_seq_len=max_seq_len,
             positions=positions,
-            grid_width=grid_width,
             unembedder="full",
             real_previous=True,
             activation="relu2",

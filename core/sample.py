@@ -1,110 +1,50 @@
-"""Choosing bytes from logits: filters, one random stream per sample, and the sampler that streams a completion.
+"""Completions: one prefix continued any number of times, or many requests at once, by the engine that suits the machine.
 
-A sample is a function of the model, its prefix, its settings and (seed, sample number) alone: every row is decoded at
-batch size 1, so no neighbour and no batch size can change a byte of it.
+A sample is a function of the model, its prefix, its settings, (seed, sample number) and the engine alone: no neighbour
+and no batch size can change a byte of it. The engine follows from model, machine and `MEGABYTE_ENGINE`:
+
+    native-bf16   on a CPU with a compiler, for models that `core.native` takes; samples share the cores
+    torch-fp32    on a CPU otherwise, or with MEGABYTE_ENGINE=torch (cuda-fp32 on a GPU)
+    torch-bf16    on a CPU with MEGABYTE_ENGINE=torch-bf16: 16 samples in lockstep, whose rows fill up with the next ones
+    cuda-bf16     on a GPU: one sample, a captured graph per byte
+    cuda-bf16-64  on a GPU with MEGABYTE_ENGINE=cuda-bf16-64: 64 samples in lockstep
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import os
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import closing
 from dataclasses import dataclass
-from math import isfinite
 
 import numpy as np
-import torch
 
 from core import native
-from core.cache import Cache
-from core.config import NUM_BYTE_VALUES, ImageCodecConfig
+from core.config import ImageCodecConfig
 from core.errors import UserError
-from core.likelihood import as_stream, engine_name, nats_to_bits
-from core.models import ByteModel
+from core.law import Chunk, SampleConfig, sampling_law, uniforms
+from core.likelihood import as_stream, engine_name
+from core.lockstep import Job, Lockstep
+from core.models import ByteModel, MegaByte
+from core.rows import NativeRow, Row, TorchRow
 
-_NUM_THREADS = torch.get_num_threads()  # of all other work; not asked later, when another sampler may have lowered it
+__all__ = ["Chunk", "Request", "SampleConfig", "Sampler", "generate", "next_byte_law", "stream_batch"]
 
+# Bytes of a chunk, rounded up to whole patches: enough that handing it over costs little beside making it.
+_CHUNK_BYTES = 16
 
-@dataclass(frozen=True, kw_only=True)
-class SampleConfig:
-    """How bytes are chosen. Filters apply in this order: temperature, top-k, top-p.
-
-    Attributes:
-        temperature: logits are divided by it; 0 takes the likeliest byte, the lower one of equals.
-        top_k: only the k likeliest bytes; None for all.
-        top_p: only the likeliest bytes that together reach this probability; 1.0 for all.
-        seed: with the sample number it fixes every random choice.
-    """
-
-    temperature: float = 1.0
-    top_k: int | None = None
-    top_p: float = 1.0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if not (isfinite(self.temperature) and 0.0 <= self.temperature <= 100.0):
-            raise UserError(f"temperature={self.temperature} must lie in 0..100; 0 takes the likeliest byte, 1 the model's law")
-        if self.top_k is not None and not 1 <= self.top_k <= NUM_BYTE_VALUES:
-            raise UserError(f"top_k={self.top_k} must lie in 1..{NUM_BYTE_VALUES}; leave it out for all bytes")
-        if not (isfinite(self.top_p) and 0.0 < self.top_p <= 1.0):
-            raise UserError(f"top_p={self.top_p} must lie above 0 and up to 1; 1 stands for all bytes")
-        if not 0 <= self.seed < 2**63:
-            raise UserError(f"seed={self.seed} must lie in 0..{2**63 - 1}")
+# Lockstep engines, which work at one padded shape: the type of device they run on and the rows of that shape.
+_LOCKSTEP = {"torch-bf16": ("cpu", 16), "cuda-bf16": ("cuda", 1), "cuda-bf16-64": ("cuda", 64)}
 
 
 @dataclass(frozen=True)
-class Chunk:
-    """Bytes drawn together, uint8 `(n,)`, and the bits of each under the model's own unfiltered law, float32 `(n,)`."""
+class Request:
+    """One sample to make: `num_bytes` bytes after a prefix, with the random numbers of (config.seed, sample_number)."""
 
-    byte_values: np.ndarray
-    bits: np.ndarray
-
-
-def sampling_law(logits_V: np.ndarray, config: SampleConfig) -> np.ndarray:
-    """The probabilities `(V,)`, float64, from which a byte is drawn."""
-    logits_V = logits_V.astype(np.float64)
-    if config.temperature == 0.0:
-        law_V = np.zeros_like(logits_V)
-        law_V[logits_V.argmax()] = 1.0
-        return law_V
-    with np.errstate(over="ignore"):  # a temperature near 0 leaves the likeliest bytes alone
-        law_V = np.exp((logits_V - logits_V.max()) / config.temperature)
-    law_V /= law_V.sum()
-    if config.top_k is None and config.top_p == 1.0:
-        return law_V
-    likeliest_first = np.argsort(-law_V, kind="stable")  # stable: of equal bytes the lower one comes first
-    num_kept = config.top_k or NUM_BYTE_VALUES
-    if config.top_p < 1.0:
-        mass = law_V[likeliest_first[:num_kept]].cumsum()
-        num_kept = min(num_kept, int(np.searchsorted(mass, config.top_p * mass[-1])) + 1)
-    law_V[likeliest_first[num_kept:]] = 0.0
-    return law_V / law_V.sum()
-
-
-def draw(law_V: np.ndarray, uniform: float) -> int:
-    """The byte at which the cumulated law first exceeds `uniform` in [0, 1)."""
-    cumulated_V = law_V.cumsum()
-    byte_value = int(np.searchsorted(cumulated_V, uniform * cumulated_V[-1], side="right"))
-    return min(byte_value, int(law_V.nonzero()[0][-1]))
-
-
-def surprisal(logits_V: np.ndarray, byte_value: int) -> float:
-    """-log2 p of a byte under the unfiltered law, in bits."""
-    logits_V = logits_V.astype(np.float64)
-    highest = logits_V.max()
-    return nats_to_bits(np.log(np.exp(logits_V - highest).sum()) + highest - logits_V[byte_value])
-
-
-def uniforms(seed: int, sample_number: int) -> np.random.Generator:
-    """The random stream of one sample; Philox gives the same numbers on every machine."""
-    return np.random.Generator(np.random.Philox(np.random.SeedSequence(seed, spawn_key=(sample_number,))))
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Steps at batch 1 are too short to share: waking a second thread takes longer than its half of the work."""
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(_NUM_THREADS)
+    prefix: np.ndarray | bytes
+    num_bytes: int
+    config: SampleConfig
+    sample_number: int = 0
 
 
 class Sampler:
@@ -120,7 +60,8 @@ class Sampler:
         config: how they are chosen.
 
     Raises:
-        UserError: if the prefix is no bytes, num_bytes < 1, or both together exceed a picture model's picture.
+        UserError: if the prefix is no bytes, num_bytes < 1, both together exceed a picture model's picture, or
+            MEGABYTE_ENGINE names no engine of this machine.
     """
 
     def __init__(self, model: ByteModel, prefix: np.ndarray | bytes, num_bytes: int, config: SampleConfig) -> None:
@@ -128,9 +69,7 @@ class Sampler:
         self.prefix = as_stream(prefix)
         self.num_bytes = num_bytes
         self.config = config
-        self.device = next(model.parameters()).device
-        self._decoder = native.compile_model(model)
-        self.engine = engine_name(self.device, autocast=False) if self._decoder is None else native.ENGINE_NAME
+        self.engine = _choose_engine(model)
         context = model.config.max_seq_len
         if num_bytes < 1:
             raise UserError(f"num_bytes={num_bytes} must be at least 1")
@@ -139,62 +78,68 @@ class Sampler:
                 f"{num_bytes} bytes after the first {len(self.prefix)} exceed the picture of {context} bytes; "
                 f"ask for at most {max(context - len(self.prefix), 0)}"
             )
-        self._cache_len = min(context, len(self.prefix) + num_bytes)
-        self._after_prefix: tuple[Cache, np.ndarray] | None = None
+        patch_size = model.config.patch_size
+        self._cache_len = min(context, -(-(len(self.prefix) + num_bytes) // patch_size) * patch_size)
+        self._after_prefix: dict[bool, Row] = {}
 
-    def stream(self, sample_number: int = 0) -> Iterator[Chunk]:
-        """The new bytes of one sample, in chunks that end with the model's patches. Closing it ends the work."""
+    def stream(self, sample_number: int = 0, *, alone: bool = True) -> Iterator[Chunk]:
+        """The new bytes of one sample, in chunks that end with the model's patches. Closing it ends the work.
+
+        Not `alone`, it leaves the other cores to samples that are made at the same time; the bytes are the same.
+        """
+        if self.engine in _LOCKSTEP:
+            request = Request(self.prefix, self.num_bytes, self.config, sample_number)
+            yield from (chunk for _, chunk in _in_lockstep(self.model, self.engine, [request]))
+            return
         noise = uniforms(self.config.seed, sample_number)
         history = np.concatenate((self.prefix, np.zeros(self.num_bytes, dtype=np.uint8)))
+        row, position = self._start(alone)
         done = len(self.prefix)
-        cache, logits_V = self._start()
-        step = self._stepper(cache)
         while done < len(history):
-            # Neither mode must stay on while the caller has control, so they cover one patch at a time.
-            with torch.inference_mode(), _one_thread():
-                patch_size = self.model.config.patch_size
-                end = min(done + patch_size - int(cache.positions_B[0]) % patch_size, len(history))
-                bits = np.empty(end - done, dtype=np.float32)
-                for t in range(done, end):
-                    history[t] = draw(sampling_law(logits_V, self.config), noise.random())
-                    bits[t - done] = surprisal(logits_V, history[t])
-                    if t + 1 < len(history):
-                        logits_V = self._append(history[: t + 1], cache, step)
-            chunk = Chunk(history[done:end].copy(), bits)
-            done = end
+            if position == self._cache_len:
+                position = self._read(history[:done], row)
+            num_drawn = min(_chunk_end(self.model, position), self._cache_len) - position
+            chunk = row.draw(noise.random(min(num_drawn, len(history) - done)), self.config)
+            history[done : done + len(chunk.byte_values)] = chunk.byte_values
+            done, position = done + len(chunk.byte_values), position + len(chunk.byte_values)
             yield chunk
 
-    def _start(self) -> tuple[Cache, np.ndarray]:
-        """A cache of one sample's own that has read the prefix, and the logits of the byte after it."""
-        if self._after_prefix is None:
-            cache = self.model.new_cache(1, self._cache_len)
-            self._after_prefix = cache, self._read(self.prefix, cache)
-        prefix_cache, logits_V = self._after_prefix
-        cache = self.model.new_cache(1, self._cache_len)
-        cache.copy_from(prefix_cache)
-        return cache, logits_V
+    def _start(self, alone: bool) -> tuple[Row, int]:
+        """A row of one sample's own that has read the prefix, and its position."""
+        start = _context_of(self.prefix, self._cache_len, self.model)
+        if alone not in self._after_prefix:
+            self._after_prefix[alone] = _new_row(self.model, self.engine, self._cache_len, alone)
+            self._after_prefix[alone].read(start)
+        return self._after_prefix[alone].copy(), len(start)
 
-    def _append(self, history: np.ndarray, cache: Cache, step: Callable[[int], np.ndarray]) -> np.ndarray:
-        if int(cache.positions_B[0]) + 1 >= cache.max_seq_len:
-            return self._read(history, cache)
-        return step(int(history[-1]))
+    def _read(self, history: np.ndarray, row: Row) -> int:
+        context = _context_of(history, self._cache_len, self.model)
+        row.read(context)
+        return len(context)
 
-    def _stepper(self, cache: Cache) -> Callable[[int], np.ndarray]:
-        """A function that appends a byte to the cache and gives the logits of the next."""
-        if self._decoder is not None:
-            return self._decoder.sequence(cache).step
-        return lambda byte_value: self._to_host(self.model.step(torch.tensor([byte_value], device=self.device), cache))
 
-    def _read(self, history: np.ndarray, cache: Cache) -> np.ndarray:
-        if len(history) >= cache.max_seq_len:
-            patch_size = self.model.config.patch_size
-            history = history[len(history) - cache.max_seq_len // 2 // patch_size * patch_size :]
-        byte_ids_BT = torch.from_numpy(history.astype(np.int64))[None].to(self.device)
-        return self._to_host(self.model.prefill(byte_ids_BT, cache))
+def stream_batch(model: ByteModel, requests: Sequence[Request]) -> Iterator[tuple[int, Chunk]]:
+    """Makes many samples at once: (index of the request, its next bytes), in the order in which they come.
 
-    @staticmethod
-    def _to_host(logits_BV: torch.Tensor) -> np.ndarray:
-        return logits_BV[0].cpu().numpy()
+    The samples of a request are those that `Sampler` makes, byte for byte. Lengths, prefixes and settings may differ;
+    requests with the same prefix share its reading. Closing the iterator ends the work.
+
+    Raises:
+        UserError: as `Sampler`, before anything is made.
+    """
+    samplers: dict[tuple, Sampler] = {}
+    streams = []
+    for request in requests:
+        key = as_stream(request.prefix).tobytes(), request.num_bytes, request.config
+        if key not in samplers:
+            samplers[key] = Sampler(model, request.prefix, request.num_bytes, request.config)
+        streams.append((samplers[key], request.sample_number))
+    engine = _choose_engine(model)
+    if engine in _LOCKSTEP:
+        return _in_lockstep(model, engine, requests)
+    # Only the native engine's rows gain from working side by side: torch shares its matrix products itself.
+    num_workers = min(native.num_cores(), len(streams)) if engine == native.ENGINE_NAME else 1
+    return _side_by_side([sampler.stream(number, alone=num_workers == 1) for sampler, number in streams], num_workers)
 
 
 def generate(
@@ -217,9 +162,79 @@ def generate(
     prefixes = [prefix] if isinstance(prefix, (np.ndarray, bytes, bytearray, str)) else prefix
     if num_samples < 1:
         raise UserError(f"num_samples={num_samples} must be at least 1")
-    samplers = [Sampler(model, each, num_bytes, config) for each in prefixes]
-    return [
-        np.concatenate([chunk.byte_values for chunk in sampler.stream(number)])
-        for sampler in samplers
-        for number in range(num_samples)
-    ]
+    requests = [Request(each, num_bytes, config, number) for each in prefixes for number in range(num_samples)]
+    made: list[list[np.ndarray]] = [[] for _ in requests]
+    for index, chunk in stream_batch(model, requests):
+        made[index].append(chunk.byte_values)
+    return [np.concatenate(chunks) for chunks in made]
+
+
+def next_byte_law(model: ByteModel, prefix: np.ndarray | bytes) -> np.ndarray:
+    """The model's own probabilities, float64 `(256,)`, of the byte after a prefix of any length."""
+    stream = as_stream(prefix)
+    cache_len = min(model.config.max_seq_len, len(stream) + 1)
+    row = TorchRow(model, cache_len)
+    row.read(_context_of(stream, cache_len, model))
+    return sampling_law(row.logits_V, SampleConfig())
+
+
+def _choose_engine(model: ByteModel) -> str:
+    device = next(model.parameters()).device
+    wanted = os.environ.get("MEGABYTE_ENGINE", "")
+    names = sorted(name for name, (kind, _) in _LOCKSTEP.items() if kind == device.type)
+    if wanted not in ("", "torch", *names):
+        raise UserError(f"MEGABYTE_ENGINE={wanted} must be torch or {' or '.join(names)}, or unset for the fastest engine")
+    if wanted in names and isinstance(model, MegaByte):
+        return wanted
+    if wanted == "" and device.type == "cuda" and isinstance(model, MegaByte):
+        return "cuda-bf16"
+    if wanted == "" and native.compile_model(model) is not None:
+        return native.ENGINE_NAME
+    return engine_name(device, autocast=False)
+
+
+def _new_row(model: ByteModel, engine: str, cache_len: int, alone: bool) -> Row:
+    if engine == native.ENGINE_NAME:
+        return NativeRow(model, native.compile_model(model), cache_len, alone)
+    return TorchRow(model, cache_len)
+
+
+def _context_of(history: np.ndarray, cache_len: int, model: ByteModel) -> np.ndarray:
+    """What a row of `cache_len` bytes reads of a history: all of it, or half a context of whole patches if that is too much."""
+    if len(history) < cache_len:
+        return history
+    patch_size = model.config.patch_size
+    return history[len(history) - cache_len // 2 // patch_size * patch_size :]
+
+
+def _chunk_end(model: ByteModel, position: int) -> int:
+    """Where the chunk that begins at a position ends, unless the sample does before."""
+    patch_size = model.config.patch_size
+    size = -(-_CHUNK_BYTES // patch_size) * patch_size
+    return (position // size + 1) * size
+
+
+def _side_by_side(streams: Sequence[Iterator[Chunk]], num_workers: int) -> Iterator[tuple[int, Chunk]]:
+    """The chunks of several streams, `num_workers` of which are worked on at a time, first come first served."""
+    waiting = deque(enumerate(streams))
+    running: dict[Future, tuple[int, Iterator[Chunk]]] = {}
+    with ThreadPoolExecutor(num_workers) as pool:
+        while waiting or running:
+            while waiting and len(running) < num_workers:
+                index, stream = waiting.popleft()
+                running[pool.submit(next, stream, None)] = index, stream
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                index, stream = running.pop(future)
+                if (chunk := future.result()) is not None:
+                    running[pool.submit(next, stream, None)] = index, stream
+                    yield index, chunk
+
+
+def _in_lockstep(model: MegaByte, engine: str, requests: Sequence[Request]) -> Iterator[tuple[int, Chunk]]:
+    """All requests by a lockstep engine: a row that has finished one takes the next."""
+    num_rows = _LOCKSTEP[engine][1]
+    longest = max((len(request.prefix) + request.num_bytes for request in requests), default=1)
+    batch = Lockstep.of(model, num_rows, min(model.config.max_seq_len, longest))
+    jobs = [Job(as_stream(r.prefix), r.num_bytes, r.config, uniforms(r.config.seed, r.sample_number)) for r in requests]
+    with closing(batch.run(jobs)) as chunks:
+        yield from chunks

@@ -17,6 +17,8 @@ LAYERS = [
     ["core.cache", "core.codecs", "core.folder", "core.presets", "core.optim", "core.distributed"],
     ["core.models", "core.data", "core.run_folder"],
     ["core.checkpoint", "core.likelihood", "core.native"],
+    ["core.law"],
+    ["core.rows", "core.lockstep"],
     ["core.sample", "core.learner", "core.report"],
     ["core.train", "core.bench"],
     ["core"],

@@ -98,7 +98,7 @@ class Level(nn.Module):
         self.embedder = PatchEmbedder(own, self.span, config.max_seq_len if learned and self.is_top else 0)
         self.pad = nn.Parameter(torch.empty(own.dim))
         self.positions = nn.Parameter(torch.empty(self.row_length, own.dim)) if learned and not self.is_top else None
-        self.transformer = Transformer(own, self.row_length, config, config.grid_width if self.is_top else 0)
+        self.transformer = Transformer(own, self.row_length, config)
         children = config.levels[index + 1 : index + 2]
         self.unembedder = Unembedder(own, children[0].dim, config.unembedder) if children else nn.Identity()
 
@@ -241,7 +241,7 @@ class MegaByte(nn.Module):
         h_BND = None
         for level in self.levels:
             h_BND = level.unembedder(level(whole_BT, h_BND))
-        return self._to_logits(h_BND[:, :num_bytes])
+        return self.to_logits(h_BND[:, :num_bytes])
 
     def measure(self, byte_ids_BT: Tensor, of_logits: Measure, recompute: bool = False) -> dict[str, Tensor]:
         """What `of_logits` says of every byte, from `forward`'s logits, but never with all of them at once.
@@ -273,7 +273,7 @@ class MegaByte(nn.Module):
             out_BLD = h_BND[chunk.sequences, chunk.first // row : chunk.end // row]
             if coarse:
                 out_BLD = finest(whole_BT[chunk.sequences, chunk.first : chunk.end], coarse[-1].unembedder(out_BLD))
-            logits_BLV = self._to_logits(out_BLD[:, chunk.start - chunk.first :])
+            logits_BLV = self.to_logits(out_BLD[:, chunk.start - chunk.first :])
             return of_logits(logits_BLV, whole_BT[chunk.sequences, chunk.start : chunk.end])
 
         run = partial(checkpoint, measure_chunk, use_reentrant=False) if recompute else measure_chunk
@@ -306,14 +306,19 @@ class MegaByte(nn.Module):
             raise ValueError(f"{len(byte_ids_BT)} sequences given for a cache of {cache.batch_size}")
         if num_bytes >= cache.max_seq_len:
             raise ValueError(f"{num_bytes} bytes leave no room in a cache of {cache.max_seq_len}; keep fewer of them")
-        cache.reset()
         num_whole = num_bytes - num_bytes % self.config.patch_size
-        if num_whole:
-            self._read_patches(byte_ids_BT[:, :num_whole], cache)
+        self.read_patches(byte_ids_BT[:, :num_whole], cache)
         logits_BV = self._predict(cache)
         for t in range(num_whole, num_bytes):
             logits_BV = self.step(byte_ids_BT[:, t], cache)
         return logits_BV
+
+    @torch.no_grad()
+    def read_patches(self, byte_ids_BT: Tensor, cache: Cache) -> None:
+        """Starts the cache's sequences with whole patches, T >= 0, and predicts nothing: an engine that steps itself does."""
+        cache.reset()
+        if byte_ids_BT.shape[1]:
+            self._read_patches(byte_ids_BT, cache)
 
     @torch.no_grad()
     def step(self, byte_ids_B: Tensor, cache: Cache) -> Tensor:
@@ -390,9 +395,9 @@ class MegaByte(nn.Module):
             to_children_BLD = level.step(cache, level_cache, positions)
             if child_cache is not None:
                 child_cache.from_parent_BLD.copy_(to_children_BLD)
-        return self._to_logits(to_children_BLD[:, 0])
+        return self.to_logits(to_children_BLD[:, 0])
 
-    def _to_logits(self, h: Tensor) -> Tensor:
+    def to_logits(self, h: Tensor) -> Tensor:
         """Eq. 6: the output matrix is the last level's byte embedding."""
         # fp32: bf16 keeps 8 significant bits, too few for a per-byte likelihood that is summed over a whole file.
         with torch.autocast(h.device.type, enabled=False):

@@ -1,17 +1,17 @@
-"""Native decoding on a CPU: the steps of a MegaByte at batch 1 in one C++ file, several times as fast as torch's.
+"""Native decoding on a CPU: whole patches of a MegaByte at batch 1 in one call of C++, several times as fast as torch.
 
-Every weight is read once per byte, so a step costs what reading the weights costs. `decode.cpp` reads them as bf16 and
+Every weight is read once per byte, so a byte costs what reading the weights costs. `decode.cpp` reads them as bf16 and
 computes in float32; only models whose matrices are exactly representable in bf16 are taken, which exported models are,
-so its logits differ from torch's by the order of summation alone.
+so its logits differ from torch's by the order of summation alone. The bytes are drawn there as well.
 
 The library is built at first use if there is a compiler, and kept in `$XDG_CACHE_HOME/megabyte` (`~/.cache/megabyte`).
-Without a compiler, on a GPU, for a model that is not supported, or with `MEGABYTE_ENGINE=torch` in the environment
-`compile_model` gives None and torch does the work.
+Without a compiler, on a GPU and for a model that is not supported `compile_model` gives None and torch does the work.
 """
 
 import ctypes
 import hashlib
 import logging
+import mmap
 import os
 import platform
 import shutil
@@ -28,7 +28,6 @@ from torch import Tensor, nn
 
 from core.cache import Cache
 from core.config import NUM_BYTE_VALUES
-from core.errors import UserError
 from core.models import ByteModel, MegaByte
 from core.models.layers import Block
 from core.models.megabyte import Level
@@ -36,7 +35,7 @@ from core.models.megabyte import Level
 ENGINE_NAME = "native-bf16"
 
 _SOURCE = Path(__file__).with_name("decode.cpp")
-_FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd")
+_FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd", "-pthread")
 _LINK_FLAGS = ("-shared", "-fPIC")
 _PANEL_ROWS = 64
 _LANES = 16
@@ -48,24 +47,17 @@ _decoders: WeakKeyDictionary[MegaByte, tuple[tuple, "NativeDecoder | None"]] = W
 
 
 def compile_model(model: ByteModel) -> "NativeDecoder | None":
-    """A decoder with the model's present weights; None where torch has to do the work.
-
-    Raises:
-        UserError: if MEGABYTE_ENGINE names no engine.
-    """
-    wanted = os.environ.get("MEGABYTE_ENGINE", "")
-    if wanted not in ("", "torch"):
-        raise UserError(f"MEGABYTE_ENGINE={wanted} must be torch, or unset for the fastest engine")
-    if wanted == "torch" or not _has_supported_form(model):
+    """A decoder with the model's present weights; None where torch has to do the work."""
+    if not _has_supported_form(model):
         return None
     library = _library()
     if library is None:
         return None
-    fingerprint = _fingerprint(model)
+    now = fingerprint(model)
     known, decoder = _decoders.get(model, (None, None))
-    if known != fingerprint:
+    if known != now:
         decoder = NativeDecoder(model, library) if _is_exact_in_bf16(model) else None
-        _decoders[model] = fingerprint, decoder
+        _decoders[model] = now, decoder
     return decoder
 
 
@@ -75,11 +67,12 @@ class NativeDecoder:
     def __init__(self, model: MegaByte, library: ctypes.CDLL) -> None:
         self.library = library
         self._kept: list = []  # what the structures point into
+        self._arena = _Arena(sum(_panel_bytes(p) for p in model.parameters() if p.ndim == 2))
         self.structure = self._model(model)
 
-    def sequence(self, cache: Cache) -> "NativeSequence":
-        """Steps on a prefilled cache of one row, in place."""
-        return NativeSequence(self, cache)
+    def sequence(self, cache: Cache, *, alone: bool = True) -> "NativeSequence":
+        """Bytes on a prefilled cache of one row, in place; `alone` on the machine, it uses a second core."""
+        return NativeSequence(self, cache, has_helper=alone and num_cores() > 1)
 
     def _model(self, model: MegaByte) -> "_Model":
         levels, config = list(model.levels), model.config
@@ -89,6 +82,9 @@ class NativeDecoder:
             patch_size=config.patch_size,
             real_previous=config.real_previous,
             slices=config.unembedder == "slices",
+            qk_norm=config.qk_norm,
+            relu_squared=config.activation == "relu2",
+            logit_softcap=config.logit_softcap,
             unembedder=self._matrix(levels[0].unembedder.project if len(levels) > 1 else None),
             head=self._matrix(levels[-1].embedder.embedding),
         )
@@ -113,6 +109,7 @@ class NativeDecoder:
             sin=self._vector(rotary and rotary.sin),
             project=self._matrix(embedder.project if isinstance(embedder.project, nn.Linear) else None),
             blocks=self._array(_Block, [self._block(block) for block in level.transformer.blocks]),
+            residual_scalars=self._vector(level.transformer.residual_scalars),
             norm=self._norm(level.transformer.norm),
         )
 
@@ -132,8 +129,8 @@ class NativeDecoder:
     def _matrix(self, module: nn.Linear | nn.Embedding | None) -> "_Matrix":
         if module is None:
             return _Matrix()
-        panels = pack(module.weight)
-        self._kept.append(panels)
+        panels = self._arena.take(_panel_bytes(module.weight))
+        pack(module.weight, panels)
         return _Matrix(panels.data_ptr(), self._vector(getattr(module, "bias", None)), *module.weight.shape)
 
     def _vector(self, values: Tensor | None) -> int | None:
@@ -150,9 +147,9 @@ class NativeDecoder:
 
 
 class NativeSequence:
-    """One cache being stepped. Prefilling the cache again is allowed at any time."""
+    """One cache being filled. Prefilling the cache again is allowed at any time."""
 
-    def __init__(self, decoder: NativeDecoder, cache: Cache) -> None:
+    def __init__(self, decoder: NativeDecoder, cache: Cache, has_helper: bool) -> None:
         if cache.batch_size != 1:
             raise ValueError(f"a native sequence has one row, the cache has {cache.batch_size}")
         self._decoder, self._cache = decoder, cache  # their memory is used by every step
@@ -169,12 +166,12 @@ class NativeSequence:
             position=_pointer(cache.positions_B),
             logits=self._logits_V.ctypes.data,
         )
-        self._handle = library.sequence_open(byref(decoder.structure), byref(state))
-        self._step, self._close = library.sequence_step, library.sequence_close
+        self._handle = library.sequence_open(byref(decoder.structure), byref(state), has_helper)
+        self._library = library
 
     def __del__(self) -> None:
         if handle := self.__dict__.pop("_handle", None):
-            self._close(handle)
+            self._library.sequence_close(handle)
 
     def step(self, byte_value: int) -> np.ndarray:
         """Appends a byte; logits `(256,)`, float32, of the next one. The array is overwritten by the next step.
@@ -184,25 +181,73 @@ class NativeSequence:
         """
         if self._position[0] >= self._last:
             raise ValueError(f"the cache holds {self._last + 1} bytes and no byte can follow the last; start a new one")
-        self._step(self._handle, byte_value)
+        self._library.sequence_step(self._handle, byte_value)
         return self._logits_V
 
+    def draw(
+        self, forced: np.ndarray, uniforms: np.ndarray, *, temperature: float, top_k: int | None, top_p: float
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Appends bytes; they, uint8 `(n,)`, and their surprisals in bits, float32 `(n,)`.
 
-def pack(weight_RC: Tensor) -> Tensor:
-    """The panels of a matrix as `decode.cpp` describes them, int32 `(panels, C, 2, 16)`."""
+        The cache has read whole patches or drawn before: what `prefill` predicted after them is predicted again here.
+
+        Args:
+            forced: the first bytes, taken as given, uint8.
+            uniforms: float64, one for each further byte, which is drawn as `core.sample.draw` does.
+
+        Raises:
+            ValueError: if the cache has no room for them.
+        """
+        count = len(forced) + len(uniforms)
+        if self._position[0] + count > self._last + 1:
+            raise ValueError(f"the cache holds {self._last + 1} bytes and has no room for {count} more; start a new one")
+        byte_values, bits = np.zeros(count, dtype=np.int64), np.empty(count, dtype=np.float32)
+        byte_values[: len(forced)] = forced
+        noise = np.concatenate((np.zeros(len(forced)), uniforms))
+        law = _Law(temperature, NUM_BYTE_VALUES if top_k is None else top_k, top_p)
+        self._library.sequence_draw(
+            self._handle, count, len(forced), byref(law), noise.ctypes.data, byte_values.ctypes.data, bits.ctypes.data
+        )
+        return byte_values.astype(np.uint8), bits
+
+
+class _Arena:
+    """Memory for all panels in one piece, of large pages where the system has them: walking page tables takes a fifth."""
+
+    def __init__(self, num_bytes: int) -> None:
+        private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+        self._memory = mmap.mmap(-1, max(num_bytes, 1), **private)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            self._memory.madvise(mmap.MADV_HUGEPAGE)
+        self._used = 0
+
+    def take(self, num_bytes: int) -> Tensor:
+        self._used += num_bytes
+        return torch.frombuffer(self._memory, dtype=torch.bfloat16, count=num_bytes // 2, offset=self._used - num_bytes)
+
+
+def pack(weight_RC: Tensor, panels: Tensor) -> None:
+    """Writes a matrix as `vectors.h` describes it into its `_panel_bytes` of memory, given as flat bfloat16."""
     num_rows, num_columns = weight_RC.shape
-    padded = nn.functional.pad(weight_RC.detach(), (0, 0, 0, -num_rows % _PANEL_ROWS)).bfloat16()
+    padded = nn.functional.pad(weight_RC.detach().bfloat16(), (0, 0, 0, -num_rows % _PANEL_ROWS))
     # (panel, vector, half, lane, column) to (panel, column, vector, lane, half): two bf16 side by side are one word.
     rows = padded.view(-1, _PANEL_ROWS // (2 * _LANES), 2, _LANES, num_columns)
-    return rows.permute(0, 4, 1, 3, 2).contiguous().view(torch.int32).squeeze(-1)
+    panels.view(len(rows), num_columns, -1, _LANES, 2).copy_(rows.permute(0, 4, 1, 3, 2))
+
+
+def _panel_bytes(weight_RC: Tensor) -> int:
+    num_rows, num_columns = weight_RC.shape
+    return 2 * num_columns * -(-num_rows // _PANEL_ROWS) * _PANEL_ROWS
+
+
+def num_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _has_supported_form(model: ByteModel) -> bool:
     """One or two levels without convolutions, in float32 on a CPU."""
     if not isinstance(model, MegaByte) or len(model.levels) > 2 or any(level.config.conv_kernels for level in model.levels):
-        return False
-    config = model.config
-    if config.activation != "relu" or config.qk_norm or config.residual_scalars or config.logit_softcap:
         return False
     return all(tensor.device.type == "cpu" and tensor.dtype == torch.float32 for tensor in model.parameters())
 
@@ -212,7 +257,7 @@ def _is_exact_in_bf16(model: MegaByte) -> bool:
     return all(torch.equal(p, p.bfloat16().float()) for p in model.parameters() if p.ndim == 2)
 
 
-def _fingerprint(model: MegaByte) -> tuple:
+def fingerprint(model: MegaByte) -> tuple:
     """Changes when a weight is replaced or written to."""
     return tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in model.parameters())
 
@@ -225,10 +270,12 @@ def _library() -> ctypes.CDLL | None:
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         _logger.info("no native engine, torch decodes instead: %s", error)
         return None
-    library.sequence_open.argtypes = (POINTER(_Model), POINTER(_State))
+    library.sequence_open.argtypes = (POINTER(_Model), POINTER(_State), c_int64)
     library.sequence_open.restype = c_void_p
     library.sequence_step.argtypes = (c_void_p, c_int64)
     library.sequence_step.restype = None
+    library.sequence_draw.argtypes = (c_void_p, c_int64, c_int64, POINTER(_Law), c_void_p, c_void_p, c_void_p)
+    library.sequence_draw.restype = None
     library.sequence_close.argtypes = (c_void_p,)
     library.sequence_close.restype = None
     return library
@@ -267,7 +314,8 @@ def cache_folder() -> Path:
 def _cache_key(compiler: str, source: Path) -> str:
     """What the machine code depends on: source, compiler and its flags, processor."""
     version = subprocess.run([compiler, "--version"], check=True, capture_output=True, timeout=30).stdout
-    parts = (source.read_bytes(), compiler.encode(), version, " ".join(_FLAGS + _LINK_FLAGS).encode(), _processor().encode())
+    sources = b"".join(path.read_bytes() for path in (source, *sorted(source.parent.glob("*.h"))))
+    parts = (sources, compiler.encode(), version, " ".join(_FLAGS + _LINK_FLAGS).encode(), _processor().encode())
     return hashlib.sha256(b"\0".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()
 
 
@@ -288,7 +336,7 @@ def _pointer(tensor: Tensor | None) -> int | None:
     return tensor.data_ptr()
 
 
-# The structures of decode.cpp, field by field.
+# The structures of model.h and law.h, field by field.
 
 
 class _Matrix(Structure):
@@ -318,6 +366,7 @@ class _Level(Structure):
         *((name, c_void_p) for name in ("byte_positions", "pad", "row_positions", "cos", "sin")),
         ("project", _Matrix),
         ("blocks", POINTER(_Block)),
+        ("residual_scalars", c_void_p),
         ("norm", _Norm),
     ]
 
@@ -325,7 +374,8 @@ class _Level(Structure):
 class _Model(Structure):
     _fields_ = [
         ("levels", POINTER(_Level)),
-        *((name, c_int64) for name in ("num_levels", "patch_size", "real_previous", "slices")),
+        *((name, c_int64) for name in ("num_levels", "patch_size", "real_previous", "slices", "qk_norm", "relu_squared")),
+        ("logit_softcap", c_double),
         ("unembedder", _Matrix),
         ("head", _Matrix),
     ]
@@ -342,3 +392,7 @@ class _State(Structure):
         ("position", c_void_p),
         ("logits", c_void_p),
     ]
+
+
+class _Law(Structure):
+    _fields_ = [("temperature", c_double), ("top_k", c_int64), ("top_p", c_double)]

@@ -1,0 +1,155 @@
+// Products of packed matrices with vectors, and the other arithmetic of a layer, in float32.
+//
+// Vectors are those of GCC and Clang, which lower them to whatever the processor has.
+//
+// Layout of a matrix. R rows (outputs) and C columns (inputs) are cut into panels of 64 rows, the last one filled up with
+// zeros. A panel is stored column by column, 128 bytes each, as two vectors of 16 words of 32 bits; word j of vector v
+// holds row 32 v + j in its low half and row 32 v + 16 + j in its high half. A bf16 is the upper half of a float32, so
+// one shift and one mask turn such a vector into 32 rows, and a product is a single forward walk through memory whose
+// sums stay in registers.
+
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "model.h"
+
+using Floats = float __attribute__((vector_size(64)));
+using Words = uint32_t __attribute__((vector_size(64)));
+
+constexpr int64_t kPanelRows = 64;
+constexpr int64_t kLanes = 16;
+constexpr int64_t kColumnVectors = kPanelRows / (2 * kLanes);
+constexpr float kQkEpsilon = 1e-6f;
+
+inline Floats low_halves(Words words) { return (Floats)(words << 16); }
+inline Floats high_halves(Words words) { return (Floats)(words & 0xffff0000u); }
+
+inline int64_t num_panels(const Matrix& matrix) { return (matrix.rows + kPanelRows - 1) / kPanelRows; }
+
+inline int64_t num_bytes(const Matrix& matrix) { return 2 * matrix.rows * matrix.columns; }
+
+// The vectors of one panel, `kColumnVectors` for each column.
+inline const Words* panel_words(const Matrix& matrix, int64_t panel) {
+  return reinterpret_cast<const Words*>(matrix.panels) + panel * matrix.columns * kColumnVectors;
+}
+
+struct AllColumns {
+  int64_t count;
+  int64_t operator[](int64_t i) const { return i; }
+};
+
+struct SomeColumns {
+  int64_t count;
+  const int32_t* columns;
+  int64_t operator[](int64_t i) const { return columns[i]; }
+};
+
+// One panel of W x, as emit(row, value) for each of its rows; only the given columns are read.
+template <class Columns, class Emit>
+inline void multiply_panel(const Matrix& matrix, int64_t panel, const float* x, Columns columns, Emit emit) {
+  const Words* words = panel_words(matrix, panel);
+  // Two columns at a time, summed apart: an addition has to wait for the one before it.
+  Floats sums[2][2 * kColumnVectors] = {};
+  auto add = [&](Floats* sum, int64_t column) {
+    for (int64_t v = 0; v < kColumnVectors; ++v) {
+      const Words both = words[column * kColumnVectors + v];
+      sum[2 * v] += low_halves(both) * x[column];
+      sum[2 * v + 1] += high_halves(both) * x[column];
+    }
+  };
+  int64_t i = 0;
+  for (; i + 2 <= columns.count; i += 2) {
+    add(sums[0], columns[i]);
+    add(sums[1], columns[i + 1]);
+  }
+  if (i < columns.count) add(sums[0], columns[i]);
+
+  alignas(64) float values[kPanelRows];
+  for (int64_t v = 0; v < 2 * kColumnVectors; ++v) reinterpret_cast<Floats*>(values)[v] = sums[0][v] + sums[1][v];
+  const int64_t first = panel * kPanelRows, count = std::min(kPanelRows, matrix.rows - first);
+  if (matrix.bias != nullptr) {
+    for (int64_t r = 0; r < count; ++r) values[r] += matrix.bias[first + r];
+  }
+  for (int64_t r = 0; r < count; ++r) emit(first + r, values[r]);
+}
+
+inline float sum_of(Floats v) {
+  float lanes[kLanes];
+  std::memcpy(lanes, &v, sizeof v);
+  for (int64_t half = kLanes / 2; half > 0; half /= 2) {
+    for (int64_t i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  }
+  return lanes[0];
+}
+
+inline float dot(const float* a, const float* b, int64_t n) {
+  Floats sums = {}, x, y;
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    std::memcpy(&x, a + i, sizeof x);
+    std::memcpy(&y, b + i, sizeof y);
+    sums += x * y;
+  }
+  float rest = 0;
+  for (; i < n; ++i) rest += a[i] * b[i];
+  return sum_of(sums) + rest;
+}
+
+inline void normalize(const Norm& norm, const float* x, float* y, int64_t n) {
+  float sum = 0, squares = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < n; ++i) sum += x[i];
+  const float mean = sum / n;
+#pragma omp simd reduction(+ : squares)
+  for (int64_t i = 0; i < n; ++i) squares += (x[i] - mean) * (x[i] - mean);
+  const float scale = 1.0f / std::sqrt(squares / n + float(norm.epsilon));
+  for (int64_t i = 0; i < n; ++i) y[i] = (x[i] - mean) * scale * norm.weight[i] + norm.bias[i];
+}
+
+// e^x for x <= 0, to within 2 units in the last place: 2^n e^r with |r| <= ln(2) / 2. The library's is not vectorised.
+inline float exp_of(float x) {
+  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding and taking it off rounds to an integer
+  x = x < -87.0f ? -87.0f : x;
+  const float n = (x * 1.44269504f + kRound) - kRound;
+  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  const int32_t power = (int32_t(n) + 127) << 23;
+  float scale;
+  std::memcpy(&scale, &power, sizeof scale);
+  return p * scale;
+}
+
+// Weights e^(score - highest) in place of the scores; their sum.
+inline float softmax_weights(float* scores, int64_t n) {
+  float highest = scores[0], sum = 0;
+  for (int64_t i = 1; i < n; ++i) highest = std::max(highest, scores[i]);
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < n; ++i) {
+    scores[i] = exp_of(scores[i] - highest);
+    sum += scores[i];
+  }
+  return sum;
+}
+
+// The two halves of a head turned against each other by its slot's angles.
+inline void rotate(const float* x, const float* cos, const float* sin, float* y, int64_t n) {
+  const int64_t half = n / 2;
+  for (int64_t i = 0; i < half; ++i) y[i] = x[i] * cos[i] + x[i + half] * sin[i];
+  for (int64_t i = half; i < n; ++i) y[i] = x[i] * cos[i] + x[i - half] * sin[i];
+}
+
+// Scales x to unit root mean square.
+inline void normalize_rms(float* x, int64_t n) {
+  const float scale = 1.0f / std::sqrt(dot(x, x, n) / n + kQkEpsilon);
+  for (int64_t i = 0; i < n; ++i) x[i] *= scale;
+}

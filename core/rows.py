@@ -1,0 +1,107 @@
+"""Single sequences being continued: the native decoder's on a CPU, or torch's for every model on every device.
+
+A row is decoded at batch size 1, so no neighbour and no batch size can change a byte of it.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from core.cache import Cache
+from core.law import Chunk, SampleConfig, draw, sampling_law, surprisal
+from core.models import ByteModel, MegaByte
+from core.native import NativeDecoder
+
+_NUM_THREADS = torch.get_num_threads()  # of all other work; not asked later, when another row may have lowered it
+
+
+class Row(Protocol):
+    """One sequence that has read some bytes."""
+
+    def read(self, history: np.ndarray) -> None:
+        """Starts again from these bytes, uint8, fewer than the row has room for."""
+
+    def copy(self) -> "Row":
+        """Another sequence that goes on from here."""
+
+    def draw(self, uniforms: np.ndarray, config: SampleConfig) -> Chunk:
+        """Appends one byte for each number, float64 in [0, 1); there must be room for them."""
+
+
+class NativeRow:
+    """A row of the native decoder; `alone` says that no other one is drawn from at the same time."""
+
+    def __init__(self, model: MegaByte, decoder: NativeDecoder, cache_len: int, alone: bool) -> None:
+        self._made_of = model, decoder, cache_len, alone
+        self._cache = model.new_cache(1, cache_len)
+        self._sequence = decoder.sequence(self._cache, alone=alone)
+        self._unread = np.zeros(0, dtype=np.uint8)  # the bytes after the last whole patch, which the kernel reads itself
+
+    def read(self, history: np.ndarray) -> None:
+        model = self._made_of[0]
+        num_whole = len(history) - len(history) % model.config.patch_size
+        model.read_patches(_byte_ids(history[:num_whole]), self._cache)
+        self._unread = history[num_whole:]
+
+    def copy(self) -> "NativeRow":
+        other = NativeRow(*self._made_of)
+        other._cache.copy_from(self._cache)
+        other._unread = self._unread
+        return other
+
+    def draw(self, uniforms: np.ndarray, config: SampleConfig) -> Chunk:
+        byte_values, bits = self._sequence.draw(
+            self._unread, uniforms, temperature=config.temperature, top_k=config.top_k, top_p=config.top_p
+        )
+        num_given, self._unread = len(self._unread), self._unread[:0]
+        return Chunk(byte_values[num_given:], bits[num_given:])
+
+
+class TorchRow:
+    """A row stepped by torch."""
+
+    def __init__(self, model: ByteModel, cache_len: int) -> None:
+        self._model, self._cache_len = model, cache_len
+        self._cache: Cache = model.new_cache(1, cache_len)
+        self._byte_ids_B = torch.zeros(1, dtype=torch.int64, device=next(model.parameters()).device)
+        self._logits_V = np.zeros(0, dtype=np.float32)  # of the next byte, unless a drawn one is still to be appended
+        self._drawn: int | None = None
+
+    def read(self, history: np.ndarray) -> None:
+        with torch.inference_mode():
+            logits_BV = self._model.prefill(_byte_ids(history).to(self._byte_ids_B.device), self._cache)
+        self._logits_V, self._drawn = logits_BV[0].cpu().numpy(), None
+
+    def copy(self) -> "TorchRow":
+        other = TorchRow(self._model, self._cache_len)
+        other._cache.copy_from(self._cache)
+        other._logits_V, other._drawn = self._logits_V, self._drawn
+        return other
+
+    def draw(self, uniforms: np.ndarray, config: SampleConfig) -> Chunk:
+        byte_values, bits = np.empty(len(uniforms), dtype=np.uint8), np.empty(len(uniforms), dtype=np.float32)
+        with torch.inference_mode(), _one_thread():
+            for t, uniform in enumerate(uniforms):
+                # Appended no sooner than another byte is asked for: the last one of a full cache has no place in it.
+                if self._drawn is not None:
+                    self._logits_V = self._model.step(self._byte_ids_B.fill_(self._drawn), self._cache)[0].cpu().numpy()
+                self._drawn = draw(sampling_law(self._logits_V, config), uniform)
+                byte_values[t], bits[t] = self._drawn, surprisal(self._logits_V, self._drawn)
+        return Chunk(byte_values, bits)
+
+
+def _byte_ids(stream: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(stream.astype(np.int64))[None]
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Steps at batch 1 are too short to share: waking a second thread takes longer than its half of the work."""
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(_NUM_THREADS)

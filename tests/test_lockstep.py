@@ -1,0 +1,126 @@
+"""Rows in lockstep: the model's own steps, the sampler's own bytes, and no trace of the neighbours."""
+
+import numpy as np
+import pytest
+import torch
+
+from core.law import SampleConfig, draw, sampling_law, surprisal, uniforms
+from core.likelihood import score
+from core.lockstep import Job, Lockstep, bf16_copy
+from core.sample import Request, Sampler, generate, stream_batch
+from tests.model_cases import CASES, CONTEXT, build, random_bytes
+
+SETTINGS = [{}, {"temperature": 0.0}, {"temperature": 0.7, "top_k": 20}, {"top_p": 0.8}, {"top_k": 40, "top_p": 0.9}]
+
+
+def job(prefix: bytes, num_bytes: int, number: int = 0, **settings) -> Job:
+    config = SampleConfig(seed=4, **settings)
+    return Job(np.frombuffer(prefix, dtype=np.uint8), num_bytes, config, uniforms(config.seed, number))
+
+
+def made_by(batch: Lockstep, jobs: list[Job]) -> list[tuple[np.ndarray, np.ndarray]]:
+    chunks: list[list] = [[] for _ in jobs]
+    for index, chunk in batch.run(jobs):
+        chunks[index].append(chunk)
+    return [tuple(np.concatenate([getattr(c, name) for c in mine]) for name in ("byte_values", "bits")) for mine in chunks]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_logits_equal_the_model_s_steps_in_rows_of_unequal_length(name, tolerance):
+    model = build(CASES[name])
+    byte_ids = random_bytes(3, CONTEXT)
+    patch_size = model.config.patch_size
+    positions = [0, 2 * patch_size, 3 * patch_size]  # of the rows at first
+    batch = Lockstep(model, 3, CONTEXT)
+    given_BP = np.full((3, patch_size), -1)
+    for row, position in enumerate(positions):
+        batch._read(row, Job(byte_ids[row, :position].numpy().astype(np.uint8), 1, SampleConfig(), uniforms(0, 0)), given_BP)
+    with torch.no_grad():
+        expected = model(byte_ids)
+        while max(positions) < CONTEXT:
+            given = np.stack([byte_ids[row, p : p + patch_size].numpy() for row, p in enumerate(positions)])
+            batch._load(positions, given, [])
+            for offset, phase in enumerate(batch._phases(max(positions), has_filters=False)):
+                batch._phase(*phase)
+                wanted = torch.stack([expected[row, p + offset] for row, p in enumerate(positions)])
+                torch.testing.assert_close(batch.logits(), wanted, **tolerance[torch.float32])
+            positions = [p + patch_size for p in positions]
+
+
+@pytest.mark.parametrize("name", ["exact", "recipe_all", "three_levels", "flat"])
+def test_bytes_are_those_of_the_sampler(name, monkeypatch):
+    monkeypatch.setenv("MEGABYTE_ENGINE", "torch")
+    model = build(CASES[name])
+    prefixes = [b"", b"a", b"abcd", b"abcdefghijk", bytes(range(60))]
+    # More jobs than rows, of unequal length, some longer than the context.
+    jobs = [job(prefix, 5 + 9 * i, number=i, **SETTINGS[i]) for i, prefix in enumerate(prefixes)]
+    for (byte_values, bits), each, prefix in zip(made_by(Lockstep(model, 2, CONTEXT), jobs), jobs, prefixes, strict=True):
+        number = prefixes.index(prefix)
+        chunks = list(Sampler(model, prefix, each.num_bytes, each.config).stream(number))
+        assert np.array_equal(byte_values, np.concatenate([chunk.byte_values for chunk in chunks]))
+        np.testing.assert_allclose(bits, np.concatenate([chunk.bits for chunk in chunks]), atol=1e-4)
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_the_drawn_byte_is_that_of_the_python_law(settings):
+    config = SampleConfig(**settings)
+    batch = Lockstep(build(CASES["exact"]), 64, CONTEXT)
+    logits_BV = torch.randn(64, 256, generator=torch.Generator().manual_seed(1)) * 3
+    logits_BV[:8] = logits_BV[:8].round()  # with many equal values
+    noise = uniforms(2, 0).random(64)
+    jobs = [(row, row, Job(np.zeros(0, np.uint8), 1, config, uniforms(0, 0))) for row in range(64)]
+    batch._load([0] * 64, np.full((64, 4), -1), jobs)
+    drawn_B1 = batch._draw(logits_BV, torch.from_numpy(noise)[:, None], has_filters=True)
+    for row, byte_value in enumerate(drawn_B1[:, 0].tolist()):
+        assert byte_value == draw(sampling_law(logits_BV[row].numpy(), config), noise[row])
+    bits_B1 = batch._surprisal(logits_BV, drawn_B1)
+    expected = [surprisal(logits_BV[row].numpy(), int(drawn_B1[row])) for row in range(64)]
+    np.testing.assert_allclose(bits_B1[:, 0], expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["recipe_all", "three_levels_both"])
+def test_a_row_does_not_depend_on_its_neighbours(name):
+    model = bf16_copy(build(CASES[name]))
+    wanted = job(b"abcdef", 20, number=1, top_p=0.95)
+    alone = made_by(Lockstep(model, 16, CONTEXT), [wanted])[0]
+    for neighbours in ([job(b"x" * 27, 70, number=3)], [job(b"", 5, number=i, temperature=0.5) for i in range(40)]):
+        jobs = [*neighbours, job(b"abcdef", 20, number=1, top_p=0.95)]
+        beside = made_by(Lockstep(model, 16, CONTEXT), jobs)[-1]
+        assert all(np.array_equal(mine, theirs) for mine, theirs in zip(alone, beside, strict=True))
+
+
+def test_slots_that_only_longer_neighbours_need_change_no_bit():
+    config = CASES["exact"]
+    long = type(config)(levels=config.levels, max_seq_len=2048, init_std=0.2)
+    model = bf16_copy(build(long))
+    alone = made_by(Lockstep(model, 4, 2048), [job(b"abcd", 40)])[0]
+    beside = made_by(Lockstep(model, 4, 2048), [job(bytes(1500), 80, number=1), job(b"abcd", 40)])[1]
+    assert all(np.array_equal(mine, theirs) for mine, theirs in zip(alone, beside, strict=True))
+
+
+def test_bf16_rows_follow_nearly_the_float32_law():
+    model = build(CASES["recipe_all"])
+    made = made_by(Lockstep.of(model, 16, CONTEXT), [job(b"", CONTEXT, number=i) for i in range(16)])
+    bits = np.concatenate([bits for _, bits in made])
+    exact = np.concatenate([score(model, byte_values).bits for byte_values, _ in made])
+    assert bits.mean() == pytest.approx(exact.mean(), rel=0.01)
+
+
+def test_the_engine_of_the_environment_makes_the_batch(monkeypatch):
+    monkeypatch.setenv("MEGABYTE_ENGINE", "torch-bf16")
+    model = build(CASES["recipe_all"])
+    sampler = Sampler(model, b"abc", 20, SampleConfig(seed=7))
+    assert sampler.engine == "torch-bf16"
+    alone = np.concatenate([chunk.byte_values for chunk in sampler.stream(2)])
+    assert np.array_equal(alone, generate(model, [b"other", b"abc"], 20, seed=7, num_samples=3)[5])
+    requests = [Request(b"abc", 20, SampleConfig(seed=7), 2), Request(b"", 90, SampleConfig(temperature=0.3))]
+    first = [chunk.byte_values for index, chunk in stream_batch(model, requests) if index == 0]
+    assert np.array_equal(alone, np.concatenate(first))
+
+
+def test_closing_ends_the_work_and_leaves_no_mode_behind():
+    chunks = Lockstep(build(CASES["exact"]), 2, CONTEXT).run([job(b"", 30), job(b"ab", 30)])
+    next(chunks)
+    assert not torch.is_inference_mode_enabled()
+    chunks.close()
+    assert list(chunks) == []
