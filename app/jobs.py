@@ -23,7 +23,7 @@ Work = Callable[["Job"], Any]
 
 STOPPED = "stopped"
 OUR_FAULT = "this is a fault of the program, not of your file; the terminal it runs in says more"
-_LOOKS_EVERY_S = 3.0  # who has not looked for this long has gone
+_GONE_AFTER_S = 1.5  # who watches a job looks several times a second
 logger = logging.getLogger(__name__)
 
 
@@ -179,7 +179,7 @@ class JobStore:
         now = self._clock()
         with self._mutex:
             for job in reversed(self._jobs.values()):
-                is_watched = now - job.seen < _LOOKS_EVERY_S if job.ended is None else job.seen >= job.ended
+                is_watched = now - job.seen < _GONE_AFTER_S if job.ended is None else job.seen >= job.ended
                 if (job.owner, job.kind) == (owner, kind) and not is_watched:
                     return job.id
         return None

@@ -15,7 +15,7 @@ from app.endpoints import add_endpoints
 from app.jobs import JobStore
 from app.service import Service
 from app.tabs import batch, complete, likelihood
-from app.tabs.following import QUIET, greet, visitor_state
+from app.tabs.following import QUIET, greet, remember_tab, visitor_state
 from app.tabs.sources import SAMPLES_FOLDER
 from app.views import factory
 from core.errors import UserError
@@ -118,12 +118,13 @@ def build(service: Service, store: JobStore) -> gr.Blocks:
         visitor = visitor_state()
         arrived = page.load(greet, visitor, visitor, queue=False, **QUIET)
         gr.HTML(HEADER, apply_default_css=False)
-        with gr.Tabs():
+        with gr.Tabs() as tabs:
             with gr.Tab("Likelihood", id="likelihood"):
                 likelihood.build_tab(service)
             with gr.Tab("Complete", id="complete"):
                 complete.build_tab(service)
             with gr.Tab("Batch", id="batch"):
                 batch.build_tab(service, store, visitor, arrived)
+        remember_tab(page, tabs)
         add_endpoints(service, store)
     return page.queue(max_size=QUEUE_SIZE, default_concurrency_limit=4)

@@ -28,6 +28,17 @@ def greet(visitor: str | None) -> str:
     return visitor or secrets.token_urlsafe(16)
 
 
+def remember_tab(page: gr.Blocks, tabs: gr.Tabs) -> None:
+    """A reload comes back to the tab that was open."""
+    # The first tab is selected while the page loads, before the one that was open has been looked up.
+    remember = "() => {{ if (window.tabIsRecalled) sessionStorage.setItem('megabyte-tab', '{}'); }}"
+    recall = "() => { window.tabIsRecalled = true; return [sessionStorage.getItem('megabyte-tab') ?? '']; }"
+    for tab in tabs.children:
+        tab.select(None, None, None, js=remember.format(tab.id), **QUIET)
+    chosen = gr.Textbox("", visible=False)
+    page.load(lambda tab: gr.Tabs(selected=tab) if tab else gr.skip(), chosen, tabs, js=recall, **AT_ONCE)
+
+
 def follower(store: JobStore, show: Callable[[JobView], Any]) -> Callable[[str, str], Iterator[Any]]:
     """An event handler that shows a visitor's job, again and again, until it is over."""
 
