@@ -3,6 +3,7 @@
 Each call is a job of its caller, so that scripts and visitors share the models fairly.
 """
 
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +21,20 @@ _LOOK_EVERY_S = 1.0
 def add_endpoints(service: Service, store: JobStore) -> None:
     """`/score`, `/generate`, `/batch_plan` and `/batch`, inside the current `gr.Blocks`."""
 
-    def finished(request: gr.Request, kind: str, title: str, work: Work) -> JobView:
-        """The job, once it is done; what ended it otherwise is raised."""
+    def finished(request: gr.Request, kind: str, title: str, work: Work) -> Generator[Any, None, JobView]:
+        """Waits until the job is done; what ended it otherwise is raised. A caller who goes away ends it."""
         owner = request.session_hash or ""
         job_id = store.submit(owner, f"{kind} by a script", title, work)
-        while (view := store.look(owner, job_id, wait_s=_LOOK_EVERY_S)).is_running:
-            pass
+        try:
+            while (view := store.look(owner, job_id, wait_s=_LOOK_EVERY_S)).is_running:
+                yield gr.skip()
+        finally:
+            store.stop(owner, job_id)
         if view.state != "done":
             raise ValueError(view.problem)
         return view
 
-    def score(file: str | None, model: str, scored_as: str, adapt: bool, request: gr.Request) -> dict[str, Any]:
+    def score(file: str | None, model: str, scored_as: str, adapt: bool, request: gr.Request) -> Iterator[Any]:
         """Bits of a file under a model; an empty model name takes the one that suits the file."""
         if file is None:
             raise gr.Error("There is nothing to score: give a file.", print_exception=False)
@@ -43,12 +47,13 @@ def add_endpoints(service: Service, store: JobStore) -> None:
             return service.score_file(Path(file), **options).to_dict()
 
         with refusals_shown(ENDPOINT_WORDS):
-            return finished(request, "score", Path(file).name, work).result | {"file": Path(file).name}
+            view = yield from finished(request, "score", Path(file).name, work)
+        yield view.result | {"file": Path(file).name}
 
     def generate(
         file: str | None, text: str, model: str, keep: float, num_bytes: int | None, samples: int,
         temperature: float, top_k: int, top_p: float, seed: int, request: gr.Request,
-    ) -> tuple[list[str], list[dict[str, Any]]]:  # fmt: skip
+    ) -> Iterator[Any]:  # fmt: skip
         """Completions of a file's first part or of a text: files in the order of the samples, and their facts."""
         source = complete.FROM_TEXT if text else complete.FROM_FILE
         form = complete.request(source, file, text, 100 * keep, model, num_bytes, samples, temperature, top_k, top_p, seed)
@@ -63,9 +68,9 @@ def add_endpoints(service: Service, store: JobStore) -> None:
             return [(path, made.to_dict()) for path, made in zip(paths, completion_job.results, strict=True)]
 
         with refusals_shown(ENDPOINT_WORDS):
-            made = finished(request, "generate", "text" if text else Path(file).name, work).result
-        names = {"source": Path(file).name if file else None}
-        return [str(path) for path, _ in made], [facts | names | {"output": path.name} for path, facts in made]
+            view = yield from finished(request, "generate", "text" if text else Path(file).name, work)
+        made, names = view.result, {"source": Path(file).name if file else None}
+        yield [str(path) for path, _ in made], [facts | names | {"output": path.name} for path, facts in made]
 
     def batch_plan(files: list[str] | None, recipe: str) -> dict[str, Any]:
         """What a recipe would make of some files, and about how long it takes; names and patterns are those of the files."""
@@ -75,12 +80,12 @@ def add_endpoints(service: Service, store: JobStore) -> None:
         names = [row.item.source.name if row.item.source else None for row in planned.rows]
         return {"items": [row | {"source": name} for row, name in zip(rows, names, strict=True)]}
 
-    def run_batch(files: list[str] | None, recipe: str, request: gr.Request) -> tuple[str, list[dict[str, Any]]]:
+    def run_batch(files: list[str] | None, recipe: str, request: gr.Request) -> Iterator[Any]:
         """A zip file with everything that a recipe makes of some files, and the facts of each sample and each failure."""
         with refusals_shown(ENDPOINT_WORDS):
             items = batch.read_form(files, recipe)
-            view = finished(request, "batch", f"{len(items)} items", batch.batch_work(service, items, recipe))
-        return str(view.folder / batch.ZIP_NAME), list(batch.facts_of(view.result))
+            view = yield from finished(request, "batch", f"{len(items)} items", batch.batch_work(service, items, recipe))
+        yield str(view.folder / batch.ZIP_NAME), list(batch.facts_of(view.result))
 
     # Endpoints need components for their types; a row that is not visible is left out of the page altogether.
     with gr.Row(visible=False):
@@ -92,7 +97,11 @@ def add_endpoints(service: Service, store: JobStore) -> None:
         sources, recipe = gr.File(label="files", file_count="multiple"), gr.Textbox(label="recipe")
         files, archive, facts = gr.File(label="files", file_count="multiple"), gr.File(label="zip"), gr.JSON(label="facts")
         settings = [file, text, model, keep, num_bytes, samples, temperature, top_k, top_p, seed]
-        gr.Button().click(score, [file, model, scored_as, adapt], facts, api_name="score")
-        gr.Button().click(generate, settings, [files, facts], api_name="generate")
-        gr.Button().click(batch_plan, [sources, recipe], facts, api_name="batch_plan")
-        gr.Button().click(run_batch, [sources, recipe], [archive, facts], api_name="batch")
+        # Without a limit of Gradio's own, which would make short calls wait for long ones: the job store has limits.
+        for name, answer, inputs, outputs in (
+            ("score", score, [file, model, scored_as, adapt], [facts]),
+            ("generate", generate, settings, [files, facts]),
+            ("batch_plan", batch_plan, [sources, recipe], [facts]),
+            ("batch", run_batch, [sources, recipe], [archive, facts]),
+        ):
+            gr.Button().click(answer, inputs, outputs, api_name=name, concurrency_limit=None)

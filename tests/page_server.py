@@ -21,23 +21,23 @@ START_LIMIT_S = 60
 @contextmanager
 def served_page(weights: Path) -> Iterator[str]:
     """Serves the page with the models of a folder and answers its URL, which ends with a slash."""
-    port = _free_port()
+    port = free_port()
     url = f"http://127.0.0.1:{port}/"
     with subprocess.Popen([sys.executable, __file__, str(weights), str(port)], cwd=ROOT) as server:
         try:
-            _wait_for(url, server)
+            wait_for_page(url, server)
             yield url
         finally:
             server.terminate()
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
 
 
-def _wait_for(url: str, server: subprocess.Popen) -> None:
+def wait_for_page(url: str, server: subprocess.Popen) -> None:
     deadline = time.monotonic() + START_LIMIT_S
     while time.monotonic() < deadline:
         try:

@@ -2,8 +2,11 @@
 
 import functools
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 import urllib.error
 import urllib.request
 import zipfile
@@ -13,7 +16,7 @@ from pathlib import Path
 import pytest
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
-from page_server import served_page
+from page_server import free_port, served_page, wait_for_page
 
 from app.__main__ import main
 from app.service import Service
@@ -118,6 +121,41 @@ def test_no_endpoint_tells_a_path_of_this_machine(client, make_text):
     archive, facts = client.predict(files, RECIPE, api_name="/batch")
     for told in (json.dumps(plan), json.dumps(facts), zipped(archive)["results.jsonl"].decode()):
         assert "/" not in told.replace("bits/byte", "")
+
+
+def test_a_short_call_does_not_wait_for_long_ones_and_a_cancelled_one_ends(page_url, client):
+    callers = [Client(page_url, verbose=False) for _ in range(5)]
+    settings = {"keep": 1.0, "samples": 1, "api_name": "/generate"}
+    long_calls = [caller.submit(None, "Once", "", num_bytes=1_000_000, **settings) for caller in callers]
+    time.sleep(1)
+    started = time.monotonic()
+    client.predict(None, "Once", "", num_bytes=50, **settings)
+    among_others = time.monotonic() - started
+    assert not any(call.done() for call in long_calls)
+    for call in long_calls:
+        call.cancel()
+    time.sleep(3)
+    started = time.monotonic()
+    client.predict(None, "Once", "", num_bytes=50, **settings)
+    alone = time.monotonic() - started
+    assert alone < among_others < 10
+
+
+def test_sigterm_ends_a_busy_page_cleanly(tmp_path):
+    port = free_port()
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    command = [sys.executable, "-m", "app", "ui", "--no-browser", "--port", str(port)]
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True) as page:
+        wait_for_page(f"http://127.0.0.1:{port}/", page)
+        callers = [Client(f"http://127.0.0.1:{port}/", verbose=False) for _ in range(3)]
+        for caller in callers:
+            caller.submit(None, "Once", "", keep=1.0, num_bytes=1_000_000, api_name="/generate")
+        while not list(tmp_path.glob("jobs-*/*")):
+            time.sleep(0.05)
+        page.send_signal(signal.SIGTERM)
+        _, err = page.communicate(timeout=10)
+    assert (page.returncode, len(err.splitlines())) == (143, 1)
+    assert not list(tmp_path.glob("jobs-*"))
 
 
 def test_endpoints_refuse_in_the_words_of_the_service(client):
