@@ -152,8 +152,8 @@ def _paper(
 
 _PRESETS: dict[str, Callable[[str], Config]] = {
     "text": _text,
-    "image32": lambda name: _image(name, side=32, batch_size=96, num_steps=5000, dropout=0.05),
-    "image64": lambda name: _image(name, side=64, batch_size=24, num_steps=4000, dropout=0.15),
+    "image32": lambda name: _image(name, side=32, batch_size=80, num_steps=6000, dropout=0.05),
+    "image64": lambda name: _image(name, side=64, batch_size=20, num_steps=4000, dropout=0.15),
     "audio": lambda name: _audio(name, "mulaw8", dropout=0.2),
     "audio-pcm16": lambda name: _audio(name, "pcm16be", dropout=0.15),
     "paper-text": _paper(
