@@ -37,7 +37,7 @@ def _text(name: str) -> Config:
             LevelConfig(dim=320, num_layers=3, num_heads=5),
         ),
         max_seq_len=8192,
-        dropout=0.1,
+        dropout=0.05,
         codec=TextCodecConfig(),
         batch_size=32,
         num_steps=5000,
@@ -152,10 +152,10 @@ def _paper(
 
 _PRESETS: dict[str, Callable[[str], Config]] = {
     "text": _text,
-    "image32": lambda name: _image(name, side=32, batch_size=80, num_steps=6000, dropout=0.05),
-    "image64": lambda name: _image(name, side=64, batch_size=20, num_steps=4000, dropout=0.15),
-    "audio": lambda name: _audio(name, "mulaw8", dropout=0.2),
-    "audio-pcm16": lambda name: _audio(name, "pcm16be", dropout=0.15),
+    "image32": lambda name: _image(name, side=32, batch_size=80, num_steps=6000, dropout=0.0),
+    "image64": lambda name: _image(name, side=64, batch_size=20, num_steps=4000, dropout=0.05),
+    "audio": lambda name: _audio(name, "mulaw8", dropout=0.1),
+    "audio-pcm16": lambda name: _audio(name, "pcm16be", dropout=0.1),
     "paper-text": _paper(
         global_model=LevelConfig(dim=2048, num_layers=14, num_heads=16, ffn_dim=9088, patch_size=8),
         local_model=LevelConfig(dim=1024, num_layers=18, num_heads=8, ffn_dim=5056),
