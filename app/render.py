@@ -3,25 +3,23 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from app.palette import ABOVE, BELOW, DIVERGING, NO_VALUE, SEQUENTIAL
 from app.service import FileScore
-from core.codecs import atomic_file
 
-MAX_BITS = 8.0  # uniform bytes; the scale is fixed so that two pictures can be compared
-CLIPPED = (255, 0, 144)  # more than MAX_BITS; no colour of the scale is like it
-NOT_SCORED = (160, 160, 160)
+Measure = Literal["bits", "rank", "entropy", "excess"]
 
-# Every fifth entry of matplotlib's viridis (CC0); the entries between follow to within 1/255.
-_ANCHORS = (
-    "440154 46085c 471063 481769 481d6f 482475 472a7a 46307e 453781 433d84 414287 3f4889 3d4e8a "
-    "3a538b 38598c 355e8d 33638d 31688e 2e6d8e 2c718e 2a768e 297b8e 27808e 25848e 23898e 218e8d "
-    "20928c 1f978b 1e9c89 1fa188 21a585 24aa83 28ae80 2eb37c 35b779 3dbc74 46c06f 50c46a 5ac864 "
-    "65cb5e 70cf57 7cd250 89d548 95d840 a2da37 b0dd2f bddf26 cae11f d8e219 e5e419 f1e51d fde725 "
-)
+MAX_BITS = 8.0  # uniform bytes
+_TITLES: dict[Measure, str] = {
+    "bits": "bits per byte (8 = a uniform guess)",
+    "rank": "doublings of the rank (0 = the likeliest byte, 8 = the last)",
+    "entropy": "entropy, the bits that the model expected to need",
+    "excess": "bits beyond the entropy (0 = as expensive as expected)",
+}
 _BACKGROUND, _INK, _FAINT = "white", "black", "#666666"
 _MARGIN = 12  # pixels
 _PANEL = 256  # a small picture is enlarged to about this side
@@ -36,23 +34,33 @@ _FONT_SIZE = 13
 _LACKING = "\U0010ffff"  # a character that no font has
 
 
-def viridis() -> np.ndarray:
-    """The colour table, uint8 (256, 3), from dark blue to yellow; even in lightness and safe for colour-blind readers."""
-    anchors = np.frombuffer(bytes.fromhex("".join(_ANCHORS)), dtype=np.uint8).reshape(-1, 3)
-    places = np.linspace(0, 255, len(anchors))
-    return np.stack([np.interp(np.arange(256), places, channel).round() for channel in anchors.T], axis=1).astype(np.uint8)
+@dataclass(frozen=True, eq=False)
+class Scale:
+    """Which colour a value has: a table (256, 3) that runs from `low` to `high`, fixed so that two pictures can be compared."""
+
+    table: np.ndarray
+    low: float
+    high: float
+    title: str
 
 
-VIRIDIS = viridis()
+def scale_of(measure: Measure, palette: str = "viridis") -> Scale:
+    """The fixed scale of a measure; a signed one has its own colours unless they are grey."""
+    table = DIVERGING if measure == "excess" and palette != "grey" else SEQUENTIAL[palette]
+    return Scale(table, -MAX_BITS if measure == "excess" else 0.0, MAX_BITS, _TITLES[measure])
 
 
-def heat(bits: np.ndarray, vmax: float = MAX_BITS) -> np.ndarray:
-    """Colours uint8 (..., 3) of bits (...) on the scale 0..vmax; values above it and NaN have colours of their own."""
-    bits = np.asarray(bits, dtype=np.float32)
-    steps = np.nan_to_num(np.clip(bits / vmax, 0.0, 1.0), nan=0.0) * 255
-    colours = VIRIDIS[steps.round().astype(np.uint8)]
-    colours[bits > vmax] = CLIPPED
-    colours[np.isnan(bits)] = NOT_SCORED
+BITS = scale_of("bits")
+
+
+def heat(values: np.ndarray, scale: Scale = BITS) -> np.ndarray:
+    """Colours uint8 (..., 3) of values (...); those beyond the scale and NaN have colours of their own."""
+    values = np.asarray(values, dtype=np.float32)
+    shares = np.clip((values - scale.low) / (scale.high - scale.low), 0.0, 1.0)
+    colours = scale.table[(np.nan_to_num(shares, nan=0.0) * 255).round().astype(np.uint8)]
+    colours[values > scale.high] = ABOVE
+    colours[values < scale.low] = BELOW
+    colours[np.isnan(values)] = NO_VALUE
     return colours
 
 
@@ -62,41 +70,45 @@ def overlay(pixels: np.ndarray, colours: np.ndarray, opacity: float = 0.5) -> np
     return mixed.round().astype(np.uint8)
 
 
-def heatmap(result: FileScore) -> Image.Image:
-    """A picture of a scored file: its content coloured by bits per byte, its figures and the legend."""
-    bits = result.media_bits
-    if result.kind == "image":
-        panel = picture_heatmap(result.media.pixels, bits)
-    elif result.kind == "audio":
-        panel = waveform_heatmap(result.media.samples, bits / result.codec.config.bytes_per_sample, result.media.sample_rate)
-    elif result.kind == "text":
-        panel = text_heatmap(result.media.data, bits)
-    else:
-        panel = hex_heatmap(result.media.data, bits)
-    return _stack([_caption(result), panel, legend()])
+def heatmap(result: FileScore, measure: Measure = "bits", palette: str = "viridis") -> Image.Image:
+    """A picture of a scored file: its content coloured by a measure, its figures and the legend.
 
-
-def export_score(result: FileScore, bits_path: Path, heatmap_path: Path) -> None:
-    """Writes the bits of a scored file (NPZ: `bits` in stream order, `media_bits` in media shape) and its heatmap (PNG).
-
-    `counted` in the NPZ is False for the bytes of a picture's overlapping tiles that do not count a second time.
+    Rank, entropy and excess need a detailed score.
     """
-    counted = np.ones(len(result.bits), dtype=bool) if result.layout.counted is None else result.layout.counted
-    with atomic_file(bits_path) as file:
-        np.savez_compressed(file, bits=result.bits, media_bits=result.media_bits, counted=counted)
-    with atomic_file(heatmap_path) as file:
-        heatmap(result).save(file, "PNG")
+    scale, values = scale_of(measure, palette), _media_values(result, measure)
+    if result.kind == "image":
+        panel = picture_heatmap(result.media.pixels, values, scale)
+    elif result.kind == "audio":
+        panel = waveform_heatmap(result.media.samples, values, result.media.sample_rate, scale)
+    elif result.kind == "text":
+        panel = text_heatmap(result.media.data, values, scale)
+    else:
+        panel = hex_heatmap(result.media.data, values, scale)
+    return _stack([_caption(result), panel, legend(scale)])
 
 
-def picture_heatmap(pixels: np.ndarray, bits: np.ndarray) -> Image.Image:
+def _media_values(result: FileScore, measure: Measure) -> np.ndarray:
+    """The measure in media shape; for a sound the mean over the bytes of each sample."""
+    if measure == "bits":
+        values = result.bits
+    elif measure == "rank":
+        values = np.log2(result.expected.rank.astype(np.float32) + 1)
+    else:
+        entropy = result.expected.entropy.astype(np.float32)
+        values = entropy if measure == "entropy" else result.bits - entropy
+    values = result.codec.unscan(values, result.layout)
+    return values / result.codec.config.bytes_per_sample if result.kind == "audio" else values
+
+
+def picture_heatmap(pixels: np.ndarray, bits: np.ndarray, scale: Scale = BITS) -> Image.Image:
     """The picture uint8 (H, W, 3), the mean bits of each pixel, and one laid over the other, side by side."""
-    colours = heat(bits.mean(axis=2))
-    scale = max(1, round(_PANEL / max(pixels.shape[:2])))
-    panels = [_enlarge(panel, scale) for panel in (pixels, colours, overlay(pixels, colours))]
+    colours = heat(bits.mean(axis=2), scale)
+    times = max(1, round(_PANEL / max(pixels.shape[:2])))
+    panels = [_enlarge(panel, times) for panel in (pixels, colours, overlay(pixels, colours))]
     return _row(panels)
 
 
-def waveform_heatmap(samples: np.ndarray, bits: np.ndarray, sample_rate: int) -> Image.Image:
+def waveform_heatmap(samples: np.ndarray, bits: np.ndarray, sample_rate: int, scale: Scale = BITS) -> Image.Image:
     """The waveform int16 (N,), each column from its lowest to its highest sample in the colour of its mean bits per byte.
 
     It is drawn as high as its peak, which is said below, so that a quiet sound can be seen too.
@@ -104,48 +116,51 @@ def waveform_heatmap(samples: np.ndarray, bits: np.ndarray, sample_rate: int) ->
     image = Image.new("RGB", (_WAVE_WIDTH, _WAVE_HEIGHT + _CELL_HEIGHT), _BACKGROUND)
     draw = ImageDraw.Draw(image)
     peak = int(np.abs(samples.astype(np.int32)).max(initial=1))
-    middle, scale = _WAVE_HEIGHT / 2, (_WAVE_HEIGHT / 2 - 1) / peak
+    middle, height = _WAVE_HEIGHT / 2, (_WAVE_HEIGHT / 2 - 1) / peak
     num_columns = min(_WAVE_WIDTH, len(samples))
-    for column, (lowest, highest, colour) in enumerate(_wave_columns(samples, bits, num_columns)):
+    for column, (lowest, highest, colour) in enumerate(_wave_columns(samples, bits, num_columns, scale)):
         left, right = (round(edge * _WAVE_WIDTH / num_columns) for edge in (column, column + 1))
-        draw.rectangle((left, middle - highest * scale, right - 1, middle - lowest * scale), fill=colour)
+        draw.rectangle((left, middle - highest * height, right - 1, middle - lowest * height), fill=colour)
     labels = ("0 s", f"peak {peak / 32768:.1%}", f"{len(samples) / sample_rate:.2f} s")
     for label, anchor, x in zip(labels, ("la", "ma", "ra"), (0, _WAVE_WIDTH // 2, _WAVE_WIDTH), strict=True):
         draw.text((x, _WAVE_HEIGHT), label, fill=_FAINT, font=_font(), anchor=anchor)
     return image
 
 
-def text_heatmap(data: np.ndarray, bits: np.ndarray) -> Image.Image:
+def text_heatmap(data: np.ndarray, bits: np.ndarray, scale: Scale = BITS) -> Image.Image:
     """UTF-8 text uint8 (N,) in the colours of its characters' mean bits per byte; long text is cut, and that is said."""
-    rows = list(_text_rows(_characters(data, bits)))
+    rows = list(_text_rows(_characters(data, bits, scale)))
     return _cells(rows, _TEXT_COLUMNS, _cut_note(len(data), sum(c.num_bytes for row in rows for c in row)))
 
 
-def hex_heatmap(data: np.ndarray, bits: np.ndarray) -> Image.Image:
+def hex_heatmap(data: np.ndarray, bits: np.ndarray, scale: Scale = BITS) -> Image.Image:
     """Bytes uint8 (N,) as a hex dump in the colours of their bits; a long one is cut, and that is said."""
     shown = data[:_MAX_HEX_BYTES]
     rows = [
-        list(_hex_row(start, shown[start : start + _HEX_COLUMNS], heat(bits[start : start + _HEX_COLUMNS])))
+        list(_hex_row(start, shown[start : start + _HEX_COLUMNS], heat(bits[start : start + _HEX_COLUMNS], scale)))
         for start in range(0, len(shown), _HEX_COLUMNS)
     ]
     return _cells(rows, 8 + 2 + 3 * _HEX_COLUMNS + 1 + _HEX_COLUMNS, _cut_note(len(data), len(shown)))
 
 
-def legend(width: int = 400) -> Image.Image:
-    """The scale from 0 to 8 bits per byte and the colour of what exceeds it."""
-    bar_height, ticks = 14, range(0, int(MAX_BITS) + 1, 2)
+def legend(scale: Scale = BITS, width: int = 480) -> Image.Image:
+    """The scale from its lower to its upper end and the colours of what exceeds it."""
+    bar_height = 14
     image = Image.new("RGB", (width, bar_height + 2 * _CELL_HEIGHT), _BACKGROUND)
     draw = ImageDraw.Draw(image)
-    bar_width = width - 110
-    bar = heat(np.linspace(0.0, MAX_BITS, bar_width))[None].repeat(bar_height, axis=0)
+    bar_width = width - 190
+    bar = heat(np.linspace(scale.low, scale.high, bar_width), scale)[None].repeat(bar_height, axis=0)
     image.paste(Image.fromarray(bar), (8, 0))
-    for tick in ticks:
-        x = 8 + tick / MAX_BITS * (bar_width - 1)
+    for tick in np.linspace(scale.low, scale.high, 5):
+        x = 8 + (tick - scale.low) / (scale.high - scale.low) * (bar_width - 1)
         draw.line((x, bar_height, x, bar_height + 3), fill=_INK)
-        draw.text((x, bar_height + 3), str(tick), fill=_INK, font=_font(), anchor="ma")
-    draw.rectangle((bar_width + 20, 0, bar_width + 20 + bar_height, bar_height - 1), fill=CLIPPED)
-    draw.text((bar_width + 40, bar_height // 2), "above 8", fill=_INK, font=_font(), anchor="lm")
-    draw.text((8, bar_height + _CELL_HEIGHT), "bits per byte (8 = a uniform guess)", fill=_FAINT, font=_font())
+        draw.text((x, bar_height + 3), f"{tick:g}", fill=_INK, font=_font(), anchor="ma")
+    chips = [(ABOVE, "above"), *([(BELOW, "below")] if scale.low < 0 else [])]
+    for place, (colour, name) in enumerate(chips):
+        left = bar_width + 20 + 85 * place
+        draw.rectangle((left, 0, left + bar_height, bar_height - 1), fill=colour)
+        draw.text((left + 20, bar_height // 2), name, fill=_INK, font=_font(), anchor="lm")
+    draw.text((8, bar_height + _CELL_HEIGHT), scale.title, fill=_FAINT, font=_font())
     return image
 
 
@@ -158,16 +173,18 @@ class _Cell:
     num_bytes: int = 0
 
 
-def _wave_columns(samples: np.ndarray, bits: np.ndarray, width: int) -> Iterator[tuple[int, int, tuple[int, int, int]]]:
+def _wave_columns(
+    samples: np.ndarray, bits: np.ndarray, width: int, scale: Scale
+) -> Iterator[tuple[int, int, tuple[int, int, int]]]:
     starts = np.linspace(0, len(samples), width, endpoint=False).astype(np.int64)
     sizes = np.diff(np.append(starts, len(samples)))
-    colours = heat(np.add.reduceat(bits.astype(np.float64), starts) / sizes)
+    colours = heat(np.add.reduceat(bits.astype(np.float64), starts) / sizes, scale)
     lowest, highest = np.minimum.reduceat(samples, starts), np.maximum.reduceat(samples, starts)
     for low, high, colour in zip(lowest.tolist(), highest.tolist(), colours.tolist(), strict=True):
         yield low, high, tuple(colour)
 
 
-def _characters(data: np.ndarray, bits: np.ndarray) -> Iterator[_Cell]:
+def _characters(data: np.ndarray, bits: np.ndarray, scale: Scale = BITS) -> Iterator[_Cell]:
     """The first characters, each with the mean bits of its bytes; a byte that is no UTF-8 is one of its own."""
     text = data[: 4 * _MAX_CHARACTERS].tobytes().decode("utf-8", "surrogateescape")[:_MAX_CHARACTERS]
     sizes = [1 if "\udc80" <= char <= "\udcff" else len(char.encode("utf-8")) for char in text]
@@ -175,7 +192,7 @@ def _characters(data: np.ndarray, bits: np.ndarray) -> Iterator[_Cell]:
         return
     starts = np.concatenate(([0], np.cumsum(sizes)[:-1]))
     means = np.add.reduceat(bits[: sum(sizes)].astype(np.float64), starts) / sizes
-    for char, size, colour in zip(text, sizes, heat(means).tolist(), strict=True):
+    for char, size, colour in zip(text, sizes, heat(means, scale).tolist(), strict=True):
         yield _Cell(char, tuple(colour), size)
 
 

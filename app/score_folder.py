@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from app.exports import export_score
 from app.ledger import Ledger, digest_of, key_of, open_ledger
 from app.messages import Failure, plain_sentence
 from app.outputs import OutputNames, score_paths
-from app.render import export_score
 from app.service import FileScore, Service
 
 

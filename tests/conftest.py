@@ -2,7 +2,7 @@
 
 import os
 import wave
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 # Read when torch is imported, also in the processes that tests start: threads that wait sleep, so a busy machine stays quick.
@@ -11,6 +11,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import numpy as np
 import pytest
 import torch
+from browsing import browser, open_page  # noqa: F401  fixtures for every module
+from page_server import served_page
 from PIL import Image
 
 from core.checkpoint import export_model, model_tensors
@@ -71,6 +73,13 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
         }
         export_model(folder / name, config, model_tensors(model), card)
     return folder
+
+
+@pytest.fixture(scope="session")
+def page_url(tiny_models: Path) -> Iterator[str]:
+    """The page, served with the tiny models in a process of its own."""
+    with served_page(tiny_models) as url:
+        yield url
 
 
 @pytest.fixture

@@ -10,13 +10,12 @@ import time
 import urllib.error
 import urllib.request
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
-from page_server import free_port, served_page, wait_for_page
+from page_server import free_port, wait_for_page
 
 from app.__main__ import main
 from app.service import Service
@@ -29,12 +28,6 @@ RECIPE = '[[jobs]]\nfiles = "*"\nkeep = 0.5\nnum_bytes = 48\nseed = 5\nsamples =
 @pytest.fixture(scope="module")
 def service(tiny_models: Path) -> Service:
     return Service(weights=tiny_models, runs=tiny_models / "no-runs")
-
-
-@pytest.fixture(scope="module")
-def page_url(tiny_models: Path) -> Iterator[str]:
-    with served_page(tiny_models) as url:
-        yield url
 
 
 @pytest.fixture(scope="module")

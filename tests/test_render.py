@@ -5,7 +5,8 @@ import pytest
 from PIL import Image
 
 from app import render
-from app.render import CLIPPED, NOT_SCORED, VIRIDIS, heat, heatmap, hex_heatmap, overlay, text_heatmap, waveform_heatmap
+from app.palette import ABOVE, BELOW, DIVERGING, NO_VALUE, SEQUENTIAL, VIRIDIS
+from app.render import heat, heatmap, hex_heatmap, overlay, text_heatmap, waveform_heatmap
 from app.service import Service
 
 
@@ -20,10 +21,28 @@ def test_the_table_is_viridis():
         assert np.abs(VIRIDIS[index].astype(int) - colour).max() <= 1
 
 
-def test_the_table_grows_lighter_at_every_step():
-    lightness = VIRIDIS @ np.array([0.2126, 0.7152, 0.0722])
-    assert np.diff(lightness).min() > -0.5
-    assert lightness[-1] - lightness[0] > 150
+def lightness(table: np.ndarray) -> np.ndarray:
+    return table @ np.array([0.2126, 0.7152, 0.0722])
+
+
+@pytest.mark.parametrize("name", SEQUENTIAL)
+def test_a_table_grows_lighter_at_every_step(name):
+    steps = lightness(SEQUENTIAL[name])
+    assert np.diff(steps).min() > -0.6
+    assert steps[-1] - steps[0] > 150
+
+
+def test_differences_grow_darker_on_both_sides_of_nothing():
+    steps = lightness(DIVERGING)
+    assert np.abs(DIVERGING[127:129].astype(int) - (244, 243, 240)).max() <= 3
+    assert np.diff(steps[:128]).min() > -0.6
+    assert np.diff(steps[128:]).max() < 0.6
+
+
+def test_what_lies_beyond_a_scale_is_like_no_colour_of_any_table():
+    for table in (*SEQUENTIAL.values(), DIVERGING):
+        for colour in (ABOVE, BELOW):
+            assert np.abs(table.astype(int) - colour).sum(axis=1).min() > 100
 
 
 def test_the_scale_is_fixed_whatever_the_values():
@@ -33,10 +52,9 @@ def test_the_scale_is_fixed_whatever_the_values():
 
 
 def test_what_exceeds_the_scale_is_marked_and_no_colour_of_it():
-    assert tuple(heat(np.array([8.01]))[0]) == CLIPPED
-    assert tuple(heat(np.array([np.inf]))[0]) == CLIPPED
-    assert tuple(heat(np.array([np.nan]))[0]) == NOT_SCORED
-    assert np.abs(VIRIDIS.astype(int) - CLIPPED).sum(axis=1).min() > 100
+    assert tuple(heat(np.array([8.01]))[0]) == ABOVE
+    assert tuple(heat(np.array([np.inf]))[0]) == ABOVE
+    assert tuple(heat(np.array([np.nan]))[0]) == NO_VALUE
 
 
 def test_colours_keep_the_shape_of_the_bits():
@@ -113,25 +131,21 @@ def test_a_hex_dump_has_a_row_for_every_16_bytes(num_bytes):
 
 
 def test_the_legend_shows_both_ends_and_the_clipped_colour():
-    for colour in (tuple(VIRIDIS[0]), tuple(VIRIDIS[255]), CLIPPED):
+    for colour in (tuple(VIRIDIS[0]), tuple(VIRIDIS[255]), ABOVE):
         assert has_colour(render.legend(), colour)
 
 
 @pytest.mark.parametrize("make", ["make_png", "make_wav", "make_text"])
 def test_every_modality_has_a_heatmap_with_legend(make, request, tiny_models):
     result = Service(weights=tiny_models).score_file(request.getfixturevalue(make)())
-    assert has_colour(heatmap(result), CLIPPED)
+    assert has_colour(heatmap(result), ABOVE)
 
 
-def test_export_writes_bits_in_stream_order_and_in_media_shape(make_png, tiny_models, tmp_path):
-    result = Service(weights=tiny_models).score_file(make_png(width=11, height=9))
-    render.export_score(result, tmp_path / "bits.npz", tmp_path / "heat.png")
-    with np.load(tmp_path / "bits.npz") as arrays:
-        assert arrays["bits"].dtype == np.float32
-        assert arrays["bits"].shape == (4 * 3 * 8 * 8,)  # four tiles
-        assert arrays["media_bits"].shape == (9, 11, 3)
-        counted = arrays["bits"][arrays["counted"]]
-        assert counted.sum(dtype=np.float64) == pytest.approx(arrays["media_bits"].sum(dtype=np.float64))
-        assert counted.sum(dtype=np.float64) == pytest.approx(result.total_bits)
-    with Image.open(tmp_path / "heat.png") as image:
-        assert image.format == "PNG"
+@pytest.mark.parametrize("measure", ["rank", "entropy", "excess"])
+@pytest.mark.parametrize("make", ["make_png", "make_wav", "make_text"])
+def test_every_measure_has_a_heatmap_in_its_colours(make, measure, request, tiny_models):
+    result = Service(weights=tiny_models).score_file(request.getfixturevalue(make)(), detailed=True)
+    image = heatmap(result, measure, "cividis")
+    table = DIVERGING if measure == "excess" else SEQUENTIAL["cividis"]
+    assert has_colour(image, tuple(table[0]))
+    assert has_colour(image, BELOW) == (measure == "excess")

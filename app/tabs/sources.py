@@ -11,13 +11,16 @@ SAMPLES = {"Picture": "lake.png", "Sound": "vowels.wav", "Text": "lamp.txt"}
 
 
 def sample_buttons(file: gr.File, prefix: str) -> None:
-    """A row of buttons that put one of the sample files into `file`."""
+    """A row of buttons that put one of the sample files into `file`, or all of them if it takes several."""
+    paths = {label: str(SAMPLES_FOLDER / name) for label, name in SAMPLES.items()}
+    choices: dict[str, str | list[str]] = dict(paths)
+    if file.file_count == "multiple":
+        choices = {label: [path] for label, path in paths.items()} | {"All": list(paths.values())}
     with gr.Row(elem_classes="samples"):
-        gr.HTML("<span class='caption'>or try a</span>", min_width=0)
-        for label, name in SAMPLES.items():
+        gr.HTML("<span class='caption'>or try</span>", min_width=0)
+        for label, value in choices.items():
             button = gr.Button(label, size="sm", min_width=0, elem_id=f"{prefix}-sample-{label.lower()}")
-            path = str(SAMPLES_FOLDER / name)
-            button.click(lambda path=path: path, None, file, show_progress="hidden", api_visibility="private")
+            button.click(lambda value=value: value, None, file, show_progress="hidden", api_visibility="private")
 
 
 def model_choices(service: Service) -> list[tuple[str, str]]:

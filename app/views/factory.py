@@ -5,50 +5,42 @@ All of them draw text on a canvas or set it as `textContent`, so that no file na
 """
 
 import base64
+import json
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
+import numpy as np
 
-from app.render import CLIPPED, VIRIDIS
+from app.palette import ABOVE, BELOW, DIVERGING, NO_VALUE, SEQUENTIAL
 
 HERE = Path(__file__).parent
+# Each is a part of the likelihood view with a script of its own, and lies in the element `NAME-view`.
+PARTS = ("files", "headline", "toolbar", "picture", "waveform", "text", "hex", "inspector", "statistics")
 
 
 def stylesheet() -> str:
     """The CSS of all views, in the colours of the page's theme."""
-    return _asset("views.css") + _asset("batch.css")
+    return asset("views.css") + asset("likelihood.css") + asset("batch.css")
 
 
-def picture_view() -> gr.HTML:
-    """A scored picture under its bits, with an opacity slider."""
-    return _view("picture")
+def likelihood_view() -> gr.HTML:
+    """Scored files and their linked views; the value has a list `items` of the dicts of `app.views.score_values`.
+
+    Its event `export` carries the `id` of an item and the `form` of the file that is wanted.
+    """
+    return _view("likelihood", None, likelihood_script())
 
 
-def waveform_view() -> gr.HTML:
-    """A scored sound as a waveform in the colours of its bits, with a play button."""
-    return _view("waveform")
+def message_view(value: dict[str, Any]) -> gr.HTML:
+    """The empty, working and error states; `value` is one of the dicts of `app.views.score_values`."""
+    return _view("message", value)
 
 
-def text_view() -> gr.HTML:
-    """A scored text in the colours of its characters; any length, invalid UTF-8 included."""
-    return _view("text")
-
-
-def hex_view() -> gr.HTML:
-    """The bytes of any scored file with their offsets, and an overview of the whole."""
-    return _view("hex")
-
-
-def legend_view() -> gr.HTML:
-    """The colour scale and a line about the byte under the cursor."""
-    return _view("legend")
-
-
-def summary_view(value: dict[str, Any]) -> gr.HTML:
-    """Totals of one file, or the empty, working and error states; `value` is one of the dicts of `app.views.score_values`."""
-    return _view("summary", value)
+def download_view() -> gr.HTML:
+    """Nothing to see: it saves the file of each new value, one of `app.views.score_values.file_value`."""
+    return _view("download")
 
 
 def results_view(value: dict[str, Any]) -> gr.HTML:
@@ -61,22 +53,32 @@ def batch_view(value: dict[str, Any]) -> gr.HTML:
     return _view("batch", value)
 
 
-def _view(name: str, value: dict[str, Any] | None = None) -> gr.HTML:
+def likelihood_script() -> str:
+    """The likelihood view's parts as one script, which expects Gradio's `element`, `props`, `watch` and `trigger`."""
+    parts = "".join(f"((element) => {{\n{asset(f'{part}.js')}}})(root.querySelector('#{part}-view'));\n" for part in PARTS)
+    return f"{library()}const root = element.querySelector('.byte-book');\n{asset('book.js')}{parts}{asset('likelihood.js')}"
+
+
+@cache
+def library() -> str:
+    """The script that stands in front of every view's own."""
+    beyond = np.array([ABOVE, BELOW, NO_VALUE], dtype=np.uint8)
+    tables = {**SEQUENTIAL, "difference": DIVERGING, "beyond": beyond}
+    encoded = {name: base64.b64encode(table.tobytes()).decode() for name, table in tables.items()}
+    return asset("shared.js").replace("@palettes@", json.dumps(encoded))
+
+
+@cache
+def asset(name: str) -> str:
+    """The text of one of the files beside this one."""
+    return (HERE / name).read_text(encoding="utf-8")
+
+
+def _view(name: str, value: dict[str, Any] | None = None, script: str | None = None) -> gr.HTML:
     return gr.HTML(
         value=value,
-        html_template=_asset(f"{name}.html"),
-        js_on_load=_library() + _asset(f"{name}.js"),
+        html_template=asset(f"{name}.html"),
+        js_on_load=script or library() + asset(f"{name}.js"),
         apply_default_css=False,
         elem_id=f"{name}-view",
     )
-
-
-@cache
-def _library() -> str:
-    palette = base64.b64encode(VIRIDIS.tobytes() + bytes(CLIPPED)).decode()
-    return _asset("shared.js").replace("@palette@", palette)
-
-
-@cache
-def _asset(name: str) -> str:
-    return (HERE / name).read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Scores as the plain values that the summary and the linked views draw. Nothing here knows Gradio or a model."""
+"""Scores as the plain values that the message and the linked views draw. Nothing here knows Gradio or a model."""
 
 import secrets
 from pathlib import Path
@@ -6,70 +6,136 @@ from typing import Any
 
 import numpy as np
 
+from app.messages import Failure
 from app.service import FileScore
 from core.codecs import Picture, Sound
+from core.likelihood import context_sizes
 
-# The sidecar stores bits as integers of 1/1024 bit: 64 bits is the largest, far beyond the scale's 8.
+# The sidecar stores bits as integers of 1/1024 bit, up to 64 bits, and those of the likeliest bytes as 1/16 bit, up to 16.
 BITS_UNIT = 1024
+LIKELIEST_UNIT = 16
 WORSE_THAN_A_GUESS = "More than 8 bits a byte is worse than a blind guess: the model was trained on nothing like this."
 
 
 def message(state: str, title: str, text: str) -> dict[str, Any]:
-    """A summary without numbers: `state` is empty or error."""
+    """What the page says instead of a result: `state` is empty or error."""
     return {"state": state, "title": title, "text": text}
 
 
 def working(title: str, text: str, done: float = 0.0) -> dict[str, Any]:
-    """A summary of work that goes on; `done` is the share that is behind it."""
+    """Work that goes on; `done` is the share that is behind it."""
     return {"state": "working", "title": title, "text": text, "done": done}
 
 
-def summary(score: FileScore, reference_sizes: dict[str, float]) -> dict[str, Any]:
-    """Totals of a score; `reference_sizes` are bits per byte of other ways to store the same bytes."""
-    if score.bits_per_byte is None:
-        return message("empty", "Nothing to score", f"{Path(score.file).name} holds no bytes.")
-    what = f"{score.num_bytes:,} bytes of {_scored_bytes(score)}"
-    window = f"windows of {score.window:,} bytes" + (f", a hop of {score.hop:,}" if score.hop != score.window else "")
-    return {
+def done() -> dict[str, Any]:
+    """Nothing to say: the results speak."""
+    return {"state": "done"}
+
+
+def item(score: FileScore, folder: Path) -> dict[str, Any]:
+    """A line of the list of files, and with `document` all that the views need; files are written into `folder`."""
+    value = {
+        "id": secrets.token_hex(8),
         "state": "done",
-        "headline": f"{score.bits_per_byte:.3f}",
-        "unit": "bits per byte",
-        "subtitle": f"{Path(score.file).name}: {what}",
-        "facts": f"{score.total_bits / 8:,.0f} bytes if coded with model {score.model}; scored in {window} ({score.engine})",
-        "bars": [
-            {"label": score.model, "bits": score.bits_per_byte, "is_model": True},
-            *({"label": name, "bits": bits, "is_model": False} for name, bits in reference_sizes.items()),
-            {"label": "random bytes", "bits": 8.0, "is_model": False},
-        ],
-        "notes": [*score.notes, *([WORSE_THAN_A_GUESS] if score.bits_per_byte > 8 else [])],
+        "name": Path(score.file).name,
+        "kind": score.kind,
+        "model": score.model,
+        "num_bytes": score.num_bytes,
+        "total_bits": score.total_bits,
+        "bits_per_byte": score.bits_per_byte,
+        "what": f"{score.num_bytes:,} bytes of {scored_bytes(score)}",
+        "facts": window_rule(score),
+        "notes": [*score.notes, *([WORSE_THAN_A_GUESS] if (score.bits_per_byte or 0) > 8 else [])],
+        "references": None,
     }
+    own = folder / value["id"]
+    own.mkdir()
+    return value | {"document": document(score, own) | {"id": value["id"]}}
+
+
+def failed_item(failure: Failure) -> dict[str, Any]:
+    """A line of the list for a file that could not be scored."""
+    name = Path(failure.file).name
+    return {"id": secrets.token_hex(8), "state": "error", "name": name, "message": failure.message, "document": None}
+
+
+def with_references(value: dict[str, Any], sizes: dict[str, float]) -> dict[str, Any]:
+    """An item with what everyday compressors make of the same bytes; `sizes` are bits per byte."""
+    references = [{"name": name, "bytes": round(bits * value["num_bytes"] / 8)} for name, bits in sizes.items()]
+    return value | {"references": references}
+
+
+def scored_bytes(score: FileScore) -> str:
+    """Which bytes of a file were scored, in words."""
+    if score.scored_as == "file":
+        return "the file itself, as it is stored"
+    if isinstance(score.media, Picture):
+        return f"decoded pixels, {score.media.width}x{score.media.height}, red, green and blue"
+    if isinstance(score.media, Sound):
+        per_sample = "8-bit mu-law" if score.codec.config.bytes_per_sample == 1 else "16-bit"
+        return f"decoded sound, {score.media.seconds:.2f} s of {per_sample} samples at {score.media.sample_rate:,} Hz"
+    return "text" if score.kind == "text" else "unknown format"
+
+
+def window_rule(score: FileScore) -> str:
+    """What each byte was predicted from, and what coding the file so would cost, in words."""
+    coded = f"Coded with this model: {score.total_bits / 8:,.0f} bytes ({score.engine}). "
+    tiles = score.layout.num_documents
+    if isinstance(score.media, Picture):
+        one = "Each byte is predicted from all pixels before it in the model's order"
+        return coded + (f"{one}, in {tiles:,} tiles that know nothing of each other." if tiles > 1 else f"{one}.")
+    if len(score.bits) <= score.window:
+        return f"{coded}Each byte is predicted from all bytes before it: the file fits into the model's {score.window:,} bytes."
+    least = score.window - score.hop
+    windows = f"windows of {score.window:,} bytes, one every {score.hop:,}"
+    rule = f"The file is longer than the model's context, so it is read in {windows}"
+    begin = f"after the first window each byte has at least {least:,} before it" if least else "each begins without context"
+    return f"{coded}{rule}; {begin}." + (" Two passes, half a patch apart." if score.strided else "")
 
 
 def document(score: FileScore, folder: Path) -> dict[str, Any]:
-    """Writes bytes and bits of a score into `folder` and returns the value that all linked views open.
+    """Writes a detailed score into `folder` and returns the value that the linked views open.
 
-    Both are in media order (pixel rows, samples, characters), so one offset means the same place in every view.
-    The file holds `count` bytes, one byte of padding if `count` is odd, `count` uint16 of 1/1024 bit, and for a sound
-    its int16 samples, all little-endian.
+    Everything is in media order (pixel rows, samples, characters), so one offset means the same place in every view, and
+    little-endian. `scores.bin` holds, for `count` bytes, bits and entropy (uint16 of 1/1024 bit), the number of bytes of
+    context (uint16, 65535 for more), then for a sound its int16 samples, then byte values and ranks (uint8).
+    `likeliest.bin`, of which the page reads parts, has ten bytes a place: five values and their -log2 p (uint8 of 1/16 bit).
     """
-    media = score.media
-    values, bits = _in_media_order(score)
-    units = np.clip(np.round(bits * BITS_UNIT), 0, 65535).astype("<u2")
+    media, expected = score.media, score.expected
+    context = context_sizes(len(score.bits), score.window, score.hop)
+    values = media.pixels.reshape(-1) if isinstance(media, Picture) else score.codec.encode(media)[0]
     samples = media.samples if isinstance(media, Sound) else np.zeros(0, dtype=np.int16)
-    path = folder / "scores.bin"
-    path.write_bytes(values.tobytes() + bytes(values.size % 2) + units.tobytes() + samples.astype("<i2").tobytes())
+    scores = [
+        _fixed_point(in_media_order(score, score.bits), BITS_UNIT, np.uint16),
+        _fixed_point(in_media_order(score, expected.entropy), BITS_UNIT, np.uint16),
+        in_media_order(score, np.minimum(context, 65535).astype("<u2")),
+        samples.astype("<i2"),
+        values,
+        in_media_order(score, expected.rank),
+    ]
+    (folder / "scores.bin").write_bytes(b"".join(part.tobytes() for part in scores))
+    likeliest_bits = _fixed_point(in_media_order(score, expected.likeliest_bits), LIKELIEST_UNIT, np.uint8)
+    likeliest = np.concatenate((in_media_order(score, expected.likeliest), likeliest_bits), axis=1)
+    (folder / "likeliest.bin").write_bytes(likeliest.tobytes())
     value = {
-        "id": secrets.token_hex(8),
         "kind": score.kind,
         "count": int(values.size),
         "num_samples": int(samples.size),
-        "file": file_value(path),
+        "file": file_value(folder / "scores.bin"),
+        "likeliest_file": file_value(folder / "likeliest.bin"),
     }
     if isinstance(media, Picture):
         value["height"], value["width"] = media.pixels.shape[:2]
     if isinstance(media, Sound):
-        value |= {"sample_rate": media.sample_rate, "bytes_per_sample": values.size // max(1, samples.size)}
+        value |= {"sample_rate": media.sample_rate, "bytes_per_sample": score.codec.config.bytes_per_sample}
     return value
+
+
+def in_media_order(score: FileScore, values: np.ndarray) -> np.ndarray:
+    """Values of the stream's bytes, (T, ...), as the media has them; only pictures are scored in another order than shown."""
+    if not isinstance(score.media, Picture):
+        return values
+    return score.codec.unscan(values, score.layout).reshape(-1, *values.shape[1:])
 
 
 def file_value(path: Path) -> dict[str, Any]:
@@ -77,15 +143,6 @@ def file_value(path: Path) -> dict[str, Any]:
     return {"path": str(path), "orig_name": path.name, "meta": {"_type": "gradio.FileData"}}
 
 
-def _scored_bytes(score: FileScore) -> str:
-    if score.scored_as == "file":
-        return "the file itself"
-    return {"image": "decoded pixels", "audio": "decoded sound", "text": "text"}[score.modality]
-
-
-def _in_media_order(score: FileScore) -> tuple[np.ndarray, np.ndarray]:
-    """Byte values and bits, both (T,). Only pictures are scored in another order than they are shown in."""
-    if isinstance(score.media, Picture):
-        return score.media.pixels.reshape(-1), score.media_bits.reshape(-1)
-    stream, _ = score.codec.encode(score.media)
-    return stream, score.bits
+def _fixed_point(values: np.ndarray, unit: int, dtype: type[np.unsignedinteger]) -> np.ndarray:
+    scaled = np.rint(values.astype(np.float32) * unit)
+    return np.clip(scaled, 0, np.iinfo(dtype).max).astype(np.dtype(dtype).newbyteorder("<"))

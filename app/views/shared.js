@@ -1,67 +1,20 @@
-// What all byte views of the page share: the palette, the scored document, the cursor, the tooltip and virtual rows.
+// What every part of the page shares: colour tables, text of bytes, the tooltip, sharp canvases and virtual rows.
 // The text is put in front of every view's own script; the first one to run makes the library, the others find it.
 const bytes = (window.byteViews ??= (() => {
-  const PALETTE = Uint8Array.from(atob("@palette@"), (c) => c.charCodeAt(0)); // 256 times R, G, B, and the clipped colour
-  const MAX_BITS = 8; // end of the fixed scale; a uniform random byte costs exactly this much
-  const BITS_UNIT = 1024; // the sidecar stores bits as integers of 1/1024 bit
-  const CLIPPED = 256; // palette index of everything beyond the scale
-
-  const level = (bits) => (bits > MAX_BITS ? CLIPPED : Math.round((bits / MAX_BITS) * 255));
-  const rgb = (index) => PALETTE.subarray(3 * index, 3 * index + 3);
-  const css = Array.from({ length: CLIPPED + 1 }, (_, i) => `rgb(${rgb(i).join(",")})`);
+  const decode = (base64) => Uint8Array.from(atob(base64), (character) => character.charCodeAt(0));
+  const PALETTES = Object.fromEntries(Object.entries(@palettes@).map(([name, table]) => [name, decode(table)])); // 256 times R, G, B
   const linear = (channel) => (channel / 255) ** 2.2;
-  const ink = Array.from({ length: CLIPPED + 1 }, (_, i) => {
-    const [r, g, b] = rgb(i);
-    // From this luminance on black has more contrast than white.
-    return 0.2126 * linear(r) + 0.7152 * linear(g) + 0.0722 * linear(b) > 0.18 ? "#000000" : "#ffffff";
-  });
+  // From this luminance on black has more contrast than white.
+  const ink = ([r, g, b]) => (0.2126 * linear(r) + 0.7152 * linear(g) + 0.0722 * linear(b) > 0.18 ? "#000000" : "#ffffff");
   const number = (value) => value.toLocaleString("en");
   const hex = (value, digits) => value.toString(16).padStart(digits, "0");
 
-  /** One scored file: `values` and `bits` in media order, so pixel rows, samples and characters follow each other. */
-  class ByteDocument {
-    constructor(value, buffer) {
-      Object.assign(this, value);
-      const bitsAt = this.count + (this.count % 2);
-      this.values = new Uint8Array(buffer, 0, this.count);
-      this.units = new Uint16Array(buffer, bitsAt, this.count);
-      this.samples = new Int16Array(buffer, bitsAt + 2 * this.count, this.num_samples);
-    }
-    bits(offset) {
-      return this.units[offset] / BITS_UNIT;
-    }
-    /** Mean and largest bits of the bytes from `start` up to `end`. */
-    span(start, end) {
-      let sum = 0;
-      let max = 0;
-      for (let i = start; i < end; i++) {
-        sum += this.units[i];
-        if (this.units[i] > max) max = this.units[i];
-      }
-      return { mean: sum / Math.max(1, end - start) / BITS_UNIT, max: max / BITS_UNIT };
-    }
-    /** One line about a byte: where it is, what it holds and what it cost. */
-    describe(offset) {
-      const value = this.values[offset];
-      const place = { image: "pixel", audio: "time", text: "character" }[this.kind];
-      return [
-        `byte ${number(offset)}`,
-        place && this[place](offset),
-        `value ${value} (0x${hex(value, 2)})`,
-        `${this.bits(offset).toFixed(2)} bits`,
-      ].filter(Boolean).join("  ·  ");
-    }
-    pixel(offset) {
-      const at = Math.floor(offset / 3);
-      return `x ${at % this.width}, y ${Math.floor(at / this.width)}, ${["red", "green", "blue"][offset % 3]}`;
-    }
-    time(offset) {
-      return `${(Math.floor(offset / this.bytes_per_sample) / this.sample_rate).toFixed(4)} s`;
-    }
-    character(offset) {
-      const { start, text } = decodeAt(this.values, characterStart(this.values, offset));
-      return `“${visible(text)}”${offset > start ? " (continued)" : ""}`;
-    }
+  /** An element with a class and a text; a text is never read as HTML. */
+  function make(tag, className, text) {
+    const node = document.createElement(tag);
+    if (className) node.className = className;
+    if (text !== undefined) node.textContent = text;
+    return node;
   }
 
   /** The UTF-8 character that begins at `start`; a byte that begins none is one replacement character. */
@@ -97,49 +50,6 @@ const bytes = (window.byteViews ??= (() => {
     return text;
   }
 
-  const opened = new Map(); // sidecar URL -> promise; all views of one value share one download
-  function open(value) {
-    const url = value.file.url;
-    if (!opened.has(url)) {
-      if (opened.size > 2) opened.delete(opened.keys().next().value);
-      opened.set(url, fetch(url).then(async (answer) => {
-        if (!answer.ok) throw new Error(`the scores could not be read (${answer.status})`);
-        return new ByteDocument(value, await answer.arrayBuffer());
-      }));
-    }
-    return opened.get(url);
-  }
-
-  /** Calls `show(document)` for each value the view has a part in, and hides the view for all others. */
-  function follow(element, props, watch, kinds, show) {
-    const load = async () => {
-      const value = props.value;
-      const wanted = Boolean(value) && (!kinds || kinds.includes(value.kind));
-      element.firstElementChild.hidden = !wanted;
-      delete element.dataset.ready;
-      if (!wanted) return;
-      const document = await open(value);
-      if (props.value !== value) return; // a newer file came while this one was read
-      show(document);
-      element.dataset.ready = value.id;
-    };
-    watch("value", load);
-    load();
-  }
-
-  const moveCursor = (offset) => window.dispatchEvent(new CustomEvent("byteviews:cursor", { detail: { offset } }));
-  const onCursor = (listener) => window.addEventListener("byteviews:cursor", (event) => listener(event.detail.offset));
-
-  /** Arrow and page keys on `target` move `step(key)` bytes from the cursor that `position()` returns. */
-  function arrowKeys(target, steps, position, count) {
-    target.addEventListener("keydown", (event) => {
-      const step = steps()[event.key];
-      if (step === undefined) return;
-      event.preventDefault();
-      moveCursor(Math.max(0, Math.min(count() - 1, Math.max(0, position()) + step)));
-    });
-  }
-
   const tooltip = {
     element: null,
     show(event, text) {
@@ -162,28 +72,18 @@ const bytes = (window.byteViews ??= (() => {
     },
   };
 
-  /** Tooltip and click of a canvas: `at(event)` answers the byte under the pointer or -1. */
-  function pointer(target, at, describe) {
-    target.addEventListener("pointermove", (event) => {
-      const offset = at(event);
-      if (offset < 0) tooltip.hide();
-      else tooltip.show(event, describe(offset));
-    });
-    target.addEventListener("pointerleave", () => tooltip.hide());
-    target.addEventListener("click", (event) => {
-      const offset = at(event);
-      if (offset >= 0) moveCursor(offset);
-    });
-  }
-
   /** Sizes `canvas` to CSS pixels on a screen of any density and returns its cleared context. */
   function fit(canvas, width, height) {
     const density = window.devicePixelRatio || 1;
-    canvas.width = Math.round(width * density);
-    canvas.height = Math.round(height * density);
-    canvas.style.width = `${width}px`;
-    canvas.style.height = `${height}px`;
+    const [fullWidth, fullHeight] = [Math.round(width * density), Math.round(height * density)];
     const context = canvas.getContext("2d");
+    if (canvas.width === fullWidth && canvas.height === fullHeight) {
+      context.resetTransform();
+      context.clearRect(0, 0, fullWidth, fullHeight);
+    } else {
+      Object.assign(canvas, { width: fullWidth, height: fullHeight });
+      Object.assign(canvas.style, { width: `${width}px`, height: `${height}px` });
+    }
     context.scale(density, density);
     return context;
   }
@@ -197,6 +97,31 @@ const bytes = (window.byteViews ??= (() => {
     }
   }
 
+  /** Lines across a cell: its byte had little context. */
+  function hatch(context, x, y, width, height) {
+    context.save();
+    context.beginPath();
+    context.rect(x, y, width, height);
+    context.clip();
+    for (const [colour, shift] of [["rgb(0 0 0 / 35%)", 0], ["rgb(255 255 255 / 50%)", 1.2]]) {
+      context.strokeStyle = colour;
+      context.lineWidth = 1;
+      context.beginPath();
+      for (let at = x - height; at < x + width; at += 8) {
+        context.moveTo(at + shift, y + height);
+        context.lineTo(at + shift + height, y);
+      }
+      context.stroke();
+    }
+    context.restore();
+  }
+
+  /** The mark of a selected cell. */
+  function underline(context, x, y, width, colour) {
+    context.fillStyle = colour;
+    context.fillRect(x, y, width, 3);
+  }
+
   /** Rows of a list that may be millions long: only those in sight are drawn, on one canvas that stays in place. */
   class VirtualRows {
     static TALLEST = 8e6; // CSS pixels; browsers clip taller elements, so longer lists scroll faster than they draw
@@ -204,9 +129,8 @@ const bytes = (window.byteViews ??= (() => {
       Object.assign(this, { scroller, rowHeight, draw, count: 0, speed: 1 });
       this.canvas = scroller.querySelector("canvas");
       this.spacer = scroller.querySelector(".spacer");
-      scroller.addEventListener("scroll", () => requestAnimationFrame(() => this.paint()));
-      this.themeQuery = matchMedia("(prefers-color-scheme: dark)");
-      this.themeQuery.addEventListener("change", () => this.paint());
+      scroller.addEventListener("scroll", () => (this.frame ??= requestAnimationFrame(() => this.paint())));
+      matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => this.paint());
     }
     resize(count) {
       this.count = count;
@@ -216,25 +140,32 @@ const bytes = (window.byteViews ??= (() => {
       this.speed = full > height ? (full - sight) / (height - sight) : 1;
       this.spacer.style.height = `${height}px`;
     }
+    /** Pixels of the full list above the upper edge; a list that scrolls faster than it draws stops at whole rows. */
+    get top() {
+      const top = this.scroller.scrollTop * this.speed;
+      return this.speed > 1 ? Math.floor(top / this.rowHeight) * this.rowHeight : top;
+    }
     get first() {
-      return Math.floor((this.scroller.scrollTop * this.speed) / this.rowHeight);
+      return Math.floor(this.top / this.rowHeight);
     }
     paint() {
+      this.frame = undefined;
       const { clientWidth: width, clientHeight: height } = this.scroller;
       if (!width || !this.count) return;
       const started = performance.now();
       const context = fit(this.canvas, width, height);
       context.textBaseline = "middle";
       const last = Math.min(this.count, this.first + Math.ceil(height / this.rowHeight) + 1);
-      for (let row = this.first; row < last; row++) this.draw(context, row, (row - this.first) * this.rowHeight);
+      const { top } = this;
+      for (let row = this.first; row < last; row++) this.draw(context, row, row * this.rowHeight - top);
       this.scroller.dataset.drawms = (performance.now() - started).toFixed(2);
     }
     rowAt(event) {
-      return this.first + Math.floor((event.clientY - this.canvas.getBoundingClientRect().top) / this.rowHeight);
+      return Math.floor((this.top + event.clientY - this.canvas.getBoundingClientRect().top) / this.rowHeight);
     }
     show(row) {
       const inSight = Math.floor(this.scroller.clientHeight / this.rowHeight);
-      if (row < this.first || row >= this.first + inSight) {
+      if (row * this.rowHeight < this.top || row >= this.first + inSight) {
         this.scroller.scrollTop = (Math.max(0, row - inSight / 2) * this.rowHeight) / this.speed;
       }
       this.paint();
@@ -247,7 +178,6 @@ const bytes = (window.byteViews ??= (() => {
   };
 
   return {
-    CLIPPED, VirtualRows, arrowKeys, colours, css, decodeAt, fit, follow, frame, hex, ink, level, moveCursor, number,
-    onCursor, pointer, rgb, visible,
+    PALETTES, VirtualRows, characterStart, colours, decode, decodeAt, fit, frame, hatch, hex, ink, make, number, tooltip, underline, visible,
   };
 })());

@@ -2,21 +2,24 @@
 const stage = element.querySelector(".stage");
 const LINE = 24; // CSS pixels
 const MARGIN = 10;
+const ASCII = Array.from({ length: 0x80 }, (_, code) => String.fromCharCode(code));
 const FONT = "14px ui-monospace, 'DejaVu Sans Mono', Menlo, Consolas, monospace";
-let file = null;
-let cursor = -1;
+let colours = null;
 let cell = 8.4; // CSS pixels of one column
 let columns = 0;
 let starts = new Uint32Array(0); // byte at which each row begins, and one more for the end
 
 /** Splits the document into rows of at most `columns` cells, after a space where there is one. */
 function wrap() {
+  const { file } = book;
   const found = [0];
   let column = 0;
   let lastSpace = -1; // byte after the last space of this row
   for (let offset = 0; offset < file.count; ) {
-    const { size, text } = bytes.decodeAt(file.values, offset);
-    const cells = width(text);
+    const first = file.values[offset];
+    const isAscii = first < 0x80; // the usual case, without an object for each byte
+    const { size, text } = isAscii ? { size: 1, text: ASCII[first] } : bytes.decodeAt(file.values, offset);
+    const cells = isAscii ? 1 : width(text);
     if (column + cells > columns) {
       const start = lastSpace > found.at(-1) ? lastSpace : offset;
       found.push(start);
@@ -32,7 +35,8 @@ function wrap() {
       lastSpace = -1;
     }
   }
-  starts = Uint32Array.from([...found, file.count]);
+  found.push(file.count);
+  starts = Uint32Array.from(found);
 }
 
 /** Cells of a character: two for those that East Asian and emoji fonts draw wide. */
@@ -45,7 +49,7 @@ function width(text) {
 
 function* characters(start, end) {
   for (let offset = start, column = 0; offset < end; ) {
-    const { size, text } = bytes.decodeAt(file.values, offset);
+    const { size, text } = bytes.decodeAt(book.file.values, offset);
     yield { offset, size, text, column };
     offset += size;
     column += width(text);
@@ -59,24 +63,25 @@ function cellsBetween(start, end) {
 }
 
 function draw(context, row, y) {
+  const { file, shade, cursor } = book;
   context.font = FONT;
   for (const { offset, size, text, column } of characters(starts[row], starts[row + 1])) {
-    const colour = bytes.level(file.span(offset, offset + size).mean);
+    const colour = shade.level(shade.span(offset, offset + size).mean);
     const x = MARGIN + column * cell;
-    context.fillStyle = bytes.css[colour];
+    context.fillStyle = shade.css[colour];
     context.fillRect(x, y + 2, width(text) * cell + 0.5, LINE - 4);
-    context.fillStyle = bytes.ink[colour];
+    if (file.isHatched(offset)) bytes.hatch(context, x, y + 2, width(text) * cell, LINE - 4);
+    context.fillStyle = shade.ink[colour];
     if (text !== " ") context.fillText(bytes.visible(text), x, y + LINE / 2 + 1);
-    if (cursor >= offset && cursor < offset + size) {
-      bytes.frame(context, x, y + 2, width(text) * cell, LINE - 4);
-    }
+    if (book.selection && book.isSelected(offset)) bytes.underline(context, x, y + LINE - 4, width(text) * cell, colours.text);
+    if (cursor >= offset && cursor < offset + size) bytes.frame(context, x, y + 2, width(text) * cell, LINE - 4);
   }
 }
 
 const rows = new bytes.VirtualRows(stage, LINE, draw);
 
 function layOut() {
-  if (!file || !stage.clientWidth) return;
+  if (!book.file || !stage.clientWidth) return;
   const context = rows.canvas.getContext("2d");
   context.font = FONT;
   cell = context.measureText("m").width;
@@ -86,6 +91,11 @@ function layOut() {
     wrap();
   }
   rows.resize(starts.length - 1);
+  paint();
+}
+
+function paint() {
+  colours = bytes.colours(element);
   rows.paint();
 }
 
@@ -116,41 +126,32 @@ function at(event) {
   return column < cellsBetween(starts[row], starts[row + 1]) ? inRow(row, column) : -1;
 }
 
-function describe(offset) {
-  const { size, text } = bytes.decodeAt(file.values, offset);
-  const { mean } = file.span(offset, offset + size);
-  const cost = size > 1 ? `${(mean * size).toFixed(2)} bits in ${size} bytes` : `${mean.toFixed(2)} bits`;
-  return `“${bytes.visible(text)}”  byte ${bytes.number(offset)}\n${cost}`;
-}
-
-function mark(offset) {
-  if (!file || offset >= file.count) return;
-  cursor = offset;
-  rows.show(rowOf(offset));
+function mark() {
+  if (book.cursor < 0) rows.paint();
+  else rows.show(rowOf(book.cursor));
 }
 
 function steps() {
-  const row = rowOf(Math.max(0, cursor));
-  const column = cellsBetween(starts[row], Math.max(0, cursor));
-  const here = Math.max(0, cursor);
+  const { values } = book.file;
+  const here = Math.max(0, book.cursor);
+  const row = rowOf(here);
+  const column = cellsBetween(starts[row], here);
   const to = (target) => inRow(Math.max(0, Math.min(starts.length - 2, target)), column) - here;
   const page = Math.floor(stage.clientHeight / LINE);
+  const before = here > 0 ? bytes.characterStart(values, here - 1) : 0;
   return {
-    ArrowLeft: -1, ArrowRight: bytes.decodeAt(file.values, here).size, ArrowUp: to(row - 1), ArrowDown: to(row + 1),
+    ArrowLeft: before - here, ArrowRight: bytes.decodeAt(values, here).size, ArrowUp: to(row - 1), ArrowDown: to(row + 1),
     PageUp: to(row - page), PageDown: to(row + page), Home: starts[row] - here, End: starts[row + 1] - 1 - here,
   };
 }
 
-function show(document) {
-  file = document;
-  cursor = -1;
+function show() {
   columns = 0;
   stage.scrollTop = 0;
   layOut();
 }
 
-bytes.pointer(rows.canvas, at, describe);
-bytes.onCursor(mark);
-bytes.arrowKeys(stage, steps, () => cursor, () => file.count);
+pointer(rows.canvas, at);
+arrowKeys(stage, steps);
 new ResizeObserver(layOut).observe(stage);
-bytes.follow(element, props, watch, ["text"], show);
+follow(element, ["text"], { show, paint, mark });

@@ -1,0 +1,9 @@
+// Saves a file that was just made. The link is in the page only while it is clicked.
+watch("value", () => {
+  const file = props.value;
+  if (!file) return;
+  const link = Object.assign(document.createElement("a"), { href: file.url, download: file.orig_name });
+  element.append(link);
+  link.click();
+  link.remove();
+});

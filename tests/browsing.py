@@ -1,0 +1,57 @@
+"""The page in a real headless Chromium, for the tests of what a person sees, clicks and downloads."""
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+HOSTILE = "<img src=x onerror='window.hacked=1'>"
+READY_LIMIT_S = 15.0
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed; tests/requirements.txt has it")
+    if CHROMIUM is None:
+        pytest.skip("there is no Chromium on this machine; apt-get install chromium")
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(
+            executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
+        )
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def open_page(browser: Any, page_url: str) -> Iterator[Callable[..., Any]]:
+    """Opens the page in a fresh profile; a request to another machine or a script error fails the test at its end."""
+    contexts, complaints = [], []
+
+    def open_page(width: int = 1280, height: int = 900, color_scheme: str = "light", url: str = page_url) -> Any:
+        context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=color_scheme)
+        contexts.append(context)
+        page = context.new_page()
+        page.on("request", lambda request: note_foreign(request.url))
+        page.on("pageerror", lambda error: complaints.append(f"script error: {error}"))
+        page.on("dialog", lambda dialog: complaints.append(f"dialog: {dialog.message}"))
+        page.goto(url)
+        if url == page_url:
+            page.wait_for_selector("#score-sample-text")
+            page.wait_for_timeout(500)  # Gradio binds its events a moment after it draws the components
+        return page
+
+    def note_foreign(address: str) -> None:
+        if not address.startswith((page_url, "file://", "data:", "blob:")):
+            complaints.append(f"request to {address}")
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert not complaints
+
+
+def upload(page: Any, *paths: Path, field: str = "score-file") -> None:
+    page.set_input_files(f"#{field} input[type=file]", [str(path) for path in paths])
