@@ -167,6 +167,18 @@ class JobStore:
         job = self._find(owner, job_id)
         job.must_end = job.must_end or STOPPED
 
+    def forget(self, owner: str, job_id: str | None) -> None:
+        """Ends a job if need be and removes its result and its files; an unknown one is forgotten already."""
+        try:
+            job = self._find(owner, job_id)
+        except UnknownJobError:
+            return
+        job.must_end = job.must_end or STOPPED
+        with self._mutex:
+            self._jobs.pop(job.id, None)
+            if job.is_over.is_set():
+                shutil.rmtree(job.folder, ignore_errors=True)
+
     def list(self, owner: str) -> list[JobView]:
         """The jobs of an owner, newest first. This is no look: a list is shown to whoever returns."""
         self._forget_old()
@@ -195,10 +207,10 @@ class JobStore:
 
     def close(self, timeout_s: float = 5.0) -> None:
         """Ends all jobs and removes their files."""
-        for job in list(self._jobs.values()):
+        for job in tuple(self._jobs.values()):
             job.must_end = job.must_end or STOPPED
         deadline = time.monotonic() + timeout_s
-        for job in list(self._jobs.values()):
+        for job in tuple(self._jobs.values()):
             job.is_over.wait(max(0.0, deadline - time.monotonic()))
         self._folder.cleanup()
 
@@ -216,7 +228,10 @@ class JobStore:
             state, job.problem = "failed", OUR_FAULT
         job.ended = self._clock()
         job.state = state
-        job.is_over.set()
+        with self._mutex:
+            job.is_over.set()
+            if job.id not in self._jobs:  # forgotten meanwhile
+                shutil.rmtree(job.folder, ignore_errors=True)
 
     def _find(self, owner: str, job_id: str | None) -> Job:
         self._forget_old()
@@ -231,7 +246,7 @@ class JobStore:
         oldest_end = self._clock() - self.limits.retention_s
         num_kept: dict[str, int] = {}
         with self._mutex:
-            for job in reversed(list(self._jobs.values())):
+            for job in reversed(tuple(self._jobs.values())):
                 if job.ended is None:
                     continue
                 num_kept[job.owner] = num_kept.get(job.owner, 0) + 1

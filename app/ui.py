@@ -14,7 +14,7 @@ import gradio as gr
 from app.endpoints import add_endpoints
 from app.jobs import JobStore
 from app.service import Service
-from app.tabs import batch, complete, likelihood
+from app.tabs import batch, complete, jobs, likelihood
 from app.tabs.following import QUIET, greet, remember_tab, visitor_state
 from app.tabs.sources import SAMPLES_FOLDER
 from app.views import factory
@@ -125,6 +125,8 @@ def build(service: Service, store: JobStore) -> gr.Blocks:
                 complete.build_tab(service)
             with gr.Tab("Batch", id="batch"):
                 batch.build_tab(service, store, visitor, arrived)
+            with gr.Tab("Jobs", id="jobs") as jobs_tab:
+                jobs.build_tab(store, visitor, tabs, jobs_tab)
         remember_tab(page, tabs)
         add_endpoints(service, store)
     return page.queue(max_size=QUEUE_SIZE, default_concurrency_limit=4)

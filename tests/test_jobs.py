@@ -209,6 +209,18 @@ def test_closing_ends_everything_and_removes_the_files(clock):
     assert not folder.parent.exists()
 
 
+def test_a_forgotten_job_ends_and_leaves_nothing(store):
+    for work in (endless, quick):
+        job_id = store.submit("me", "score", "a.txt", work)
+        folder = store.look("me", job_id, wait_s=0.1).folder
+        store.forget("you", job_id)
+        assert store.look("me", job_id).id == job_id
+        store.forget("me", job_id)
+        store.forget("me", job_id)
+        assert store.list("me") == []
+        wait_until(lambda: not folder.exists())  # noqa: B023
+
+
 def completing(service: Service, path: Path, num_bytes: int) -> Callable[[Job], float]:
     """The work of a completion; its result is the moment it was done."""
 

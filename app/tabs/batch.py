@@ -63,7 +63,7 @@ def build_tab(service: Service, store: JobStore, visitor: gr.BrowserState, arriv
     def submit(visitor: str, files: list[str] | None, recipe: str) -> str:
         with refusals_shown():
             items = read_form(files, recipe)
-            return store.submit(visitor, KIND, f"{len(items)} items", batch_work(service, items, recipe))
+            return store.submit(visitor, KIND, batch_values.title(items), batch_work(service, items, recipe))
 
     def show(view: JobView) -> tuple[Any, Any, dict[str, Any]]:
         return gr.update(interactive=not view.is_running), gr.update(interactive=view.is_running), shown(view)

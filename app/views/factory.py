@@ -22,7 +22,7 @@ PARTS = ("files", "headline", "toolbar", "picture", "waveform", "text", "hex", "
 
 def stylesheet() -> str:
     """The CSS of all views, in the colours of the page's theme."""
-    return asset("views.css") + asset("likelihood.css") + asset("batch.css")
+    return asset("views.css") + asset("likelihood.css") + asset("tables.css")
 
 
 def likelihood_view() -> gr.HTML:
@@ -51,6 +51,11 @@ def results_view(value: dict[str, Any]) -> gr.HTML:
 def batch_view(value: dict[str, Any]) -> gr.HTML:
     """The table of a batch; `value` is one of the dicts of `app.views.batch_values`."""
     return _view("batch", value)
+
+
+def jobs_view(value: dict[str, Any]) -> gr.HTML:
+    """The list of a visitor's jobs with their buttons; it triggers `stop` with the `id` of a job."""
+    return _view("jobs", value)
 
 
 def likelihood_script() -> str:
