@@ -184,10 +184,6 @@ def load_model(name_or_dir: str | Path, device: str = "cpu") -> ByteModel:
         checkpoint = replace(checkpoint, tensors=average or checkpoint.tensors)
     model = build_model(checkpoint.config)
     load_weights(model, checkpoint)
-    for module in model.modules():
-        if isinstance(module, nn.Linear):
-            # Stored column by column, a product with one vector is one walk through memory, which is faster at batch 1.
-            module.weight.data = module.weight.data.t().contiguous().t()
     model.name = checkpoint.card.get("name", checkpoint.config.name)
     model.card = checkpoint.card
     model.digest = checkpoint.digest

@@ -6,14 +6,19 @@ A row is decoded at batch size 1, so no neighbour and no batch size can change a
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
+from torch import nn
 
+from core.arena import Arena
 from core.cache import Cache
 from core.law import Chunk, SampleConfig, draw, sampling_law, surprisal
 from core.models import ByteModel, MegaByte
 from core.native import NativeDecoder
+
+_laid_out: WeakKeyDictionary[ByteModel, list[int]] = WeakKeyDictionary()  # where the matrices of laid out models are
 
 _NUM_THREADS = torch.get_num_threads()  # of all other work; not asked later, when another row may have lowered it
 
@@ -65,6 +70,7 @@ class TorchRow:
 
     def __init__(self, model: ByteModel, cache_len: int) -> None:
         self._model, self._cache_len = model, cache_len
+        lay_out(model)
         self._cache: Cache = model.new_cache(1, cache_len)
         self._byte_ids_B = torch.zeros(1, dtype=torch.int64, device=next(model.parameters()).device)
         self._logits_V = np.zeros(0, dtype=np.float32)  # of the next byte, unless a drawn one is still to be appended
@@ -91,6 +97,24 @@ class TorchRow:
                 self._drawn = draw(sampling_law(self._logits_V, config), uniform)
                 byte_values[t], bits[t] = self._drawn, surprisal(self._logits_V, self._drawn)
         return Chunk(byte_values, bits)
+
+
+def lay_out(model: ByteModel) -> None:
+    """Moves the matrices, values unchanged, so that a product with one vector is one long walk through large pages.
+
+    On a CPU; once for each model, and again if a matrix was replaced.
+    """
+    linears = [module for module in model.modules() if isinstance(module, nn.Linear) and module.weight.device.type == "cpu"]
+    if _laid_out.get(model) == [linear.weight.data_ptr() for linear in linears]:
+        return
+    arena = Arena(sum(linear.weight.nbytes for linear in linears))
+    for linear in linears:
+        weight_RC = linear.weight.data
+        # The longer side becomes the inner one of the walk.
+        by_rows = weight_RC.shape[0] <= weight_RC.shape[1]
+        stored = arena.take(weight_RC.shape if by_rows else weight_RC.T.shape, weight_RC.dtype)
+        linear.weight.data = (stored if by_rows else stored.T).copy_(weight_RC)
+    _laid_out[model] = [linear.weight.data_ptr() for linear in linears]
 
 
 def _byte_ids(stream: np.ndarray) -> torch.Tensor:

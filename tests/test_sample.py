@@ -10,6 +10,7 @@ from core.config import ImageCodecConfig
 from core.errors import UserError
 from core.law import draw, sampling_law, uniforms
 from core.likelihood import score
+from core.rows import lay_out
 from core.sample import SampleConfig, Sampler, generate
 from tests.model_cases import CASES, CONTEXT, build
 
@@ -188,3 +189,19 @@ def test_nothing_to_make_is_refused():
     for options in ({"num_bytes": 0}, {"num_bytes": -5}, {"num_bytes": 3, "num_samples": 0}):
         with pytest.raises(UserError, match="must be at least 1"):
             generate(model, b"", **options)
+
+
+def test_laying_out_the_weights_changes_none_of_them():
+    model = build(CASES["recipe_all"])
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    generate(model, b"", 3)
+    lay_out(model)
+    places = [parameter.data_ptr() for parameter in model.parameters()]
+    lay_out(model)
+    assert places == [parameter.data_ptr() for parameter in model.parameters()]
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    with torch.no_grad():
+        model.levels[0].transformer.blocks[0].ffn_in.weight.mul_(2)
+    assert torch.equal(
+        model.levels[0].transformer.blocks[0].ffn_in.weight, 2 * before["levels.0.transformer.blocks.0.ffn_in.weight"]
+    )

@@ -11,7 +11,6 @@ Without a compiler, on a GPU and for a model that is not supported `compile_mode
 import ctypes
 import hashlib
 import logging
-import mmap
 import os
 import platform
 import shutil
@@ -26,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from core.arena import Arena
 from core.cache import Cache
 from core.config import NUM_BYTE_VALUES
 from core.models import ByteModel, MegaByte
@@ -67,7 +67,7 @@ class NativeDecoder:
     def __init__(self, model: MegaByte, library: ctypes.CDLL) -> None:
         self.library = library
         self._kept: list = []  # what the structures point into
-        self._arena = _Arena(sum(_panel_bytes(p) for p in model.parameters() if p.ndim == 2))
+        self._arena = Arena(sum(2 * torch.Size(_panels_shape(p)).numel() for p in model.parameters() if p.ndim == 2))
         self.structure = self._model(model)
 
     def sequence(self, cache: Cache, *, alone: bool = True) -> "NativeSequence":
@@ -129,7 +129,7 @@ class NativeDecoder:
     def _matrix(self, module: nn.Linear | nn.Embedding | None) -> "_Matrix":
         if module is None:
             return _Matrix()
-        panels = self._arena.take(_panel_bytes(module.weight))
+        panels = self._arena.take(_panels_shape(module.weight), torch.bfloat16)
         pack(module.weight, panels)
         return _Matrix(panels.data_ptr(), self._vector(getattr(module, "bias", None)), *module.weight.shape)
 
@@ -211,33 +211,17 @@ class NativeSequence:
         return byte_values.astype(np.uint8), bits
 
 
-class _Arena:
-    """Memory for all panels in one piece, of large pages where the system has them: walking page tables takes a fifth."""
-
-    def __init__(self, num_bytes: int) -> None:
-        private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
-        self._memory = mmap.mmap(-1, max(num_bytes, 1), **private)
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            self._memory.madvise(mmap.MADV_HUGEPAGE)
-        self._used = 0
-
-    def take(self, num_bytes: int) -> Tensor:
-        self._used += num_bytes
-        return torch.frombuffer(self._memory, dtype=torch.bfloat16, count=num_bytes // 2, offset=self._used - num_bytes)
-
-
 def pack(weight_RC: Tensor, panels: Tensor) -> None:
-    """Writes a matrix as `vectors.h` describes it into its `_panel_bytes` of memory, given as flat bfloat16."""
-    num_rows, num_columns = weight_RC.shape
-    padded = nn.functional.pad(weight_RC.detach().bfloat16(), (0, 0, 0, -num_rows % _PANEL_ROWS))
+    """Writes a matrix in the layout of `vectors.h` into memory of `_panels_shape`, bfloat16."""
+    padded = nn.functional.pad(weight_RC.detach().bfloat16(), (0, 0, 0, -len(weight_RC) % _PANEL_ROWS))
     # (panel, vector, half, lane, column) to (panel, column, vector, lane, half): two bf16 side by side are one word.
-    rows = padded.view(-1, _PANEL_ROWS // (2 * _LANES), 2, _LANES, num_columns)
-    panels.view(len(rows), num_columns, -1, _LANES, 2).copy_(rows.permute(0, 4, 1, 3, 2))
+    rows = padded.view(len(panels), -1, 2, _LANES, weight_RC.shape[1])
+    panels.copy_(rows.permute(0, 4, 1, 3, 2))
 
 
-def _panel_bytes(weight_RC: Tensor) -> int:
+def _panels_shape(weight_RC: Tensor) -> tuple[int, ...]:
     num_rows, num_columns = weight_RC.shape
-    return 2 * num_columns * -(-num_rows // _PANEL_ROWS) * _PANEL_ROWS
+    return -(-num_rows // _PANEL_ROWS), num_columns, _PANEL_ROWS // (2 * _LANES), _LANES, 2
 
 
 def num_cores() -> int:
