@@ -80,10 +80,12 @@ struct Sequence {
   void predict() {
     if (*state.position % model.patch_size == 0) step_level(0);
     if (model.num_levels == 2) step_level(1);
-    const float cap = float(model.logit_softcap);
-    product(model.head, scratch.normed.data(), [&](int64_t row, float value) {
-      state.logits[row] = cap > 0 ? cap * std::tanh(value / cap) : value;
-    });
+    float* logits = state.logits;
+    product(model.head, scratch.normed.data(), [=](int64_t row, float value) { logits[row] = value; });
+    if (const float cap = float(model.logit_softcap); cap > 0) {
+#pragma omp simd
+      for (int b = 0; b < kNumByteValues; ++b) logits[b] = cap * tanh_of(logits[b] / cap);
+    }
   }
 
   // W x by both threads.
@@ -139,7 +141,7 @@ struct Sequence {
       for (int64_t c = 0; c < level.byte_dim; ++c) word[c] += position[c];
     }
     if (level.project.panels != nullptr) {
-      product(level.project, words, [&](int64_t row, float value) { x[row] = value; });
+      product(level.project, words, [=](int64_t row, float value) { x[row] = value; });
     }
   }
 
@@ -158,12 +160,12 @@ struct Sequence {
   void attend(const Level& level, const Block& block, const LevelState& kept, int64_t layer, Slots slots) {
     float *x = scratch.x.data(), *qkv = scratch.qkv.data();
     normalize(block.attention_norm, x, scratch.normed.data(), level.dim);
-    product(block.qkv, scratch.normed.data(), [&](int64_t row, float value) { qkv[row] = value; });
+    product(block.qkv, scratch.normed.data(), [=](int64_t row, float value) { qkv[row] = value; });
     const int64_t num_read = 2 * (slots.own + 1 - slots.first) * level.dim * int64_t(sizeof(float));
     team.share(level.num_heads, num_read, [&](int64_t begin, int64_t end) {
       for (int64_t head = begin; head < end; ++head) attend_head(level, kept, layer, head, slots);
     });
-    product(block.out, scratch.attended.data(), [&](int64_t row, float value) { x[row] += value; });
+    product(block.out, scratch.attended.data(), [=](int64_t row, float value) { x[row] += value; });
   }
 
   void attend_head(const Level& level, const LevelState& kept, int64_t layer, int64_t head, Slots slots) {
@@ -218,28 +220,26 @@ struct Sequence {
   void feed_forward(const Level& level, const Block& block) {
     float *x = scratch.x.data(), *hidden = scratch.hidden.data();
     normalize(block.ffn_norm, x, scratch.normed.data(), level.dim);
-    product(block.ffn_in, scratch.normed.data(),
-            [&](int64_t row, float value) {
-              const float positive = value > 0.0f ? value : 0.0f;
-              hidden[row] = model.relu_squared ? positive * positive : positive;
-            });
-    const auto add_to_x = [&](int64_t row, float value) { x[row] += value; };
-    const int64_t num_active = note_active(level.ffn_dim);
+    const bool relu_squared = model.relu_squared;
+    product(block.ffn_in, scratch.normed.data(), [=](int64_t row, float value) {
+      const float positive = value > 0.0f ? value : 0.0f;
+      hidden[row] = relu_squared ? positive * positive : positive;
+    });
+    const auto add_to_x = [=](int64_t row, float value) { x[row] += value; };
+    const int64_t num_active = level.ffn_dim - std::count(hidden, hidden + level.ffn_dim, 0.0f);
     if (num_active * kSparse < level.ffn_dim) {
+      note_active(level.ffn_dim);
       product(block.ffn_out, hidden, SomeColumns{num_active, scratch.active.data()}, add_to_x);
     } else {
       product(block.ffn_out, hidden, add_to_x);
     }
   }
 
-  // Lists the hidden values that are not zero; their number.
-  int64_t note_active(int64_t ffn_dim) {
-    int64_t num_active = 0;
-    for (int64_t i = 0; i < ffn_dim; ++i) {
-      scratch.active[num_active] = int32_t(i);
-      num_active += scratch.hidden[i] != 0.0f;
+  // Lists the hidden values that are not zero.
+  void note_active(int64_t ffn_dim) {
+    for (int64_t i = 0, n = 0; i < ffn_dim; ++i) {
+      if (scratch.hidden[i] != 0.0f) scratch.active[n++] = int32_t(i);
     }
-    return num_active;
   }
 
   void tell_children() {
@@ -248,8 +248,8 @@ struct Sequence {
     const int64_t times = model.slices ? child.row_length : 1;
     for (int64_t i = 0; i < times; ++i) {
       const float* slice = scratch.normed.data() + i * model.unembedder.columns;
-      product(model.unembedder, slice,
-              [&](int64_t row, float value) { words[i * child.dim + row] = value; });
+      float* word = words + i * child.dim;
+      product(model.unembedder, slice, [=](int64_t row, float value) { word[row] = value; });
     }
   }
 

@@ -129,6 +129,11 @@ inline float exp_of(float x) {
   return p * scale;
 }
 
+inline float tanh_of(float x) {
+  const float e = exp_of(-2.0f * std::fabs(x));
+  return std::copysign((1.0f - e) / (1.0f + e), x);
+}
+
 // Weights e^(score - highest) in place of the scores; their sum.
 inline float softmax_weights(float* scores, int64_t n) {
   float highest = scores[0], sum = 0;
