@@ -14,6 +14,7 @@ from app.jobs import Job, JobStore, JobView, Work
 from app.service import Service
 from app.tabs import batch, complete
 from app.tabs.refusals import ENDPOINT_WORDS, refusals_shown
+from app.tabs.sources import title_of
 from app.views import batch_values
 
 _LOOK_EVERY_S = 1.0
@@ -85,7 +86,12 @@ def add_endpoints(service: Service, store: JobStore) -> None:
         """A zip file with everything that a recipe makes of some files, and the facts of each sample and each failure."""
         with refusals_shown(ENDPOINT_WORDS):
             items = batch.read_form(files, recipe)
-            view = yield from finished(request, "batch", batch_values.title(items), batch.batch_work(service, items, recipe))
+            view = yield from finished(
+                request,
+                "batch",
+                title_of([batch_values.name_of(item) for item in items]),
+                batch.batch_work(service, items, recipe),
+            )
         yield str(view.folder / batch.ZIP_NAME), list(batch.facts_of(view.result))
 
     # Endpoints need components for their types; a row that is not visible is left out of the page altogether.

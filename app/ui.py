@@ -120,7 +120,7 @@ def build(service: Service, store: JobStore) -> gr.Blocks:
         gr.HTML(HEADER, apply_default_css=False)
         with gr.Tabs() as tabs:
             with gr.Tab("Likelihood", id="likelihood"):
-                likelihood.build_tab(service)
+                likelihood.build_tab(service, store, visitor, arrived)
             with gr.Tab("Complete", id="complete"):
                 complete.build_tab(service)
             with gr.Tab("Batch", id="batch"):

@@ -79,7 +79,7 @@ def test_a_stopped_job_keeps_what_is_there(service, store, make_text):
 
 
 def test_following_shows_a_job_until_it_is_over_and_to_its_owner_alone(service, store, make_text):
-    steps = follower(store, lambda view: view.state)
+    steps = follower(store, lambda: lambda view: view.state)
     job_id = submit(service, store, [make_text()])
     first, *states = list(steps("me", job_id))
     assert first == gr.skip()

@@ -14,9 +14,9 @@ from app.batch import Batch
 from app.jobs import Job, JobEndedError, JobStore, JobView
 from app.recipe import Item, parse_recipe
 from app.service import Service
-from app.tabs.following import QUIET, JobLink
+from app.tabs.following import AT_ONCE, QUIET, JobLink
 from app.tabs.refusals import refusals_shown
-from app.tabs.sources import sample_buttons
+from app.tabs.sources import sample_buttons, title_of
 from app.views import batch_values, factory
 
 KIND = "batch"
@@ -60,10 +60,13 @@ def build_tab(service: Service, store: JobStore, visitor: gr.BrowserState, arriv
 
     link = JobLink(store, KIND, visitor)
 
-    def submit(visitor: str, files: list[str] | None, recipe: str) -> str:
+    def submit(visitor: str, files: list[str] | None, recipe: str) -> tuple[str, str]:
         with refusals_shown():
             items = read_form(files, recipe)
-            return store.submit(visitor, KIND, batch_values.title(items), batch_work(service, items, recipe))
+            job_id = store.submit(
+                visitor, KIND, title_of([batch_values.name_of(item) for item in items]), batch_work(service, items, recipe)
+            )
+            return job_id, job_id
 
     def show(view: JobView) -> tuple[Any, Any, dict[str, Any]]:
         return gr.update(interactive=not view.is_running), gr.update(interactive=view.is_running), shown(view)
@@ -72,8 +75,10 @@ def build_tab(service: Service, store: JobStore, visitor: gr.BrowserState, arriv
         [files.change, recipe.change], lambda *form: preview(service, *form), [files, recipe], table,
         trigger_mode="always_last", **QUIET,
     )  # fmt: skip
-    started = start.click(submit, [visitor, files, recipe], link.job, **QUIET)
-    link.connect(started, arrived, show, [start, stop, table], stop)
+    following = link.follow(lambda: show, [start, stop, table])
+    link.remember(start.click(submit, [visitor, files, recipe], link.outputs, cancels=[following], **AT_ONCE))
+    link.take_up(arrived)
+    stop.click(link.stop, link.inputs, None, **AT_ONCE)
 
 
 def read_form(files: list[str] | None, recipe: str) -> list[Item]:

@@ -11,6 +11,7 @@ from typing import Any
 import gradio as gr
 
 from app.jobs import JobStore, JobView, UnknownJobError
+from app.tabs.refusals import reworded
 
 FOLLOW_EVERY_S = 0.15  # often enough to look alive, seldom enough to cost the models nothing
 QUIET = {"show_progress": "hidden", "api_visibility": "private"}
@@ -39,12 +40,22 @@ def remember_tab(page: gr.Blocks, tabs: gr.Tabs) -> None:
     page.load(lambda tab: gr.Tabs(selected=tab) if tab else gr.skip(), chosen, tabs, js=recall, **AT_ONCE)
 
 
-def follower(store: JobStore, show: Callable[[JobView], Any]) -> Callable[[str, str], Iterator[Any]]:
-    """An event handler that shows a visitor's job, again and again, until it is over."""
+Display = Callable[[JobView], Any]  # what the outputs of a tab show of a job
+
+
+def follower(store: JobStore, new_display: Callable[[], Display], nothing: Any = None) -> Callable[[str, str], Iterator[Any]]:
+    """An event handler that shows a visitor's job, again and again, until it is over.
+
+    Args:
+        new_display: makes the display of one follower, which may remember what it has shown.
+        nothing: what the outputs show without a job; None leaves them as they are.
+
+    The handler raises gr.Error: at the end of a job that failed.
+    """
 
     def steps(visitor: str, job_id: str) -> Iterator[Any]:
-        yield gr.skip()  # Gradio empties the outputs of a handler that yields nothing
-        num_shown = -1  # reports
+        yield gr.skip() if job_id or nothing is None else nothing  # Gradio empties outputs if a handler yields nothing
+        display, num_shown = new_display(), -1  # reports
         while job_id:
             try:
                 view = store.look(visitor, job_id, wait_s=0.0 if num_shown < 0 else FOLLOW_EVERY_S)
@@ -52,7 +63,9 @@ def follower(store: JobStore, show: Callable[[JobView], Any]) -> Callable[[str, 
                 return  # its time is over
             if not view.is_running or view.num_reports > num_shown:
                 num_shown = view.num_reports
-                yield show(view)
+                yield display(view)
+            if view.state == "failed":
+                raise gr.Error(reworded(view.problem), print_exception=False)
             if not view.is_running:
                 return
 
@@ -63,42 +76,50 @@ class JobLink:
     """What ties a tab to one kind of job.
 
     Attributes:
-        job: a hidden field with the name of the tab's job, or an empty text.
+        job: the name of the tab's job, or an empty text; hidden on the page, where scripts can read it.
+        now: the same, and whatever puts another name there makes the tab follow that job.
+        inputs: the visitor and the job.
+        outputs: what a handler fills that submits a job: both `job` and `now`, so it returns the name twice.
     """
 
     def __init__(self, store: JobStore, kind: str, visitor: gr.BrowserState) -> None:
         self.store = store
         self.kind = kind
-        self.visitor = visitor
         self.job = gr.Textbox("", visible=False)
+        self.now = gr.State("")
+        self.inputs = [visitor, self.job]
+        self.outputs = [self.job, self.now]
+        self._visitor = visitor
 
-    def connect(self, started: Any, arrived: Any, show: Callable[[JobView], Any], outputs: list[Any], stop: gr.Button) -> None:
-        """Follows the job that `started` submits, and after `arrived`, the page's load, the one that was left.
+    def follow(self, new_display: Callable[[], Display], outputs: list[Any], nothing: Any = None) -> Any:
+        """Shows in `outputs` the job that `now` names; the event, which a handler that submits a job should cancel."""
+        steps = follower(self.store, new_display, nothing)
+        return self.now.change(steps, [self._visitor, self.now], outputs, trigger_mode="multiple", **AT_ONCE)
 
-        Args:
-            started: the event that puts the name of a new job into `job`.
-            arrived: the event after which the visitor is known.
-            show: what the outputs show of a job.
-            stop: ends the job.
-        """
-        remember = f"(job) => {{ sessionStorage.setItem('megabyte-{self.kind}', job); }}"
+    def remember(self, submitted: Any) -> None:
+        """Notes in the browser's tab the job that an event has submitted."""
+        submitted.success(None, self.job, None, js=self._remember, **QUIET)
+
+    def take_up(self, arrived: Any) -> None:
+        """Finds the tab's job after `arrived`, an event after which the visitor is known."""
         recall = f"(visitor, job) => [visitor, sessionStorage.getItem('megabyte-{self.kind}') ?? '']"
-        inputs = [self.visitor, self.job]
-        started.success(None, self.job, None, js=remember, **QUIET)
-        found = arrived.then(self._find, inputs, self.job, js=recall, **AT_ONCE)
-        found.then(None, self.job, None, js=remember, **QUIET)
-        for event in (started.success, found.then):
-            event(follower(self.store, show), inputs, outputs, **AT_ONCE)
-        stop.click(self._stop, inputs, None, **AT_ONCE)
+        found = arrived.then(self._find, self.inputs, self.outputs, js=recall, **AT_ONCE)
+        found.then(None, self.job, None, js=self._remember, **QUIET)
 
-    def _find(self, visitor: str, job_id: str) -> str:
-        try:
-            return self.store.look(visitor, job_id).id
-        except UnknownJobError:
-            return self.store.left_alone(visitor, self.kind) or ""
-
-    def _stop(self, visitor: str, job_id: str) -> None:
+    def stop(self, visitor: str, job_id: str) -> None:
+        """The handler of a Stop button, which takes `inputs`."""
         try:
             self.store.stop(visitor, job_id)
         except UnknownJobError:
             return  # it is over and gone
+
+    @property
+    def _remember(self) -> str:
+        return f"(job) => {{ sessionStorage.setItem('megabyte-{self.kind}', job); }}"
+
+    def _find(self, visitor: str, job_id: str) -> tuple[str, str]:
+        try:
+            found = self.store.look(visitor, job_id).id
+        except UnknownJobError:
+            found = self.store.left_alone(visitor, self.kind) or ""
+        return found, found

@@ -1,23 +1,24 @@
 """The Likelihood tab: drop files, see which of their bytes the model expects and which surprise it."""
 
 import tempfile
-import threading
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from queue import Empty, SimpleQueue
 from typing import Any, NamedTuple
 
 import gradio as gr
 
 from app import exports
+from app.jobs import STOPPED as STOPPED_BY_HAND
+from app.jobs import Job, JobStore, JobView, UnknownJobError, Work
 from app.messages import Failure
 from app.service import FileScore, Service
-from app.tabs.refusals import ADAPT, STORED_FILE, refusals_shown
-from app.tabs.sources import model_choices, sample_buttons
+from app.tabs.following import AT_ONCE, QUIET, JobLink
+from app.tabs.refusals import ADAPT, STORED_FILE, refusals_shown, reworded
+from app.tabs.sources import model_choices, sample_buttons, title_of
 from app.views import factory, offline, score_values
 
+KIND = "likelihood"
 SCORED_AS = [("Pixels, sound or text", "media"), (STORED_FILE, "file")]
 EMPTY = score_values.message(
     "empty",
@@ -25,24 +26,15 @@ EMPTY = score_values.message(
     "Every byte gets a colour: how many bits the model needs to name it after all bytes before it. "
     "Dark bytes were expected, bright ones are news.",
 )
-OUR_MISTAKE = score_values.message(
-    "error", "Scoring failed", "This is a fault of the program, not of your file; the terminal it runs in says more."
-)
 STOPPED = score_values.message("empty", "Stopped", "Choose a file, or change a setting, to score again.")
 WORKING_TEXT = "The model reads every byte once; long files are read in windows."
-REPORT_EVERY_S = 0.4
-KEEP_FOR_EXPORT_S = 3600.0
 WRITERS = {"csv": exports.write_csv, "npz": exports.write_npz}
 
 Item = dict[str, Any]
 Scored = dict[str, tuple[FileScore, Item]]  # by the item's id, for exports
 
 
-class StoppedError(Exception):
-    """Ends a scoring that nobody waits for any more."""
-
-
-def build_tab(service: Service) -> None:
+def build_tab(service: Service, store: JobStore, visitor: gr.BrowserState, arrived: Any) -> None:
     """Lays out the tab inside the current `gr.Tab` and connects it."""
     models = model_choices(service)
     with gr.Row(equal_height=False):
@@ -63,60 +55,83 @@ def build_tab(service: Service) -> None:
         with gr.Column(scale=3, min_width=320, elem_classes="content"):
             message = factory.message_view(EMPTY)
             view = factory.likelihood_view()
-    download, scored = factory.download_view(), gr.State({}, time_to_live=KEEP_FOR_EXPORT_S)
+    download = factory.download_view()
+    link = JobLink(store, KIND, visitor)
 
-    def shown(message_value: dict[str, Any], items: list[Item], kept: Scored) -> list[Any]:
-        return [gr.update(interactive=message_value["state"] == "working"), message_value, {"items": items}, kept]
+    def submit(visitor: str, old: str, files: list[str] | None, model: str, second: str, *options: Any) -> tuple[str, str]:
+        store.forget(visitor, old)  # a new wish ends the scoring of the last one
+        if not files:
+            return "", ""
+        work = scoring_work(service, [Path(file) for file in files], [model or None, *([second] if second else [])], *options)
+        with refusals_shown():
+            job_id = store.submit(visitor, KIND, title_of([Path(file).name for file in files]), work)
+        return job_id, job_id
 
-    def show_scores(wanted: list[Any]) -> Iterator[list[Any]]:
-        for step in score_steps(service, *wanted):
-            yield shown(*step)
+    def export(visitor: str, job_id: str, event: gr.EventData) -> Iterator[Any]:
+        yield from export_steps(kept_scores(store, visitor, job_id), event)
 
-    form, outputs, wanted = [files, model, second, scored_as, adapt], [stop, message, view, scored], gr.State()
-    quiet = {"show_progress": "hidden", "api_visibility": "private"}
-    scoring = wanted.change(show_scores, wanted, outputs, trigger_mode="multiple", **quiet)
-    # A new wish ends the scoring of the last one. Neither it nor a stop waits for a place in the queue.
-    ending = {"cancels": [scoring], "concurrency_limit": None, "trigger_mode": "multiple", **quiet}
-    gr.on([control.change for control in form], lambda *values: list(values), form, wanted, **ending)
-    stopped = stop.click(lambda: shown(STOPPED, [], {}), None, outputs, **ending)
-    # Again, because a step of the scoring may still have been on its way.
-    stopped.then(lambda: shown(STOPPED, [], {}), None, outputs, concurrency_limit=None, **quiet)
-    view.export(export_steps, scored, download, **quiet)
+    form, outputs = [files, model, second, scored_as, adapt], [stop, message, view]
+    following = link.follow(new_display, outputs, nothing=[gr.update(interactive=False), EMPTY, {"items": []}])
+    changed = gr.on(
+        [control.change for control in form], submit, [*link.inputs, *form], link.outputs, cancels=[following],
+        trigger_mode="multiple", **AT_ONCE,
+    )  # fmt: skip
+    link.remember(changed)
+    link.take_up(arrived)
+    stop.click(link.stop, link.inputs, None, **AT_ONCE)
+    view.export(export, link.inputs, download, **QUIET)
 
 
-def score_steps(
-    service: Service, files: Sequence[str] | None, model: str, second: str, scored_as: str, adapt: bool
-) -> Iterator[tuple[dict[str, Any], list[Item], Scored]]:
-    """What the message and the views show, one after another, for files that were chosen, and their scores for exports.
+def scoring_work(service: Service, files: Sequence[Path], models: Sequence[str | None], scored_as: str, adapt: bool) -> Work:
+    """The work of a job that scores files, with one model after another; it reports its board and gives it in the end.
 
-    Raises:
-        gr.Error: if no file can be scored, after a message that says the same.
+    The work raises ValueError: if no file can be scored.
     """
-    if not files:
-        yield EMPTY, [], {}
-        return
-    models = [model or None, *([second] if second else [])]
-    message = score_values.working("Scoring", WORKING_TEXT)
-    yield message, [], {}
-    # Gradio copies the sidecars into its cache at each step, so the folder must stay until the last of them.
-    with tempfile.TemporaryDirectory(prefix="scores-") as folder:
-        board = Board(Path(folder))
-        try:
-            with refusals_shown():
-                for news in _news(service, [Path(file) for file in files], models, scored_as=scored_as, adapt=adapt):
-                    message = _working(news) if isinstance(news, Progress) else message
-                    board.take(news)
-                    yield message, board.items, board.scored
-                if not board.scored:
-                    raise ValueError(board.items[0]["message"])
-        except gr.Error as error:
-            yield score_values.message("error", _cannot_be_scored(files), error.message), [], {}
-            raise
-        except Exception:
-            # Our own mistake: the log has the traceback, and the page must not look busy for ever.
-            yield OUR_MISTAKE, [], {}
-            raise
-        yield score_values.done(), board.items, board.scored
+
+    def work(job: Job) -> Board:
+        board, started = Board(job.folder), time.monotonic()
+        job.report(board)
+
+        def note(num_scored: int, num_bytes: int) -> None:
+            board.progress = Progress(num_scored, num_bytes, time.monotonic() - started)
+            job.report(board)
+
+        for model in models:
+            for result in service.score_files(files, model=model, scored_as=scored_as, adapt=adapt, detailed=True, progress=note):
+                board.take(result)
+                job.report(board)
+                if isinstance(result, FileScore):
+                    board.take(Sizes(result, service.reference_sizes(result)))
+        if not board.scored:
+            raise ValueError(board.items[0]["message"])
+        return board
+
+    return work
+
+
+def new_display() -> Callable[[JobView], list[Any]]:
+    """A display that sends the list of files only if it has changed: it has large files in it."""
+    sent: list[Item] | None = None
+
+    def display(view: JobView) -> list[Any]:
+        nonlocal sent
+        board = view.result or view.latest
+        items = [] if board is None or view.state == "failed" else board.items
+        value = gr.skip() if items is sent else {"items": items}
+        sent = items
+        return [gr.update(interactive=view.is_running), _message(view, board), value]
+
+    return display
+
+
+def kept_scores(store: JobStore, visitor: str, job_id: str) -> "Scored":
+    """The scores of a job, as far as they are there; none if the job is gone."""
+    try:
+        view = store.look(visitor, job_id)
+    except UnknownJobError:
+        return {}
+    board = view.result or view.latest
+    return {} if board is None else board.scored
 
 
 class Board:
@@ -125,6 +140,7 @@ class Board:
     def __init__(self, folder: Path) -> None:
         self.items: list[Item] = []
         self.scored: Scored = {}
+        self.progress = Progress(0, 0, 0.0)
         self._folder = folder
 
     def take(self, news: "News") -> None:
@@ -159,42 +175,7 @@ class Sizes(NamedTuple):
     references: dict[str, float]
 
 
-News = FileScore | Failure | Sizes | Progress
-
-
-def _news(service: Service, files: Sequence[Path], models: Sequence[str | None], **options: Any) -> Iterator[News]:
-    """Scores in a thread of its own and tells what happens there; closing it frees the model."""
-    news: SimpleQueue[News | None] = SimpleQueue()
-    started, latest, is_closed = time.monotonic(), (0, 0), threading.Event()
-
-    def note(num_scored: int, num_bytes: int) -> None:
-        nonlocal latest
-        latest = num_scored, num_bytes
-        if is_closed.is_set():
-            raise StoppedError
-
-    def work() -> None:
-        for model in models:
-            for result in service.score_files(files, model=model, detailed=True, progress=note, **options):
-                news.put(result)
-                if isinstance(result, FileScore):
-                    news.put(Sizes(result, service.reference_sizes(result)))
-
-    with ThreadPoolExecutor(max_workers=1) as worker:
-        scoring = worker.submit(work)
-        scoring.add_done_callback(lambda _: news.put(None))
-        try:
-            while True:
-                try:
-                    step = news.get(timeout=REPORT_EVERY_S)
-                except Empty:
-                    step = Progress(*latest, time.monotonic() - started)
-                if step is None:
-                    break
-                yield step
-            scoring.result()
-        finally:
-            is_closed.set()
+News = FileScore | Failure | Sizes
 
 
 def export_steps(scored: Scored, event: gr.EventData) -> Iterator[Any]:
@@ -217,6 +198,20 @@ def export_steps(scored: Scored, event: gr.EventData) -> Iterator[Any]:
         yield score_values.file_value(path)
 
 
+def _message(view: JobView, board: Board | None) -> dict[str, Any]:
+    """What the page says about a job beside its results."""
+    match view.state:
+        case "running":
+            return _working(board.progress if board else Progress(0, 0, 0.0))
+        case "failed":
+            title = "None of these files can be scored" if board and len(board.items) > 1 else "This file cannot be scored"
+            return score_values.message("error", title, reworded(view.problem))
+        case "stopped":
+            return STOPPED if view.problem == STOPPED_BY_HAND else score_values.message("empty", "Stopped", view.problem)
+        case _:
+            return score_values.done()
+
+
 def _working(progress: Progress) -> dict[str, Any]:
     num_scored, num_bytes, seconds = progress
     if not num_bytes:
@@ -225,7 +220,3 @@ def _working(progress: Progress) -> dict[str, Any]:
     about = f" About {left:.0f} s are left." if left > 5 else ""
     title = f"Scored {num_scored:,} of {num_bytes:,} bytes"
     return score_values.working(title, WORKING_TEXT + about, num_scored / num_bytes)
-
-
-def _cannot_be_scored(files: Sequence[str]) -> str:
-    return "This file cannot be scored" if len(files) == 1 else "None of these files can be scored"

@@ -14,13 +14,17 @@ PAGE_WORDS = {"--bytes file": f"“{STORED_FILE}”", "--adapt": f"“{ADAPT}”
 ENDPOINT_WORDS = {"--bytes file": 'scored_as="file"', "--adapt": "adapt=True"}
 
 
+def reworded(sentence: str, words: Mapping[str, str] = PAGE_WORDS) -> str:
+    """The sentence with the words for whoever reads it."""
+    for option, name in words.items():
+        sentence = sentence.replace(option, name)
+    return sentence
+
+
 @contextmanager
 def refusals_shown(words: Mapping[str, str] = PAGE_WORDS) -> Iterator[None]:
     """Turns a refusal (`UserError`, any other `ValueError`, or an error of the file system) into `gr.Error`."""
     try:
         yield
     except (ValueError, OSError) as error:
-        sentence = plain_sentence(error, None)
-        for option, name in words.items():
-            sentence = sentence.replace(option, name)
-        raise gr.Error(sentence, print_exception=False) from None
+        raise gr.Error(reworded(plain_sentence(error, None), words), print_exception=False) from None

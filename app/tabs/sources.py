@@ -1,5 +1,6 @@
 """Controls that both tabs have: the sample files and the list of models."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import gradio as gr
@@ -27,3 +28,8 @@ def model_choices(service: Service) -> list[tuple[str, str]]:
     """Dropdown entries: the model that suits the file first, then every model by name."""
     models = [(f"{m.name}: {m.modality}, {m.num_parameters / 1e6:.1f} M parameters", m.name) for m in service.models()]
     return [("Chosen by the file's content", ""), *models]
+
+
+def title_of(names: Sequence[str]) -> str:
+    """What a list calls some files, or whatever else goes together."""
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1:,} more"

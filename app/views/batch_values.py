@@ -1,6 +1,5 @@
 """A batch as the plain values that its table draws: a line for the whole, and a row for each item."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,20 +54,15 @@ def counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}" + ("" if number == 1 else "s")
 
 
-def title(items: Sequence[Item]) -> str:
-    """What a list calls a batch."""
-    first = _name(items[0])
-    return first if len(items) == 1 else f"{first} and {len(items) - 1:,} more"
-
-
-def _name(item: Item) -> str:
+def name_of(item: Item) -> str:
+    """What the page calls an item: files by their names, without this machine's folders."""
     return item.source.name if item.source is not None else item.name
 
 
 def _row(row: Row) -> dict[str, Any]:
     item = row.item
     return {
-        "name": _name(item),
+        "name": name_of(item),
         "state": row.state,
         "word": "planned" if row.state == "planned" and not row.done_bytes else WORDS[row.state],
         "says": row.says,

@@ -1,4 +1,4 @@
-"""The Batch tab in a real headless Chromium: its plan and results, and jobs that outlive their page."""
+"""Batches and jobs in a real headless Chromium: plans and results, and work that outlives its page."""
 
 import time
 import zipfile
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from browsing import HOSTILE
+from browsing import HOSTILE, upload
 
 from app.service import Service
 
@@ -137,6 +137,22 @@ def test_a_phone_shows_the_table_without_sideways_scroll(open_page, color_scheme
     start(page, '[[jobs]]\ntext = "Once upon a time"\nnum_bytes = 10')
     wait_for_state(page, "done")
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
+
+
+def test_a_scoring_goes_on_through_a_reload(open_page, service, make_text):
+    path = make_text("long.txt", b"The lamp was lit.\n" * 40_000)
+    page = open_page()
+    upload(page, path)
+    page.wait_for_selector("#message-view .message.working:has-text('Scored ')")
+    page.reload()
+    page.wait_for_selector("#message-view .message.working:has-text('Scored ')")
+    page.wait_for_selector("#hex-view[data-ready]", timeout=120_000)
+    page.wait_for_selector("#message-view [data-state=done]", state="attached")
+    number = page.inner_text("#headline-view .number strong")
+    assert number == f"{service.score_file(path).bits_per_byte:.3f}"
+    page.reload()
+    page.wait_for_selector("#hex-view[data-ready]")
+    assert page.inner_text("#headline-view .number strong") == number
 
 
 def test_the_jobs_tab_lists_stops_and_shows_the_jobs_of_this_browser(open_page):
