@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from app.console import LogHandler, Report, complain, emit, progress_bar, say
 from app.console_batch import make_batch, plan_batch
+from app.console_bench import show_bench, show_curve, show_point
 from app.messages import plain_sentence
 from app.recipe import Item, parse_recipe, read_recipe
 from app.settings import CompletionSettings
@@ -85,6 +86,25 @@ def run_generate(args: argparse.Namespace) -> int:
         plan_batch(batch, report)
     else:
         make_batch(batch, report, is_summed=args.recipe is not None)
+    return report.exit_code
+
+
+def run_bench(args: argparse.Namespace) -> int:
+    """Measures speeds beside the limits of this machine."""
+    report = Report(args.json)
+    if args.what == "curve":
+        from core.curve import cost_curve
+
+        points = []
+        for point in cost_curve(most_seconds=args.most_seconds, device=args.device, log_line=say):
+            points.append(point)
+            show_point(point, report)
+        show_curve(points, args.out, report)
+        return report.exit_code
+    from core.bench import bench
+
+    options = {name: getattr(args, name) for name in ("model", "batch_size", "length", "device", "engine", "rounds")}
+    show_bench(bench(args.what, preset_name=args.preset, against_flat=args.against == "flat", **options), report)
     return report.exit_code
 
 
@@ -201,6 +221,36 @@ def _add_generate(verbs: "argparse._SubParsersAction[Parser]") -> None:
     parser.set_defaults(handler=run_generate, parser=parser)
 
 
+def _add_bench(verbs: "argparse._SubParsersAction[Parser]") -> None:
+    parser = verbs.add_parser(
+        "bench",
+        help="speeds beside the machine's limits",
+        description="Measures how fast a model generates, scores or learns (forward and backward), in alternating rounds.",
+    )
+    parser.add_argument(
+        "what",
+        choices=("generate", "score", "train", "curve"),
+        help="curve: seconds for 2^10 to 2^20 bytes, for several patch sizes",
+    )
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--preset", default="bench-tiny", metavar="NAME", help="sizes, with random weights (%(default)s)")
+    _add_model(which)
+    parser.add_argument("--against", choices=("flat",), help="also a flat byte Transformer of equal FLOPs per byte in matrices")
+    parser.add_argument("--batch-size", type=_at_least_1, default=0, metavar="N", help="at a time (1; train: 8192 bytes)")
+    parser.add_argument(
+        "--length", type=_at_least_1, default=0, metavar="T", help="bytes of context (generate 2048, score 8192, train 1024)"
+    )
+    parser.add_argument("--engine", default="", metavar="NAME", help="that generates, as in MEGABYTE_ENGINE (the fastest)")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (%(default)s)")
+    parser.add_argument("--rounds", type=_at_least_1, default=5, metavar="N", help="rounds that count (%(default)s)")
+    parser.add_argument(
+        "--most-seconds", type=_at_least_1, default=60, metavar="S", help="curve: leave out what would take longer (%(default)s)"
+    )
+    parser.add_argument("--out", type=Path, default=Path("curve.png"), metavar="PNG", help="curve: its picture (%(default)s)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.set_defaults(handler=run_bench)
+
+
 def _add_info(verbs: "argparse._SubParsersAction[Parser]") -> None:
     parser = verbs.add_parser("info", help="the models", description="Says what the shipped models and those in runs/ are.")
     _add_model(parser)
@@ -208,7 +258,7 @@ def _add_info(verbs: "argparse._SubParsersAction[Parser]") -> None:
     parser.set_defaults(handler=run_info)
 
 
-def _add_model(parser: argparse.ArgumentParser) -> None:
+def _add_model(parser: "argparse._ActionsContainer") -> None:
     parser.add_argument("--model", metavar="NAME|DIR", help="a shipped model, or the folder of a run or an export")
 
 
@@ -247,7 +297,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     """The verb's handler and its settings; leaves with exit code 2 on wrong usage."""
     parser = Parser(prog="python -m app", description="Byte-level likelihood and generation for pictures, sound and text.")
     verbs = parser.add_subparsers(metavar="VERB", required=True)
-    for add in (_add_ui, _add_train, _add_score, _add_generate, _add_info):
+    for add in (_add_ui, _add_train, _add_score, _add_generate, _add_bench, _add_info):
         add(verbs)
     # The page is the default, also with options of its own.
     if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 
 # Each module may import modules of lower lines, and of its own line within the same package (`core.codecs.*`, ...).
 LAYERS = [
-    ["core.errors"],
+    ["core.errors", "core.limits"],
     ["core.config"],
     ["core.arena", "core.cache", "core.codecs", "core.folder", "core.presets", "core.optim", "core.distributed"],
     ["core.models", "core.data", "core.run_folder"],
@@ -21,16 +21,17 @@ LAYERS = [
     ["core.rows", "core.lockstep"],
     ["core.sample", "core.learner", "core.report"],
     ["core.train", "core.bench"],
+    ["core.curve"],
     ["core"],
     ["app.messages", "app.settings", "app.media", "app.palette", "app.sources", "app.turns"],
     ["app.recipe", "app.ledger", "app.jobs", "app.store", "app.console"],
     ["app.scoring", "app.completion"],
     ["app.outputs"],
     ["app.service"],
-    ["app.render"],
+    ["app.render", "app.plot"],
     ["app.exports"],
     ["app.batch", "app.score_folder"],
-    ["app.console_batch"],
+    ["app.console_batch", "app.console_bench"],
     ["app.views"],
     ["app.tabs"],
     ["app.endpoints"],

@@ -168,6 +168,7 @@ def test_one_level_equals_torch_transformer(tolerance):
 
 PAPER_MILLIONS = {  # Table 15: global, local
     "paper-text": (758, 262),
+    "paper-generation": (1300, 218),  # Section 6.2
     "paper-image64": (2700, 350),
     "paper-image64-matched": (1300, 1300),
     "paper-image256": (125, 125),
