@@ -19,7 +19,7 @@ from app.console_batch import make_batch, plan_batch
 from app.console_bench import show_bench, show_curve, show_point
 from app.messages import plain_sentence
 from app.recipe import Item, parse_recipe, read_recipe
-from app.settings import CompletionSettings
+from app.settings import FRAMINGS, CompletionSettings
 from app.sources import find_files, list_files
 
 if TYPE_CHECKING:
@@ -217,6 +217,9 @@ def _add_generate(verbs: "argparse._SubParsersAction[Parser]") -> None:
     setting("--top-k", type=int, metavar="K", help="choose among the K likeliest bytes, 1 to 256 (all)")
     setting("--top-p", type=float, metavar="P", help="choose among bytes of this total probability (1)")
     setting("--seed", type=int, metavar="S", help="the same seed gives the same bytes (0)")
+    setting("--framing", choices=FRAMINGS, help="a larger picture at its own size in tiles, or scaled to the model's (tiles)")
+    setting("--upside-down", action="store_true", help="keep the bottom of a picture and make its top")
+    setting("--first-bytes", metavar="HEX", help="new bytes that every sample begins with, such as 4a6f")
     _add_manners(parser)
     parser.set_defaults(handler=run_generate, parser=parser)
 

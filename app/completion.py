@@ -3,24 +3,22 @@
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from app.media import fitted
-from app.settings import CompletionSettings
+from app.canvas import Canvas, PictureCanvas, StreamCanvas
+from app.framing import source_of
+from app.settings import MAX_NUM_BYTES, CompletionSettings
 from app.store import LoadedModel
 from app.turns import Turn
-from core.codecs import Codec, Media, Picture, Raw, Sound
-from core.config import AudioCodecConfig, ImageCodecConfig
+from core.codecs import Codec, Media, Picture, Raw
 from core.errors import UserError
-from core.sample import Chunk, SampleConfig, Sampler
+from core.sample import Chunk, SampleConfig, Sampler, next_byte_law
 
 _DEFAULT_TEXT_BYTES = 500
-_DEFAULT_SOUND_S = 1.0  # of sound made from nothing
-_NOT_MADE = 128  # what stands in a picture where no byte was made: middle grey
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +44,8 @@ class Progress:
     """
 
     job: "CompletionJob" = field(repr=False)
-    stream: np.ndarray = field(repr=False)  # kept and new bytes; only the first num_bytes_kept + done_bytes mean something
+    canvas: Canvas = field(repr=False)  # it goes on changing
+    made: np.ndarray = field(repr=False)  # the new bytes, of which `done_bytes` are made; it goes on changing
     sample: int = 0
     done_bytes: int = 0
     bytes_per_s: float | None = None
@@ -61,7 +60,7 @@ class Progress:
     @property
     def partial(self) -> Media:
         """The media as far as it is made."""
-        return self.job.media_of(self.stream, self.done_bytes)
+        return self.canvas.media()
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -69,11 +68,13 @@ class Completion:
     """One finished sample: the kept part and the new bytes as media.
 
     Attributes:
+        job: what it is a sample of.
         source: the file it began with; None if there was none.
         bits_per_byte: of the new bytes, under the model's own unfiltered law.
         sample: its number in the job, from 0; with the seed it fixes every random choice.
     """
 
+    job: "CompletionJob" = field(repr=False)
     source: Path | None
     media: Media
     model: str
@@ -86,7 +87,8 @@ class Completion:
     engine: str
     seconds: float
     notes: tuple[str, ...]
-    bits: np.ndarray  # of each new byte, float32
+    made: np.ndarray  # the new bytes in the order in which they were made, uint8
+    bits: np.ndarray  # of those that were drawn, float32
     codec: Codec
 
     def to_dict(self, output: Path | None = None) -> dict[str, Any]:
@@ -105,6 +107,7 @@ class CompletionJob:
     Attributes:
         plan: what is going to be done.
         notes: what was done to the file before its first part was kept, in words.
+        given: the media as the model reads it.
         results: the samples finished so far.
     """
 
@@ -121,29 +124,32 @@ class CompletionJob:
         self.settings = settings
         self.codec = loaded.codec
         self.results: list[Completion] = []
-        self._media = _blank_media(self.codec) if media is None else fitted(media, self.codec)
-        self._stream, self._layout = self.codec.encode(self._media)
-        num_bytes_wanted = 0 if media is None else self._num_bytes_to_keep()
-        self._prefix = self._stream[: self.codec.round_prefix(num_bytes_wanted)]
+        self._media = media
+        self.given = source_of(media, loaded.codec, settings.framing, settings.upside_down)
+        wanted = 0 if media is None else self._num_bytes_to_keep()
+        self._num_kept = wanted - wanted % self.given.unit
+        self._untouched = self._new_canvas(0)  # shows the kept part and is never written to
+        self._first_bytes = np.frombuffer(bytes.fromhex(settings.first_bytes), np.uint8)
         num_bytes = self._num_bytes_to_generate()
-        config = SampleConfig(temperature=settings.temperature, top_k=settings.top_k, top_p=settings.top_p, seed=settings.seed)
-        self._sampler = Sampler(loaded.model, self._prefix, num_bytes, config)
+        self._samplers: dict[tuple[int, int], Sampler] = {}  # of stretches that begin alike in all samples
+        self._first_sampler = self._sampler(self._new_canvas(num_bytes), 0, self._first_bytes[:0], num_bytes)
         self.plan = self._make_plan(num_bytes)
         self.notes = (
-            *self._layout.notes,
-            *self._says_what_is_rounded(num_bytes_wanted),
+            *self.given.media.notes,
+            *self._says_what_is_rounded(wanted),
+            *self._says_how_tiles_are_made(),
             *self._says_what_stays_grey(num_bytes),
         )
 
     @property
     def kept(self) -> Media:
         """The part of the media that is kept."""
-        return self.media_of(self._prefix, 0)
+        return self._untouched.media()
 
     @property
     def engine(self) -> str:
         """What makes the bytes: within one engine a seed gives the same ones."""
-        return self._sampler.engine
+        return self._first_sampler.engine
 
     def run(self, samples: Sequence[int] | None = None) -> Iterator[Progress]:
         """Makes the samples, or those of these numbers, one `Progress` a model patch, in turns with other jobs.
@@ -154,86 +160,173 @@ class CompletionJob:
             for sample in range(self.settings.samples) if samples is None else samples:
                 yield from self._run_sample(sample, turn)
 
-    def media_of(self, stream: np.ndarray, num_made: int) -> Media:
-        """The kept part and the first `num_made` new bytes as media; what is not made of a picture is grey."""
-        made = stream[: len(self._prefix) + num_made]
-        if isinstance(self._media, Picture):
-            made = np.concatenate((made, np.full(len(self._stream) - len(made), _NOT_MADE, dtype=np.uint8)))
-        if isinstance(self._media, Sound):
-            made = made[: self.codec.round_prefix(len(made))]
-            num_kept = len(self._prefix) // self.codec.config.bytes_per_sample
-            return self.codec.splice(self._media, num_kept, self.codec.decode(made, self._layout))
-        return self.codec.decode(made, self._layout)
+    def alternatives(self, made: np.ndarray, number: int, count: int = 5) -> list[tuple[int, float]]:
+        """The likeliest bytes, each with its probability under the model's own law, in place of new byte `number`.
+
+        Args:
+            made: the new bytes of a sample of this job, at least those before `number`.
+            number: which of them, from 0.
+            count: how many are asked for.
+        """
+        canvas = self.canvas_of(made[:number])
+        for index, start, end in self._stretches(canvas):
+            if number < end:
+                with self.loaded.lock:
+                    law = next_byte_law(self.loaded.model, np.concatenate((canvas.prefix(index), made[start:number])))
+                return [(int(value), float(law[value])) for value in np.argsort(-law, kind="stable")[:count]]
+        raise ValueError(f"byte {number} is none of the {self.plan.num_bytes_to_generate} new ones")
+
+    def branched(self, made: np.ndarray, number: int, byte_value: int) -> "CompletionJob":
+        """A job that begins with the new bytes before `number` and then `byte_value`, and makes what comes behind them."""
+        first_bytes = made[:number].tobytes() + bytes([byte_value])
+        num_bytes = self.plan.num_bytes_to_generate
+        settings = replace(self.settings, first_bytes=first_bytes.hex(), num_bytes=num_bytes, samples=1)
+        return CompletionJob(self.loaded, self._media, settings, self.source)
+
+    def canvas_of(self, made: np.ndarray) -> Canvas:
+        """The canvas of a sample whose first new bytes are given."""
+        canvas = self._new_canvas(self.plan.num_bytes_to_generate)
+        for index, start, end in self._stretches(canvas):
+            canvas.put(index, 0, made[start:end])
+        return canvas
+
+    def _new_canvas(self, num_bytes: int) -> Canvas:
+        media = self.given.media
+        if isinstance(media, Picture):
+            num_rows = self._num_kept // (3 * media.width)
+            return PictureCanvas(self.codec, media, num_rows, upside_down=self.given.upside_down)
+        return StreamCanvas(self.codec, media, self._num_kept, num_bytes)
 
     def _num_bytes_to_keep(self) -> int:
-        asked, available = self.settings.keep_bytes, len(self._stream)
+        asked, there = self.settings.keep_bytes, self.given.num_there
         if asked is None:
-            fraction = 0.5 if self.settings.keep is None else self.settings.keep
-            asked = int(round(available * fraction, 6))  # so that 0.29 of 100 bytes are 29
-        if asked > available:
-            raise UserError(f"keep_bytes={asked} exceeds the {available} bytes that are there; keep fewer")
+            default = 1.0 if self.given.is_cut else 0.5
+            fraction = default if self.settings.keep is None else self.settings.keep
+            asked = int(round(there * fraction, 6))  # so that 0.29 of 100 bytes are 29
+        if asked > there:
+            raise UserError(f"keep_bytes={asked} exceeds the {there} bytes that are there; keep fewer")
         return asked
 
     def _num_bytes_to_generate(self) -> int:
-        if self.settings.num_bytes is not None:
-            return self.settings.num_bytes
-        if isinstance(self._media, Raw):
-            return _DEFAULT_TEXT_BYTES
-        num_cut = len(self._stream) - len(self._prefix)
-        if isinstance(self._media, Sound) and len(self._stream) == 0:
-            num_cut = int(_DEFAULT_SOUND_S * self.codec.config.sample_rate) * self.codec.config.bytes_per_sample
-        if num_cut == 0:
+        """The bytes of each sample, at least one more than are given."""
+        num_bytes = self.settings.num_bytes or self._num_bytes_missing()
+        if isinstance(self.given.media, Picture) and num_bytes > (most := self._num_bytes_missing()):
+            raise UserError(
+                f"{num_bytes} bytes after the first {self._num_kept} exceed the picture of {self.given.num_whole} bytes; "
+                f"ask for at most {most}"
+            )
+        if num_bytes == 0:
             raise UserError("everything is kept and nothing is left to make; keep less, or say how many bytes to make")
-        return num_cut
+        if num_bytes > MAX_NUM_BYTES:
+            raise UserError(
+                f"{num_bytes:,} bytes are to be made, at most {MAX_NUM_BYTES:,} are; keep more, give num_bytes, "
+                "or choose the framing fit, which scales a picture to the model's size"
+            )
+        if num_bytes <= self._first_bytes.size:
+            raise UserError(f"first_bytes gives {self._first_bytes.size} of {num_bytes} bytes, so none is left to make")
+        return num_bytes
+
+    def _num_bytes_missing(self) -> int:
+        if isinstance(self.given.media, Raw):
+            return _DEFAULT_TEXT_BYTES + self._first_bytes.size
+        if isinstance(self.given.media, Picture):
+            return sum(self._untouched.stretches)
+        return self.given.num_whole - self._num_kept
 
     def _make_plan(self, num_bytes: int) -> CompletionPlan:
-        kept = len(self._prefix)
-        keeps = f"keeps {self.codec.prefix_says(kept)}" if kept else "starts from nothing"
+        kept = self._num_kept
+        keeps = f"keeps {self.given.says(kept, self.codec)}" if kept else "starts from nothing"
+        begins = f", of which {self._first_bytes.size} are given" if self._first_bytes.size else ""
+        num_drawn = num_bytes - self._first_bytes.size
         return CompletionPlan(
             num_bytes_kept=kept,
             num_bytes_to_generate=num_bytes,
-            says=f"{keeps}, makes {num_bytes} bytes with {self.loaded.info.name}",
-            estimate_seconds=self.settings.samples * num_bytes / self.loaded.bytes_per_s(),
+            says=f"{keeps}, makes {num_bytes} bytes{begins} with {self.loaded.info.name}",
+            estimate_seconds=self.settings.samples * num_drawn / self.loaded.bytes_per_s(),
         )
 
-    def _says_what_is_rounded(self, num_bytes_wanted: int) -> tuple[str, ...]:
-        kept = len(self._prefix)
-        if kept == num_bytes_wanted:
+    def _says_what_is_rounded(self, wanted: int) -> tuple[str, ...]:
+        kept = self._num_kept
+        if kept == wanted:
             return ()
-        return (f"the kept part is rounded down from {num_bytes_wanted} to {kept} bytes, {self.codec.prefix_says(kept)}",)
+        return (f"the kept part is rounded down from {wanted} to {kept} bytes, {self.given.says(kept, self.codec)}",)
+
+    def _says_how_tiles_are_made(self) -> tuple[str, ...]:
+        if not self.given.is_tiled:
+            return ()
+        canvas, side = self._untouched, self.codec.config.side
+        way = "below" if self.given.upside_down else "above"
+        context = f"reads up to {canvas.context_rows} rows {way} it" if canvas.context_rows else "starts from nothing"
+        return (
+            f"larger than the model's {side}x{side}, so it is made at its own size in {len(canvas.stretches)} tiles: "
+            f"each {context} and nothing at its sides",
+        )
 
     def _says_what_stays_grey(self, num_bytes: int) -> tuple[str, ...]:
-        num_grey = len(self._stream) - len(self._prefix) - num_bytes if isinstance(self._media, Picture) else 0
+        num_grey = self._num_bytes_missing() - num_bytes if isinstance(self.given.media, Picture) else 0
         return (f"the last {num_grey} bytes of the picture are not made and stay grey",) if num_grey else ()
 
-    def _run_sample(self, sample: int, turn: Turn) -> Iterator[Progress]:
-        started, kept, num_bytes = time.perf_counter(), len(self._prefix), self.plan.num_bytes_to_generate
-        stream = np.concatenate((self._prefix, np.zeros(num_bytes, dtype=np.uint8)))
-        bits = np.empty(num_bytes, dtype=np.float32)
-        done, completion = 0, None
-        with closing(self._sampler.stream(sample)) as chunks:
-            while done < num_bytes:
-                while not turn.take():
-                    yield Progress(self, stream, sample, done, is_waiting=True)
-                chunk = next(chunks)
-                end = done + len(chunk.byte_values)
-                stream[kept + done : kept + end], bits[done:end] = chunk.byte_values, chunk.bits
-                done, seconds = end, time.perf_counter() - started
-                if done == num_bytes:
-                    self.loaded.note_speed(done / seconds)
-                    completion = self._completion(sample, stream, bits, seconds)
-                    self.results.append(completion)
-                yield Progress(self, stream, sample, done, done / seconds, chunk, completion)
+    def _stretches(self, canvas: Canvas) -> Iterator[tuple[int, int, int]]:
+        """Number, first and last but one byte of each stretch that is to be made."""
+        start, num_bytes = 0, self.plan.num_bytes_to_generate
+        for index, length in enumerate(canvas.stretches):
+            if start < num_bytes:
+                yield index, start, min(start + length, num_bytes)
+            start += length
 
-    def _completion(self, sample: int, stream: np.ndarray, bits: np.ndarray, seconds: float) -> Completion:
+    def _sampler(self, canvas: Canvas, index: int, given: np.ndarray, num_bytes: int) -> Sampler:
+        """What draws the bytes of a stretch behind those given; made once if all samples begin it alike."""
+        key = index, given.size
+        if key in self._samplers:
+            return self._samplers[key]
+        config = SampleConfig(**{name: getattr(self.settings, name) for name in ("temperature", "top_k", "top_p", "seed")})
+        num_drawn = min(canvas.stretches[index], num_bytes) - given.size
+        sampler = Sampler(self.loaded.model, np.concatenate((canvas.prefix(index), given)), num_drawn, config)
+        if canvas.reads_kept_only(index):
+            self._samplers[key] = sampler
+        return sampler
+
+    def _run_sample(self, sample: int, turn: Turn) -> Iterator[Progress]:
+        started, num_bytes, num_given = time.perf_counter(), self.plan.num_bytes_to_generate, self._first_bytes.size
+        canvas = self._new_canvas(num_bytes)
+        made = np.concatenate((self._first_bytes, np.zeros(num_bytes - num_given, np.uint8)))
+        bits = np.empty(num_bytes - num_given, np.float32)
+        done, completion = num_given, None
+        for index, start, end in self._stretches(canvas):
+            given = self._first_bytes[start:end]
+            canvas.put(index, 0, given)
+            if done >= end:
+                continue
+            # Each stretch of each sample has random numbers of its own.
+            number = sample * len(canvas.stretches) + index
+            with closing(self._sampler(canvas, index, given, end - start).stream(number)) as chunks:
+                while done < end:
+                    while not turn.take():
+                        yield Progress(self, canvas, made, sample, done, is_waiting=True)
+                    chunk = next(chunks)
+                    canvas.put(index, done - start, chunk.byte_values)
+                    after = done + len(chunk.byte_values)
+                    made[done:after], bits[done - num_given : after - num_given] = chunk.byte_values, chunk.bits
+                    done, seconds = after, time.perf_counter() - started
+                    if done == num_bytes:
+                        self.loaded.note_speed((done - num_given) / seconds)
+                        completion = self._completion(sample, canvas, made, bits, seconds)
+                        self.results.append(completion)
+                    yield Progress(self, canvas, made, sample, done, (done - num_given) / seconds, chunk, completion)
+
+    def _completion(
+        self, sample: int, canvas: Canvas, made: np.ndarray, bits: np.ndarray, seconds: float
+    ) -> Completion:
         return Completion(
+            job=self,
             source=self.source,
-            media=self.media_of(stream, len(bits)),
+            media=canvas.media(),
             model=self.loaded.info.name,
             modality=self.loaded.modality,
-            num_bytes_kept=len(self._prefix),
-            num_bytes_generated=len(bits),
+            num_bytes_kept=self._num_kept,
+            num_bytes_generated=len(made),
             bits_per_byte=float(bits.mean(dtype=np.float64)),
+            made=made,
             bits=bits,
             seed=self.settings.seed,
             sample=sample,
@@ -248,13 +341,3 @@ def run_together(tasks: Sequence[tuple[CompletionJob, int]]) -> Iterator[Progres
     """Makes some samples, each a job and its number, of jobs that share a model."""
     for job, sample in tasks:
         yield from job.run([sample])
-
-
-def _blank_media(codec: Codec) -> Media:
-    """What a completion of nothing begins with."""
-    config = codec.config
-    if isinstance(config, ImageCodecConfig):
-        return Picture(np.zeros((config.side, config.side, 3), dtype=np.uint8))
-    if isinstance(config, AudioCodecConfig):
-        return Sound(np.zeros(0, dtype=np.int16), config.sample_rate)
-    return Raw(np.zeros(0, dtype=np.uint8))

@@ -22,7 +22,7 @@ def kind_of(media: Media) -> str:
 def fitted(media: Media, codec: Codec) -> Media:
     """The media in the form that a model was trained on, which its notes say: a picture at its size, a sound at its rate."""
     if isinstance(media, Picture):
-        return codec.decode(*codec.encode(media, rule="fit"))
+        return codec.fit(media)
     return resample(media, codec.config.sample_rate) if isinstance(media, Sound) else media
 
 

@@ -4,7 +4,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from app.completion import Completion, CompletionJob
-from core.codecs import shown
+from app.provenance import provenance_of, sidecar_of
+from core.codecs import Raw, atomic_file, shown
 
 _MAX_STEM_BYTES = 180  # a name has at most 255 bytes, and a seed, a number and a suffix follow
 
@@ -53,13 +54,19 @@ def score_paths(out_dir: Path, stem: str) -> list[Path]:
 def write_completion(completion: Completion, out_dir: Path, force: bool = False, stem: str | None = None) -> Path:
     """Writes a sample as PNG, 16-bit WAV or text, and says where; `stem` None takes the source's name.
 
+    Its settings are inside it, or beside a text in a file of the same name with .json behind it.
+
     Raises:
         ValueError: if the file exists and `force` is off, or it cannot be written.
     """
     name = stem or _safe_stem(completion.source)
     path = _completion_path(out_dir, name, completion.seed, completion.sample, completion.codec.suffix)
     refuse_existing([path], force)
-    completion.codec.write(completion.media, path)
+    settings = provenance_of(completion).to_json()
+    completion.codec.write(completion.media, path, settings)
+    if isinstance(completion.media, Raw):
+        with atomic_file(sidecar_of(path)) as file:
+            file.write(settings.encode("ascii"))
     return path
 
 

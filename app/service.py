@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,14 @@ from app.completion import Completion, CompletionJob, CompletionPlan, Progress
 from app.media import modality_of
 from app.messages import Failure
 from app.outputs import write_completion
+from app.provenance import read_provenance
 from app.scoring import FileScore, ProgressCallback, ScoredAs, Scorer, ScoreTotal, reference_sizes
 from app.settings import CompletionSettings
 from app.sources import list_files
 from app.store import LoadedModel, ModelInfo, ModelStore
 from core.checkpoint import WEIGHTS_FOLDER
-from core.codecs import Raw, read_media
+from core.codecs import Raw, read_partial, shown
+from core.errors import UserError
 from core.presets import preset
 from core.train import TrainResult, train
 
@@ -131,6 +134,9 @@ class Service:
         top_k: int | None = None,
         top_p: float = 1.0,
         seed: int = 0,
+        framing: str = "tiles",
+        upside_down: bool = False,
+        first_bytes: str = "",
     ) -> CompletionJob:
         """Prepares completions of a file, of typed `text`, or (with neither) of nothing; `run` on the result makes them.
 
@@ -150,11 +156,32 @@ class Service:
             top_k=top_k,
             top_p=top_p,
             seed=seed,
+            framing=framing,
+            upside_down=upside_down,
+            first_bytes=first_bytes,
         )
         source = None if path is None else Path(path)
-        media = Raw(np.frombuffer(text, dtype=np.uint8)) if text is not None else source and read_media(source)
+        media = Raw(np.frombuffer(text, dtype=np.uint8)) if text is not None else source and read_partial(source)
         loaded = self.model(model or "text") if media is None else self._store.load_for(modality_of(media), model)
         return CompletionJob(loaded, media, settings, source)
+
+    def repeat(self, path: Path) -> CompletionJob:
+        """Prepares the completions that a result is one of, by the settings inside it or in its sidecar.
+
+        Raises:
+            ValueError: if it holds none, or was made with a model that is not here.
+        """
+        made = read_provenance(path)
+        if made is None:
+            raise UserError(f"{shown(path)} holds no settings of a completion; give a result that was written here")
+        digest = self.model_info(made.model).digest
+        if digest != made.model_sha256:
+            raise UserError(
+                f"{shown(path)} was made with another version of the model {made.model} ({made.model_sha256[:16]}, here is "
+                f"{digest[:16]}), so it cannot be made again"
+            )
+        source = path if made.text is None else None
+        return self.complete(source, text=made.text, model=made.model, **asdict(made.settings))
 
 
 def train_model(

@@ -73,18 +73,18 @@ class TorchRow:
         lay_out(model)
         self._cache: Cache = model.new_cache(1, cache_len)
         self._byte_ids_B = torch.zeros(1, dtype=torch.int64, device=next(model.parameters()).device)
-        self._logits_V = np.zeros(0, dtype=np.float32)  # of the next byte, unless a drawn one is still to be appended
+        self.logits_V = np.zeros(0, dtype=np.float32)  # of the next byte, unless a drawn one is still to be appended
         self._drawn: int | None = None
 
     def read(self, history: np.ndarray) -> None:
         with torch.inference_mode():
             logits_BV = self._model.prefill(_byte_ids(history).to(self._byte_ids_B.device), self._cache)
-        self._logits_V, self._drawn = logits_BV[0].cpu().numpy(), None
+        self.logits_V, self._drawn = logits_BV[0].cpu().numpy(), None
 
     def copy(self) -> "TorchRow":
         other = TorchRow(self._model, self._cache_len)
         other._cache.copy_from(self._cache)
-        other._logits_V, other._drawn = self._logits_V, self._drawn
+        other.logits_V, other._drawn = self.logits_V, self._drawn
         return other
 
     def draw(self, uniforms: np.ndarray, config: SampleConfig) -> Chunk:
@@ -93,9 +93,9 @@ class TorchRow:
             for t, uniform in enumerate(uniforms):
                 # Appended no sooner than another byte is asked for: the last one of a full cache has no place in it.
                 if self._drawn is not None:
-                    self._logits_V = self._model.step(self._byte_ids_B.fill_(self._drawn), self._cache)[0].cpu().numpy()
-                self._drawn = draw(sampling_law(self._logits_V, config), uniform)
-                byte_values[t], bits[t] = self._drawn, surprisal(self._logits_V, self._drawn)
+                    self.logits_V = self._model.step(self._byte_ids_B.fill_(self._drawn), self._cache)[0].cpu().numpy()
+                self._drawn = draw(sampling_law(self.logits_V, config), uniform)
+                byte_values[t], bits[t] = self._drawn, surprisal(self.logits_V, self._drawn)
         return Chunk(byte_values, bits)
 
 

@@ -68,7 +68,7 @@ def test_client_batch_and_command_line_give_equal_bytes_for_equal_seeds(client, 
     settings = {"keep": 0.5, "num_bytes": 48, "samples": 2, "seed": 5}
     options = [part for name, value in settings.items() for part in (f"--{name.replace('_', '-')}", value)]
     assert command_line("generate", path, "--out", out, *options) == 0
-    expected = {file.name: file.read_bytes() for file in out.glob(f"{path.stem}-*")}
+    expected = {file.name: file.read_bytes() for file in out.glob(f"{path.stem}-*") if file.suffix != ".json"}
     assert len(expected) == 2
 
     files, facts = client.predict(handle_file(path), "", "", **settings, api_name="/generate")

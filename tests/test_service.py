@@ -211,7 +211,8 @@ class TestCompletion:
         job = service.complete(media_file, num_bytes=40, seed=7, temperature=0.9, samples=2)
         completions = run(job)
         loaded = service.model(completions[0].model)
-        prefix = job._prefix
+        prefix, _ = job.codec.encode(job.given.media)
+        prefix = prefix[: job.plan.num_bytes_kept]
         expected = core.generate(loaded.model, prefix, 40, seed=7, temperature=0.9, num_samples=2)
         for completion, new_bytes in zip(completions, expected, strict=True):
             assert completion.num_bytes_kept == len(prefix)
@@ -246,8 +247,8 @@ class TestCompletion:
     def test_a_fraction_of_text_is_its_number_of_bytes(self, service, make_text, keep, num_bytes):
         assert service.complete(make_text(content=b"x" * 100), keep=keep).plan.num_bytes_kept == num_bytes
 
-    def test_a_picture_of_another_size_is_fitted_and_that_is_said(self, service, make_png):
-        [completion] = run(service.complete(make_png(width=30, height=20)))
+    def test_a_picture_of_another_size_is_fitted_when_asked_and_that_is_said(self, service, make_png):
+        [completion] = run(service.complete(make_png(width=30, height=20), framing="fit"))
         assert completion.media.pixels.shape == (8, 8, 3)
         assert "30x20" in completion.notes[0]
 
@@ -289,10 +290,11 @@ class TestCompletion:
 
     def test_progress_shows_the_media_as_far_as_it_is_made(self, service, make_png):
         path = make_png()
-        steps = list(service.complete(path).run())
-        assert [step.done_bytes for step in steps] == [48, 96]
-        assert (steps[0].partial.pixels[4:, 4:] == 128).all()
-        np.testing.assert_array_equal(steps[-1].partial.pixels, steps[-1].completion.media.pixels)
+        steps = [(step.done_bytes, step.partial, step.completion) for step in service.complete(path).run()]
+        assert [done for done, _, _ in steps] == [48, 96]
+        assert (steps[0][1].pixels[4:, 4:] == 128).all()
+        assert not steps[0][1].known[4:, 4:].any()
+        np.testing.assert_array_equal(steps[-1][1].pixels, steps[-1][2].media.pixels)
 
     def test_closing_a_job_frees_its_model(self, service, make_text):
         with closing(service.complete(make_text()).run()) as steps:

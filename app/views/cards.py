@@ -31,9 +31,9 @@ def kept_card(job: CompletionJob) -> dict[str, Any]:
         "id": "kept",
         "kind": job.codec.modality,
         "title": "Kept",
-        "caption": f"{job.codec.prefix_says(kept)}, {kept:,} bytes" if job.codec.modality != "text" else f"{kept:,} bytes",
+        "caption": f"{job.given.says(kept, job.codec)}, {kept:,} bytes" if job.codec.modality != "text" else f"{kept:,} bytes",
         "done": 1.0,
-        "media": _media(job, job.kept, num_made=0),
+        "media": _media(job, job.kept),
     }
 
 
@@ -48,7 +48,7 @@ def progress_card(job: CompletionJob, progress: Progress, *, is_stopped: bool = 
         "title": f"Sample {progress.sample + 1}",
         "caption": "waiting for another job to finish" if progress.is_waiting else caption,
         "done": 1.0 if is_stopped else progress.done_bytes / progress.total_bytes,
-        "media": _media(job, progress.partial, progress.done_bytes),
+        "media": _media(job, progress.partial),
     }
 
 
@@ -60,7 +60,7 @@ def completion_card(job: CompletionJob, completion: Completion) -> dict[str, Any
         "title": f"Sample {completion.sample + 1}",
         "caption": f"{completion.bits_per_byte:.2f} bits/byte, seed {completion.seed}, {completion.seconds:.1f} s",
         "done": 1.0,
-        "media": _media(job, completion.media, completion.num_bytes_generated),
+        "media": _media(job, completion.media),
     }
 
 
@@ -69,10 +69,10 @@ def with_file(card: dict[str, Any], path: Path) -> dict[str, Any]:
     return {**card, "name": path.name, "file": file_value(path)}
 
 
-def _media(job: CompletionJob, media: Picture | Sound | Raw, num_made: int) -> dict[str, Any]:
+def _media(job: CompletionJob, media: Picture | Sound | Raw) -> dict[str, Any]:
     plan = job.plan
     if isinstance(media, Picture):
-        return _picture(job, media, plan.num_bytes_kept + num_made)
+        return _picture(job, media)
     if isinstance(media, Sound):
         per_sample = job.codec.config.bytes_per_sample
         total = (plan.num_bytes_kept + plan.num_bytes_to_generate) // per_sample
@@ -81,17 +81,15 @@ def _media(job: CompletionJob, media: Picture | Sound | Raw, num_made: int) -> d
     return _text(stream[: plan.num_bytes_kept], stream[plan.num_bytes_kept :])
 
 
-def _picture(job: CompletionJob, picture: Picture, num_there: int) -> dict[str, Any]:
+def _picture(job: CompletionJob, picture: Picture) -> dict[str, Any]:
     """RGB and opacity of a picture; pixels that are not made yet are see-through."""
-    stream, layout = job.codec.encode(picture)
-    is_there = job.codec.unscan((np.arange(stream.size) < num_there).astype(np.uint8), layout).all(axis=-1)
-    height, width = is_there.shape
+    known = np.ones(picture.pixels.shape[:2], bool) if picture.known is None else picture.known
     return {
-        "width": width,
-        "height": height,
+        "width": picture.width,
+        "height": picture.height,
         "rgb": _base64(picture.pixels),
-        "alpha": _base64(np.where(is_there, 255, 0).astype(np.uint8)),
-        "kept": job.plan.num_bytes_kept / stream.size,
+        "alpha": _base64(np.where(known, 255, 0).astype(np.uint8)),
+        "kept": job.plan.num_bytes_kept / picture.pixels.size,
     }
 
 

@@ -161,6 +161,10 @@ class ImageCodec:
         counted = self._scan(_counted_tiles(media.pixels.shape, corners, side))
         return stream, ImageLayout(media.height, media.width, corners, self.document_bytes, counted, media.notes)
 
+    def fit(self, picture: Picture) -> Picture:
+        """The picture scaled until it covers one tile, and cropped to it; of a cut one, `known` is what is there in full."""
+        return _fit(picture, self.config.side)
+
     def decode(self, stream: np.ndarray, layout: ImageLayout) -> Picture:
         return Picture(self.unscan(stream, layout), layout.notes)
 
@@ -177,7 +181,7 @@ class ImageCodec:
     def round_prefix(self, num_bytes: int) -> int:
         """The bytes of the whole rows, of blocks or of pixels, that `num_bytes` bytes complete."""
         num_bytes = min(max(num_bytes, 0), self.document_bytes)
-        return num_bytes - num_bytes % (self._row_height * self.config.side * 3)
+        return num_bytes - num_bytes % (self.row_height * self.config.side * 3)
 
     def prefix_says(self, num_bytes: int) -> str:
         rows = self.round_prefix(num_bytes) // (self.config.side * 3)
@@ -197,7 +201,8 @@ class ImageCodec:
             Image.fromarray(media.pixels).save(file, format="PNG", pnginfo=info)
 
     @property
-    def _row_height(self) -> int:
+    def row_height(self) -> int:
+        """Rows of pixels that the scan passes together."""
         return self.config.scan_patch if self.config.scan == "patch" else 1
 
     def _scan(self, tiles: np.ndarray) -> np.ndarray:
@@ -251,14 +256,21 @@ def _crop_centre(picture: Picture, side: int) -> Picture:
 
 
 def _fit(picture: Picture, side: int) -> Picture:
-    fitted = ImageOps.fit(Image.fromarray(picture.pixels), (side, side), Image.Resampling.LANCZOS)
-    return _reframed(picture, np.asarray(fitted), "scaled and cropped")
+    pixels, known = picture.pixels, picture.known
+    if known is not None:
+        whole_rows = np.flatnonzero(known.all(axis=1))
+        if whole_rows.size:  # or the grey of rows that are not there would shine through into those that are
+            pixels = pixels[np.clip(np.arange(picture.height), whole_rows[0], whole_rows[-1])]
+        shares = ImageOps.fit(Image.fromarray(known.astype(np.float32)), (side, side), Image.Resampling.BOX)
+        known = np.asarray(shares) > 0.999
+    fitted = ImageOps.fit(Image.fromarray(pixels), (side, side), Image.Resampling.LANCZOS)
+    return replace(_reframed(picture, np.asarray(fitted), "scaled and cropped"), known=known)
 
 
 def _reframed(picture: Picture, pixels: np.ndarray, verb: str) -> Picture:
     height, width, _ = pixels.shape
     if (height, width) == (picture.height, picture.width):
-        return picture
+        return replace(picture, pixels=pixels)
     note = f"{verb} from {picture.width}x{picture.height} to {width}x{height} pixels"
     return Picture(np.ascontiguousarray(pixels), (*picture.notes, note))
 
