@@ -229,6 +229,17 @@ def test_a_long_scoring_gives_way_to_a_stop_and_to_another_file(open_page, make_
     page.wait_for_selector("#score-stop[disabled]")
 
 
+def test_scores_are_there_again_after_a_reload_and_in_no_other_visitor_s_page(open_page, make_text):
+    page = open_page()
+    score(page, make_text("mine.txt"))
+    page.reload()
+    page.wait_for_selector("#hex-view[data-ready]")
+    assert "mine.txt" in page.inner_text("#headline-view .subtitle")
+    other = open_page()
+    other.wait_for_timeout(500)
+    assert other.locator("#message-view .message.empty").is_visible()
+
+
 def test_a_megabyte_is_drawn_within_a_second_and_scrolls_smoothly(open_page, tmp_path):
     path = tmp_path / "long.txt"
     path.write_bytes(np.random.default_rng(0).integers(97, 123, MEGABYTE, dtype=np.uint8).tobytes())

@@ -148,7 +148,7 @@ class Board:
             case FileScore():
                 self._keep(news, score_values.item(news, self._folder))
             case Failure():
-                self.items = [*self.items, score_values.failed_item(news)]
+                self.items = [*self.items, score_values.failed_item(news.file, reworded(news.message))]
             case Sizes(score, references):
                 item = next(item for item in self.items if item["id"] in self.scored and self.scored[item["id"]][0] is score)
                 self._keep(score, score_values.with_references(item, references))

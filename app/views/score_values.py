@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 
-from app.messages import Failure
 from app.service import FileScore
 from core.codecs import Picture, Sound
 from core.likelihood import context_sizes
@@ -53,10 +52,9 @@ def item(score: FileScore, folder: Path) -> dict[str, Any]:
     return value | {"document": document(score, own) | {"id": value["id"]}}
 
 
-def failed_item(failure: Failure) -> dict[str, Any]:
+def failed_item(file: Path, sentence: str) -> dict[str, Any]:
     """A line of the list for a file that could not be scored."""
-    name = Path(failure.file).name
-    return {"id": secrets.token_hex(8), "state": "error", "name": name, "message": failure.message, "document": None}
+    return {"id": secrets.token_hex(8), "state": "error", "name": Path(file).name, "message": sentence, "document": None}
 
 
 def with_references(value: dict[str, Any], sizes: dict[str, float]) -> dict[str, Any]:
