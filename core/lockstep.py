@@ -2,17 +2,18 @@
 
 A byte is one run of a *phase*: it wakes every level whose next element begins there, draws, and appends. Where the rows
 stand, what is drawn from, and what was drawn are tensors, so a phase is the same sequence of kernels every time. On a GPU
-it is captured once as a CUDA graph, and the host only queues one graph per byte and reads the bytes patch by patch.
+it is captured once as a CUDA graph, and the host only queues one graph per byte. It reads the bytes after every *round* of
+one or more patches.
 
 Rows share the place inside a patch and nothing else. A prompt's whole patches are read at once; what remains of it is
-forced upon the first patch that its row makes. At the end of a patch a row that is done takes the next job.
+forced upon the first bytes that its row makes. Between two rounds a row that is done takes the next job.
 
 The seed promise: matrix products always have the same shape, `num_rows`, so a row's numbers do not depend on its
 neighbours. The number of slots that attention reads follows the longest row; the slots beyond a row's own end get weight
 zero, and adding zeros at the end of a sum changes no bit of it.
 """
 
-# Shapes: B rows, P bytes of a patch, S slots, V = 256.
+# Shapes: B rows, R bytes of a round, S slots, V = 256.
 
 import copy
 from collections import deque
@@ -34,6 +35,7 @@ from core.models.megabyte import Level
 from core.native import fingerprint
 
 _FEWEST_SLOTS = 64  # of the first level that are read; doubled as the rows grow
+_ROUND_BYTES = 16  # rounded up to whole patches: what the host does between two rounds should cost little beside them
 
 _bf16_models: WeakKeyDictionary[MegaByte, tuple[tuple, MegaByte]] = WeakKeyDictionary()
 
@@ -63,15 +65,13 @@ class Lockstep:
         model: in the precision in which it is to run.
         num_rows: B, the padded shape.
         cache_len: bytes that a row holds.
-        compile_steps: fuse the small kernels of the last level with `torch.compile`, which takes a minute at first.
+        has_filters: whether any job uses top-k or top-p, which take a sort per byte.
+        compiled: fuse the small kernels of the last level with `torch.compile`, which takes a minute at first.
     """
 
-    @classmethod
-    def of(cls, model: MegaByte, num_rows: int, cache_len: int) -> "Lockstep":
-        """Rows of the model with its weights rounded to bfloat16."""
-        return cls(bf16_copy(model), num_rows, cache_len)
-
-    def __init__(self, model: MegaByte, num_rows: int, cache_len: int, *, compile_steps: bool = False) -> None:
+    def __init__(
+        self, model: MegaByte, num_rows: int, cache_len: int, *, has_filters: bool = True, compiled: bool = False
+    ) -> None:
         self.model = model
         self.num_rows = num_rows
         self.device = next(model.parameters()).device
@@ -79,13 +79,17 @@ class Lockstep:
         self.patch_size = self.cache.patch_size
         self.positions_B = self._zeros(torch.int64)
         self._rows_B = torch.arange(num_rows, device=self.device)
-        self._last_step = model.levels[-1].transformer.step
-        if compile_steps:
-            self._last_step = torch.compile(self._last_step, dynamic=False)
-        # What a patch is made from, written by the host before it: numbers, given bytes (-1: none), and each row's law.
-        self._uniforms_BP = self._zeros(torch.float64, self.patch_size)
-        self._given_BP = self._zeros(torch.int64, self.patch_size)
-        self._bits_BP = self._zeros(torch.float32, self.patch_size)
+        self._has_filters = has_filters
+        self._finest = torch.compile(self._finish_byte, dynamic=False) if compiled else self._finish_byte
+        self.round_size = -(-_ROUND_BYTES // self.patch_size) * self.patch_size
+        # What a round is made from, written by the host before it: numbers, given bytes (-1: none), and each row's law.
+        self._uniforms_BR = self._zeros(torch.float64, self.round_size)
+        self._given_BR = self._zeros(torch.int64, self.round_size)
+        # What comes out of it, and the place in it where the next byte goes.
+        self._bytes_BR = self._zeros(torch.int64, self.round_size)
+        self._bits_BR = self._zeros(torch.float32, self.round_size)
+        self._place_1 = torch.zeros(1, dtype=torch.int64, device=self.device)
+        self.logits_BV = self._zeros(torch.float32, NUM_BYTE_VALUES)  # of the newest byte; parity tests look at them
         self._temperature_B1 = self._zeros(torch.float64, 1)
         self._top_k_B1 = self._zeros(torch.int64, 1)
         self._top_p_B1 = self._zeros(torch.float64, 1)
@@ -95,46 +99,52 @@ class Lockstep:
 
     @torch.inference_mode()
     def run(self, jobs: Sequence[Job]) -> Iterator[tuple[int, Chunk]]:
-        """(index of the job, its next bytes), patch by patch."""
+        """(index of the job, its next bytes), round by round."""
         waiting = deque(enumerate(jobs))
         rows: list[tuple[int, Job] | None] = [None] * self.num_rows
-        positions = [0] * self.num_rows
-        while True:
-            given_BP = np.full((self.num_rows, self.patch_size), -1, dtype=np.int64)
-            for row, working in enumerate(rows):
-                if working is None and waiting:
-                    working = rows[row] = waiting.popleft()
-                    positions[row] = self._read(row, working[1], given_BP)
-                elif working is not None and positions[row] == self.cache.max_seq_len:
-                    positions[row] = self._read(row, working[1], given_BP)
-                elif working is None:
-                    positions[row] = 0  # an idle row makes its first patch over and over
-            working_rows = [(row, *working) for row, working in enumerate(rows) if working is not None]
-            if not working_rows:
-                return
-            self._load(positions, given_BP, working_rows)
-            self._make_patch(max(positions), any(_filters(job.config) for _, _, job in working_rows))
-            bytes_BP = self.cache.patch_bytes_BP.cpu().numpy().astype(np.uint8)
-            bits_BP = self._bits_BP.cpu().numpy()
-            positions = [position + self.patch_size for position in positions]
+        positions = [0] * self.num_rows  # an idle row makes its first bytes over and over
+        while waiting or any(rows):
+            given_BR = np.full((self.num_rows, self.round_size), -1, dtype=np.int64)
+            for row in range(self.num_rows):
+                is_full = rows[row] is not None and positions[row] == self.cache.max_seq_len
+                if rows[row] is None:
+                    rows[row], positions[row] = (waiting.popleft() if waiting else None), 0
+                if rows[row] is not None and (is_full or positions[row] == 0):
+                    positions[row] = self._read(row, rows[row][1], given_BR)
+            num_bytes = min(self.round_size, self.cache.max_seq_len - max(positions))
+            working = [(row, *found) for row, found in enumerate(rows) if found is not None]
+            self._load(positions, given_BR, working, num_bytes)
+            for phase in self.phases(max(positions), num_bytes):
+                self.make_byte(phase)
+            bytes_BR, bits_BR = self._bytes_BR.cpu().numpy().astype(np.uint8), self._bits_BR.cpu().numpy()
             chunks = []
-            for row, index, job in working_rows:
-                first = int((given_BP[row] >= 0).sum())
-                new = slice(first, min(self.patch_size, first + job.num_bytes - job.num_made))
-                chunk = Chunk(bytes_BP[row, new].copy(), bits_BP[row, new].copy())
+            for row, index, job in working:
+                positions[row] += num_bytes
+                first = int((given_BR[row] >= 0).sum())
+                new = slice(first, min(num_bytes, first + job.num_bytes - job.num_made))
+                chunk = Chunk(bytes_BR[row, new].copy(), bits_BR[row, new].copy())
                 job.made.append(chunk.byte_values)
                 if job.num_made == job.num_bytes:
                     rows[row] = None
                 chunks.append((index, chunk))
             yield from chunks
 
-    def logits(self) -> Tensor:
-        """The logits `(B, V)` of the last byte that was drawn: what parity tests look at."""
-        return self._logits_BV
+    def phases(self, longest: int, num_bytes: int) -> Iterator[tuple[int, int]]:
+        """For each byte of a round before which no row has more than `longest`: the first level that wakes, its slots."""
+        for offset in range(num_bytes):
+            first = next(index for index, level in enumerate(self.model.levels) if offset % level.span == 0)
+            yield first, self._num_slots(longest + num_bytes - 1) if first == 0 else 0
 
-    # --- What the host does between patches ---
+    def make_byte(self, phase: tuple[int, int]) -> None:
+        """The next byte of every row, by its graph if there is one."""
+        if phase in self._graphs:
+            self._graphs[phase].replay()
+        else:
+            self._run(*phase)
 
-    def _read(self, row: int, job: Job, given_BP: np.ndarray) -> int:
+    # --- What the host does between rounds ---
+
+    def _read(self, row: int, job: Job, given_BR: np.ndarray) -> int:
         """Reads the whole patches of a job's history into a row and leaves the rest to be forced; the row's position."""
         history = job.history()
         if len(history) >= self.cache.max_seq_len:
@@ -143,35 +153,23 @@ class Lockstep:
         num_whole = len(history) - len(history) % self.patch_size
         byte_ids_BT = torch.from_numpy(history[:num_whole].astype(np.int64))[None].to(self.device)
         self.model.read_patches(byte_ids_BT, self.cache.rows(slice(row, row + 1)))
-        given_BP[row, : len(history) - num_whole] = history[num_whole:]
+        given_BR[row, : len(history) - num_whole] = history[num_whole:]
         return num_whole
 
-    def _load(self, positions: list[int], given_BP: np.ndarray, working_rows: list[tuple[int, int, Job]]) -> None:
-        uniforms_BP = np.zeros((self.num_rows, self.patch_size))
+    def _load(self, positions: list[int], given_BR: np.ndarray, working: list[tuple[int, int, Job]], num_bytes: int) -> None:
+        uniforms_BR = np.zeros((self.num_rows, self.round_size))
         law_B3 = np.tile([1.0, NUM_BYTE_VALUES, 1.0], (self.num_rows, 1))
-        for row, _, job in working_rows:
-            first = int((given_BP[row] >= 0).sum())
-            count = min(self.patch_size - first, job.num_bytes - job.num_made)
-            uniforms_BP[row, first : first + count] = job.noise.random(count)
+        for row, _, job in working:
+            first = int((given_BR[row] >= 0).sum())
+            end = min(num_bytes, first + job.num_bytes - job.num_made)
+            uniforms_BR[row, first:end] = job.noise.random(end - first)
             law_B3[row] = job.config.temperature, job.config.top_k or NUM_BYTE_VALUES, job.config.top_p
         self.positions_B.copy_(torch.tensor(positions))
-        self._uniforms_BP.copy_(torch.from_numpy(uniforms_BP))
-        self._given_BP.copy_(torch.from_numpy(given_BP))
+        self._place_1.zero_()
+        self._uniforms_BR.copy_(torch.from_numpy(uniforms_BR))
+        self._given_BR.copy_(torch.from_numpy(given_BR))
         for target, column in zip((self._temperature_B1, self._top_k_B1, self._top_p_B1), law_B3.T, strict=True):
             target.copy_(torch.from_numpy(column.copy())[:, None])
-
-    def _make_patch(self, longest: int, has_filters: bool) -> None:
-        for key in self._phases(longest, has_filters):
-            if key in self._graphs:
-                self._graphs[key].replay()
-            else:
-                self._phase(*key)
-
-    def _phases(self, longest: int, has_filters: bool) -> Iterator[tuple[int, int, bool]]:
-        """The arguments of `_phase` for each byte of a patch that no row begins after byte `longest`."""
-        for offset in range(self.patch_size):
-            first = next(index for index, level in enumerate(self.model.levels) if offset % level.span == 0)
-            yield first, self._num_slots(longest) if first == 0 else 0, has_filters
 
     def _num_slots(self, longest: int) -> int:
         """Slots of the first level that are read: powers of two, so that few graphs are needed."""
@@ -183,66 +181,70 @@ class Lockstep:
 
     def _capture_all(self) -> None:
         """Captures every phase that can come up; the buffers end as they began."""
-        sizes = sorted({self._num_slots(position) for position in range(0, self.cache.max_seq_len, self.patch_size)})
-        firsts = range(1, len(self.model.levels))
-        keys = [(0, size) for size in sizes] + [(first, 0) for first in firsts]
+        lengths = range(0, self.cache.max_seq_len, self.patch_size)
+        phases = sorted({phase for longest in lengths for phase in self.phases(longest, self.patch_size)})
         pool = torch.cuda.graph_pool_handle()
         with torch.inference_mode():
-            for key in [(*key, has_filters) for has_filters in (False, True) for key in keys]:
-                self._given_BP.fill_(-1)
-                self._temperature_B1.fill_(1.0)
+            self._given_BR.fill_(-1)
+            self._temperature_B1.fill_(1.0)
+            for phase in phases:
+                self.positions_B.zero_()
+                self._place_1.zero_()
+                # Libraries choose their kernels and compilers compile before anything is recorded.
                 stream = torch.cuda.Stream()
                 stream.wait_stream(torch.cuda.current_stream())
                 with torch.cuda.stream(stream):
                     for _ in range(2):
-                        self.positions_B.zero_()
-                        self._phase(*key)
+                        self._run(*phase)
                 torch.cuda.current_stream().wait_stream(stream)
-                self._graphs[key] = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(self._graphs[key], pool=pool):
-                    self._phase(*key)
-            for level_cache in self.cache.levels:
-                for tensor in level_cache.tensors():
-                    tensor.zero_()
+                self._graphs[phase] = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(self._graphs[phase], pool=pool):
+                    self._run(*phase)
+            for tensor in (tensor for level_cache in self.cache.levels for tensor in level_cache.tensors()):
+                tensor.zero_()
 
     # --- What a graph holds: no value of a tensor is looked at by the host ---
 
-    def _phase(self, first: int, num_slots: int, has_filters: bool) -> None:
+    def _run(self, first: int, num_slots: int) -> None:
         """One byte of every row, at a place where the levels from `first` on wake."""
-        for index in range(first, len(self.model.levels)):
-            x_BD = self._wake(index, num_slots, starts_row=index > first)
-        self._logits_BV = self.model.to_logits(x_BD)
-        place_1 = self.positions_B[:1] % self.patch_size
-        uniforms_B1, given_B1 = self._uniforms_BP.index_select(1, place_1), self._given_BP.index_select(1, place_1)
-        drawn_B1 = self._draw(self._logits_BV, uniforms_B1, has_filters)
+        *coarse, finest = range(len(self.model.levels))
+        for index in coarse[first:]:
+            self._begin_row(index, first)
+            self.cache.levels[index + 1].from_parent_BLD.copy_(self._wake(index, num_slots))
+        self._begin_row(finest, first)
+        self._finest(num_slots)
+
+    def _begin_row(self, index: int, first: int) -> None:
+        if index > first:
+            self.model.levels[index].transformer.begin_row(self.cache.levels[index])
+
+    def _finish_byte(self, num_slots: int) -> None:
+        """Wakes the last level, draws a byte of every row and appends it."""
+        logits_BV = self.model.to_logits(self._wake(len(self.model.levels) - 1, num_slots)[:, 0])
+        self.logits_BV.copy_(logits_BV)
+        drawn_B1 = self._draw(logits_BV, self._uniforms_BR.index_select(1, self._place_1))
+        given_B1 = self._given_BR.index_select(1, self._place_1)
         chosen_B1 = torch.where(given_B1 >= 0, given_B1, drawn_B1)
-        self._bits_BP.index_copy_(1, place_1, self._surprisal(self._logits_BV, chosen_B1))
-        self.cache.patch_bytes_BP.index_copy_(1, place_1, chosen_B1)
+        self._bytes_BR.index_copy_(1, self._place_1, chosen_B1)
+        self._bits_BR.index_copy_(1, self._place_1, self._surprisal(logits_BV, chosen_B1))
+        self.cache.patch_bytes_BP.index_copy_(1, self.positions_B[:1] % self.patch_size, chosen_B1)
+        self._place_1.add_(1)
         self.positions_B.add_(1)
 
-    def _wake(self, index: int, num_slots: int, starts_row: bool) -> Tensor:
-        """`Level.step` with positions on the device; what the element says to its first child, `(B, D_child)`."""
+    def _wake(self, index: int, num_slots: int) -> Tensor:
+        """`Level.step` with positions on the device: what the element says to its children, `(B, P, D_child)`."""
         level, level_cache = self.model.levels[index], self.cache.levels[index]
         in_row_B = self.positions_B // level.span % level.row_length
-        if starts_row:
-            level.transformer.begin_row(level_cache)
-        x_BD = self._element_before(level, level_cache, starts_row)
+        x_BD = self._element_before(level, level_cache, in_row_B)
         if level.positions is not None:
             x_BD = x_BD + level.positions[in_row_B]
         if level_cache.from_parent_BLD is not None:
             x_BD = x_BD + level_cache.from_parent_BLD[self._rows_B, in_row_B]
-        slots = self._slots(level, level_cache, in_row_B, num_slots)
-        step = self._last_step if index == len(self.model.levels) - 1 else level.transformer.step
-        to_children_BLD = level.unembedder(step(x_BD, level_cache, slots)[:, None])
-        if index + 1 < len(self.model.levels):
-            self.cache.levels[index + 1].from_parent_BLD.copy_(to_children_BLD)
-        return to_children_BLD[:, 0]
+        x_BD = level.transformer.step(x_BD, level_cache, self._slots(level, level_cache, in_row_B, num_slots))
+        return level.unembedder(x_BD[:, None])
 
-    def _element_before(self, level: Level, level_cache: LevelCache, starts_row: bool) -> Tensor:
-        pad_BD = level.pad.expand(self.num_rows, -1)
-        shows_pad = starts_row and not level.real_previous
-        if shows_pad and not level.embedder.convs:
-            return pad_BD
+    def _element_before(self, level: Level, level_cache: LevelCache, in_row_B: Tensor) -> Tensor:
+        """The shifted own input: the embedding of the element before, or the pad where there is none to show."""
         start_B = self.positions_B - level.span
         places_BS = (start_B[:, None] + torch.arange(level.span, device=self.device)) % self.patch_size
         last_bytes_BS = self.cache.patch_bytes_BP.gather(1, places_BS)
@@ -250,7 +252,8 @@ class Lockstep:
         is_empty_B = self.positions_B == 0
         for tail in level_cache.conv_tails:
             tail.masked_fill_(is_empty_B[:, None, None], 0)
-        return pad_BD if shows_pad else torch.where(is_empty_B[:, None], pad_BD, x_BD)
+        shows_pad_B = is_empty_B if level.is_top or level.real_previous else in_row_B == 0
+        return torch.where(shows_pad_B[:, None], level.pad, x_BD)
 
     def _slots(self, level: Level, level_cache: LevelCache, in_row_B: Tensor, num_slots: int) -> Slots:
         slots_B = level_cache.memory + in_row_B
@@ -262,14 +265,14 @@ class Lockstep:
             mask_BS = mask_BS & ((slots_S >= level_cache.memory) | has_memory_B1)
         return Slots(slots_B[:, None, None], (self._rows_B, slice(None), slots_B), read, mask_BS)
 
-    def _draw(self, logits_BV: Tensor, uniforms_B1: Tensor, has_filters: bool) -> Tensor:
+    def _draw(self, logits_BV: Tensor, uniforms_B1: Tensor) -> Tensor:
         """`core.law.sampling_law` and `core.law.draw` of every row, `(B, 1)`."""
         wide_BV = logits_BV.double()
         highest_B1 = wide_BV.amax(1, keepdim=True)
         values_V = torch.arange(NUM_BYTE_VALUES, device=self.device)
         likeliest_B1 = torch.where(wide_BV == highest_B1, values_V, NUM_BYTE_VALUES).amin(1, keepdim=True)
         weights_BV = ((wide_BV - highest_B1) / self._temperature_B1).exp()  # not a number at 0, where nothing is drawn
-        if has_filters:
+        if self._has_filters:
             order_BV = logits_BV.argsort(dim=1, descending=True, stable=True)
             ranked_BV = weights_BV.gather(1, order_BV) * (values_V < self._top_k_B1)
             mass_BV = ranked_BV.cumsum(1)
@@ -302,7 +305,3 @@ def bf16_copy(model: MegaByte) -> MegaByte:
             parameter.data = parameter.data.bfloat16()
         _bf16_models[model] = now, rounded
     return rounded
-
-
-def _filters(config: SampleConfig) -> bool:
-    return config.top_k is not None or config.top_p < 1.0

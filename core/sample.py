@@ -24,7 +24,7 @@ from core.config import ImageCodecConfig
 from core.errors import UserError
 from core.law import Chunk, SampleConfig, sampling_law, uniforms
 from core.likelihood import as_stream, engine_name
-from core.lockstep import Job, Lockstep
+from core.lockstep import Job, Lockstep, bf16_copy
 from core.models import ByteModel, MegaByte
 from core.rows import NativeRow, Row, TorchRow
 
@@ -233,8 +233,9 @@ def _side_by_side(streams: Sequence[Iterator[Chunk]], num_workers: int) -> Itera
 def _in_lockstep(model: MegaByte, engine: str, requests: Sequence[Request]) -> Iterator[tuple[int, Chunk]]:
     """All requests by a lockstep engine: a row that has finished one takes the next."""
     num_rows = _LOCKSTEP[engine][1]
-    longest = max((len(request.prefix) + request.num_bytes for request in requests), default=1)
-    batch = Lockstep.of(model, num_rows, min(model.config.max_seq_len, longest))
     jobs = [Job(as_stream(r.prefix), r.num_bytes, r.config, uniforms(r.config.seed, r.sample_number)) for r in requests]
+    longest = max((len(job.prefix) + job.num_bytes for job in jobs), default=1)
+    has_filters = any(job.config.top_k is not None or job.config.top_p < 1.0 for job in jobs)
+    batch = Lockstep(bf16_copy(model), num_rows, min(model.config.max_seq_len, longest), has_filters=has_filters)
     with closing(batch.run(jobs)) as chunks:
         yield from chunks

@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 import torch
 
+from core.law import SampleConfig, uniforms
 from core.likelihood import score
-from core.sample import generate
+from core.lockstep import Job, Lockstep
+from core.sample import Sampler, generate
 from tests.model_cases import CASES, CONTEXT, build, random_bytes
 
 pytestmark = [
@@ -36,7 +38,33 @@ def test_bf16_scores_are_close_to_the_cpu_s(name):
     assert on_gpu.bits_per_byte == pytest.approx(on_cpu.bits_per_byte, rel=0.005)
 
 
-def test_a_seed_gives_the_same_bytes_beside_any_neighbours_on_the_gpu():
+@pytest.mark.parametrize("compiled", [False, True], ids=["plain", "compiled"])
+@pytest.mark.parametrize("name", ["exact", "recipe_all", "three_levels", "flat"])
+def test_captured_graphs_give_the_logits_of_the_cpu(name, compiled, tolerance):
+    model, byte_ids = build(CASES[name]), random_bytes(3, CONTEXT)
+    with torch.no_grad():
+        expected = model(byte_ids)
+    patch_size = model.config.patch_size
+    batch = Lockstep(model.cuda(), 3, CONTEXT, compiled=compiled)
+    positions = [0, 2 * patch_size, 3 * patch_size]
+    given_BR = np.full((3, batch.round_size), -1)
+    for row, position in enumerate(positions):
+        prefix = byte_ids[row, :position].numpy().astype(np.uint8)
+        batch._read(row, Job(prefix, 1, SampleConfig(), uniforms(0, 0)), given_BR)
+    while max(positions) < CONTEXT:
+        given_BR[:, :patch_size] = np.stack([byte_ids[row, p : p + patch_size].numpy() for row, p in enumerate(positions)])
+        batch._load(positions, given_BR, [], patch_size)
+        for offset, phase in enumerate(batch.phases(max(positions), patch_size)):
+            batch.make_byte(phase)
+            wanted = torch.stack([expected[row, p + offset] for row, p in enumerate(positions)])
+            torch.testing.assert_close(batch.logits_BV.cpu(), wanted, **tolerance[torch.float32])
+        positions = [p + patch_size for p in positions]
+
+
+@pytest.mark.parametrize("engine", ["cuda-bf16", "cuda-bf16-64"])
+def test_a_seed_gives_the_same_bytes_beside_any_neighbours_on_the_gpu(engine, monkeypatch):
+    monkeypatch.setenv("MEGABYTE_ENGINE", engine)
     model = build(CASES["all_rotary"]).cuda()
+    assert Sampler(model, b"", 1, SampleConfig()).engine == engine
     alone = generate(model, b"abc", 20, seed=5)[0]
     assert np.array_equal(alone, generate(model, [b"abc", b"other"], 20, seed=5, num_samples=3)[0])

@@ -32,18 +32,18 @@ def test_logits_equal_the_model_s_steps_in_rows_of_unequal_length(name, toleranc
     patch_size = model.config.patch_size
     positions = [0, 2 * patch_size, 3 * patch_size]  # of the rows at first
     batch = Lockstep(model, 3, CONTEXT)
-    given_BP = np.full((3, patch_size), -1)
+    given_BR = np.full((3, batch.round_size), -1)
     for row, position in enumerate(positions):
-        batch._read(row, Job(byte_ids[row, :position].numpy().astype(np.uint8), 1, SampleConfig(), uniforms(0, 0)), given_BP)
+        batch._read(row, Job(byte_ids[row, :position].numpy().astype(np.uint8), 1, SampleConfig(), uniforms(0, 0)), given_BR)
     with torch.no_grad():
         expected = model(byte_ids)
         while max(positions) < CONTEXT:
-            given = np.stack([byte_ids[row, p : p + patch_size].numpy() for row, p in enumerate(positions)])
-            batch._load(positions, given, [])
-            for offset, phase in enumerate(batch._phases(max(positions), has_filters=False)):
-                batch._phase(*phase)
+            given_BR[:, :patch_size] = np.stack([byte_ids[row, p : p + patch_size].numpy() for row, p in enumerate(positions)])
+            batch._load(positions, given_BR, [], patch_size)
+            for offset, phase in enumerate(batch.phases(max(positions), patch_size)):
+                batch.make_byte(phase)
                 wanted = torch.stack([expected[row, p + offset] for row, p in enumerate(positions)])
-                torch.testing.assert_close(batch.logits(), wanted, **tolerance[torch.float32])
+                torch.testing.assert_close(batch.logits_BV, wanted, **tolerance[torch.float32])
             positions = [p + patch_size for p in positions]
 
 
@@ -69,8 +69,8 @@ def test_the_drawn_byte_is_that_of_the_python_law(settings):
     logits_BV[:8] = logits_BV[:8].round()  # with many equal values
     noise = uniforms(2, 0).random(64)
     jobs = [(row, row, Job(np.zeros(0, np.uint8), 1, config, uniforms(0, 0))) for row in range(64)]
-    batch._load([0] * 64, np.full((64, 4), -1), jobs)
-    drawn_B1 = batch._draw(logits_BV, torch.from_numpy(noise)[:, None], has_filters=True)
+    batch._load([0] * 64, np.full((64, batch.round_size), -1), jobs, 1)
+    drawn_B1 = batch._draw(logits_BV, torch.from_numpy(noise)[:, None])
     for row, byte_value in enumerate(drawn_B1[:, 0].tolist()):
         assert byte_value == draw(sampling_law(logits_BV[row].numpy(), config), noise[row])
     bits_B1 = batch._surprisal(logits_BV, drawn_B1)
@@ -89,6 +89,12 @@ def test_a_row_does_not_depend_on_its_neighbours(name):
         assert all(np.array_equal(mine, theirs) for mine, theirs in zip(alone, beside, strict=True))
 
 
+def test_the_sort_for_filters_changes_no_bit_of_those_without():
+    model = build(CASES["recipe_all"])
+    plain, sorting = (made_by(Lockstep(model, 2, CONTEXT, has_filters=has), [job(b"ab", 25)])[0] for has in (False, True))
+    assert all(np.array_equal(mine, theirs) for mine, theirs in zip(plain, sorting, strict=True))
+
+
 def test_slots_that_only_longer_neighbours_need_change_no_bit():
     config = CASES["exact"]
     long = type(config)(levels=config.levels, max_seq_len=2048, init_std=0.2)
@@ -100,7 +106,7 @@ def test_slots_that_only_longer_neighbours_need_change_no_bit():
 
 def test_bf16_rows_follow_nearly_the_float32_law():
     model = build(CASES["recipe_all"])
-    made = made_by(Lockstep.of(model, 16, CONTEXT), [job(b"", CONTEXT, number=i) for i in range(16)])
+    made = made_by(Lockstep(bf16_copy(model), 16, CONTEXT), [job(b"", CONTEXT, number=i) for i in range(16)])
     bits = np.concatenate([bits for _, bits in made])
     exact = np.concatenate([score(model, byte_values).bits for byte_values, _ in made])
     assert bits.mean() == pytest.approx(exact.mean(), rel=0.01)
