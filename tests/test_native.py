@@ -95,6 +95,22 @@ def test_logits_equal_torch_s_after_any_prompt(name):
 
 
 @pytest.mark.usefixtures("engine")
+@pytest.mark.parametrize("shift", [-3.0, -0.3, 0.0, 3.0])
+def test_logits_equal_torch_s_however_many_hidden_values_are_zero(shift):
+    model = rounded(SUPPORTED["uneven_widths"])
+    with torch.no_grad():
+        for level in model.levels:
+            for block in level.transformer.blocks:
+                block.ffn_in.bias.add_(shift).copy_(block.ffn_in.bias.bfloat16())
+    byte_ids = random_bytes(model.config.max_seq_len)
+    cache = model.new_cache(1, model.config.max_seq_len)
+    model.prefill(byte_ids[None, :0], cache)
+    sequence = native.compile_model(model).sequence(cache)
+    got = [sequence.step(byte).copy() for byte in byte_ids[:-1].tolist()]
+    np.testing.assert_allclose(got, model(byte_ids[None])[0, 1:].detach().numpy(), **LOGITS)
+
+
+@pytest.mark.usefixtures("engine")
 def test_a_full_cache_takes_no_byte():
     model = rounded(SUPPORTED["exact"])
     cache = model.new_cache(1, CONTEXT)
