@@ -4,6 +4,7 @@ A sample is a function of the model, its prefix, its settings, (seed, sample num
 and no batch size can change a byte of it. The engine follows from model, machine and `MEGABYTE_ENGINE`:
 
     native-bf16   on a CPU with a compiler, for models that `core.native` takes; samples share the cores
+    native-int8   the same with MEGABYTE_ENGINE=native-int8: faster, and its law is not quite the model's
     torch-fp32    on a CPU otherwise, or with MEGABYTE_ENGINE=torch (cuda-fp32 on a GPU)
     torch-bf16    on a CPU with MEGABYTE_ENGINE=torch-bf16: 16 samples in lockstep, whose rows fill up with the next ones
     cuda-bf16     on a GPU: one sample, a captured graph per byte
@@ -32,6 +33,8 @@ __all__ = ["Chunk", "Request", "SampleConfig", "Sampler", "generate", "next_byte
 
 # Bytes of a chunk, rounded up to whole patches: enough that handing it over costs little beside making it.
 _CHUNK_BYTES = 16
+
+_NATIVE = (native.ENGINE_NAME, native.INT8_ENGINE_NAME)
 
 # Lockstep engines, which work at one padded shape: the type of device they run on and the rows of that shape.
 _LOCKSTEP = {"torch-bf16": ("cpu", 16), "cuda-bf16": ("cuda", 1), "cuda-bf16-64": ("cuda", 64)}
@@ -138,7 +141,7 @@ def stream_batch(model: ByteModel, requests: Sequence[Request]) -> Iterator[tupl
     if engine in _LOCKSTEP:
         return _in_lockstep(model, engine, requests)
     # Only the native engine's rows gain from working side by side: torch shares its matrix products itself.
-    num_workers = min(native.num_cores(), len(streams)) if engine == native.ENGINE_NAME else 1
+    num_workers = min(native.num_cores(), len(streams)) if engine in _NATIVE else 1
     return _side_by_side([sampler.stream(number, alone=num_workers == 1) for sampler, number in streams], num_workers)
 
 
@@ -182,20 +185,22 @@ def _choose_engine(model: ByteModel) -> str:
     device = next(model.parameters()).device
     wanted = os.environ.get("MEGABYTE_ENGINE", "")
     names = sorted(name for name, (kind, _) in _LOCKSTEP.items() if kind == device.type)
+    names += _NATIVE if device.type == "cpu" else ()
     if wanted not in ("", "torch", *names):
         raise UserError(f"MEGABYTE_ENGINE={wanted} must be torch or {' or '.join(names)}, or unset for the fastest engine")
-    if wanted in names and isinstance(model, MegaByte):
+    if wanted in _LOCKSTEP and isinstance(model, MegaByte):
         return wanted
     if wanted == "" and device.type == "cuda" and isinstance(model, MegaByte):
         return "cuda-bf16"
-    if wanted == "" and native.compile_model(model) is not None:
-        return native.ENGINE_NAME
+    engine = wanted or native.ENGINE_NAME
+    if engine in _NATIVE and native.compile_model(model, engine) is not None:
+        return engine
     return engine_name(device, autocast=False)
 
 
 def _new_row(model: ByteModel, engine: str, cache_len: int, alone: bool) -> Row:
-    if engine == native.ENGINE_NAME:
-        return NativeRow(model, native.compile_model(model), cache_len, alone)
+    if engine in _NATIVE:
+        return NativeRow(model, native.compile_model(model, engine), cache_len, alone)
     return TorchRow(model, cache_len)
 
 

@@ -278,9 +278,44 @@ def test_a_second_thread_changes_no_bit():
             assert all(np.array_equal(mine, theirs) for mine, theirs in zip(made, expected, strict=True))
 
 
+@pytest.mark.usefixtures("engine")
+@pytest.mark.parametrize("name", SUPPORTED)
+def test_int8_logits_are_torch_s_of_the_quantized_matrices(name):
+    model = build(SUPPORTED[name])
+    decoder = native.compile_model(model, "native-int8")
+    with torch.no_grad():
+        for linear in (module for module in model.modules() if isinstance(module, torch.nn.Linear)):
+            whole_RC, scales_R = native.quantize(linear.weight)
+            linear.weight.copy_(whole_RC * scales_R[:, None])
+        # The output matrix is quantized, the embedding that it is tied to is not.
+        whole_VD, scales_V = native.quantize(model.levels[-1].embedder.embedding.weight)
+    model.to_logits = lambda h: softcapped(model, h @ (whole_VD * scales_V[:, None]).T)
+    byte_ids = random_bytes(model.config.max_seq_len)
+    cache = model.new_cache(1, model.config.max_seq_len)
+    model.prefill(byte_ids[None, :0], cache)
+    sequence = decoder.sequence(cache)
+    got = [sequence.step(byte).copy() for byte in byte_ids[:-1].tolist()]
+    np.testing.assert_allclose(got, model(byte_ids[None])[0, 1:].detach().numpy(), **LOGITS)
+
+
+def softcapped(model: MegaByte, logits: torch.Tensor) -> torch.Tensor:
+    cap = model.config.logit_softcap
+    return cap * torch.tanh(logits / cap) if cap else logits
+
+
+@pytest.mark.usefixtures("engine")
+def test_the_int8_engine_is_asked_for_by_name(monkeypatch):
+    model = build(SUPPORTED["all_supported"])
+    monkeypatch.setenv("MEGABYTE_ENGINE", "native-int8")
+    sampler = Sampler(model, b"ab", 20, SampleConfig(seed=3))
+    assert sampler.engine == "native-int8"
+    alone = np.concatenate([chunk.byte_values for chunk in sampler.stream(1)])
+    assert np.array_equal(alone, generate(model, [b"x", b"ab"], 20, seed=3, num_samples=2)[3])
+
+
 def test_an_unknown_engine_is_refused(monkeypatch):
     monkeypatch.setenv("MEGABYTE_ENGINE", "fast")
-    with pytest.raises(UserError, match="MEGABYTE_ENGINE=fast must be torch or torch-bf16"):
+    with pytest.raises(UserError, match="MEGABYTE_ENGINE=fast must be torch or torch-bf16 or native-bf16 or native-int8"):
         generate(rounded(CASES["exact"]), b"", 1)
 
 

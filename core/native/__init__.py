@@ -33,6 +33,7 @@ from core.models.layers import Block
 from core.models.megabyte import Level
 
 ENGINE_NAME = "native-bf16"
+INT8_ENGINE_NAME = "native-int8"
 
 _SOURCE = Path(__file__).with_name("decode.cpp")
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd", "-pthread")
@@ -46,17 +47,18 @@ _logger = logging.getLogger(__name__)
 _decoders: WeakKeyDictionary[MegaByte, tuple[tuple, "NativeDecoder | None"]] = WeakKeyDictionary()
 
 
-def compile_model(model: ByteModel) -> "NativeDecoder | None":
+def compile_model(model: ByteModel, engine: str = ENGINE_NAME) -> "NativeDecoder | None":
     """A decoder with the model's present weights; None where torch has to do the work."""
     if not _has_supported_form(model):
         return None
     library = _library()
     if library is None:
         return None
-    now = fingerprint(model)
+    now = engine, *fingerprint(model)
     known, decoder = _decoders.get(model, (None, None))
     if known != now:
-        decoder = NativeDecoder(model, library) if _is_exact_in_bf16(model) else None
+        is_int8 = engine == INT8_ENGINE_NAME
+        decoder = NativeDecoder(model, library, is_int8) if is_int8 or _is_exact_in_bf16(model) else None
         _decoders[model] = now, decoder
     return decoder
 
@@ -64,10 +66,12 @@ def compile_model(model: ByteModel) -> "NativeDecoder | None":
 class NativeDecoder:
     """The packed weights of one model; makes sequences that step with them."""
 
-    def __init__(self, model: MegaByte, library: ctypes.CDLL) -> None:
+    def __init__(self, model: MegaByte, library: ctypes.CDLL, is_int8: bool) -> None:
         self.library = library
+        self._is_int8 = is_int8
         self._kept: list = []  # what the structures point into
-        self._arena = Arena(sum(2 * torch.Size(_panels_shape(p)).numel() for p in model.parameters() if p.ndim == 2))
+        matrices = [parameter for parameter in model.parameters() if parameter.ndim == 2]
+        self._arena = Arena(sum(2 * torch.Size(_panels_shape(matrix, torch.bfloat16)).numel() for matrix in matrices))
         self.structure = self._model(model)
 
     def sequence(self, cache: Cache, *, alone: bool = True) -> "NativeSequence":
@@ -129,9 +133,16 @@ class NativeDecoder:
     def _matrix(self, module: nn.Linear | nn.Embedding | None) -> "_Matrix":
         if module is None:
             return _Matrix()
-        panels = self._arena.take(_panels_shape(module.weight), torch.bfloat16)
-        pack(module.weight, panels)
-        return _Matrix(panels.data_ptr(), self._vector(getattr(module, "bias", None)), *module.weight.shape)
+        weight_RC, scales_R = module.weight.detach(), None
+        if self._is_int8:
+            quantized_RC, scales_R = quantize(weight_RC)
+            panels = self._arena.take(_panels_shape(weight_RC, torch.uint8), torch.uint8)
+            pack((quantized_RC + 128).to(torch.uint8), panels)
+        else:
+            panels = self._arena.take(_panels_shape(weight_RC, torch.bfloat16), torch.bfloat16)
+            pack(weight_RC.bfloat16(), panels)
+        bias = self._vector(getattr(module, "bias", None))
+        return _Matrix(panels.data_ptr(), self._vector(scales_R), bias, *weight_RC.shape)
 
     def _vector(self, values: Tensor | None) -> int | None:
         if values is None:
@@ -212,16 +223,23 @@ class NativeSequence:
 
 
 def pack(weight_RC: Tensor, panels: Tensor) -> None:
-    """Writes a matrix in the layout of `vectors.h` into memory of `_panels_shape`, bfloat16."""
-    padded = nn.functional.pad(weight_RC.detach().bfloat16(), (0, 0, 0, -len(weight_RC) % _PANEL_ROWS))
-    # (panel, vector, half, lane, column) to (panel, column, vector, lane, half): two bf16 side by side are one word.
-    rows = padded.view(len(panels), -1, 2, _LANES, weight_RC.shape[1])
+    """Writes a matrix of bfloat16 or uint8 in the layout of `vectors.h` into memory of `_panels_shape`."""
+    padded = nn.functional.pad(weight_RC, (0, 0, 0, -len(weight_RC) % _PANEL_ROWS))
+    # (panel, vector, part, lane, column) to (panel, column, vector, lane, part): the parts of a word lie side by side.
+    rows = padded.reshape(len(panels), panels.shape[2], panels.shape[4], _LANES, weight_RC.shape[1])
     panels.copy_(rows.permute(0, 4, 1, 3, 2))
 
 
-def _panels_shape(weight_RC: Tensor) -> tuple[int, ...]:
+def _panels_shape(weight_RC: Tensor, dtype: torch.dtype) -> tuple[int, ...]:
     num_rows, num_columns = weight_RC.shape
-    return -(-num_rows // _PANEL_ROWS), num_columns, _PANEL_ROWS // (2 * _LANES), _LANES, 2
+    per_word = 4 // dtype.itemsize
+    return -(-num_rows // _PANEL_ROWS), num_columns, _PANEL_ROWS // (per_word * _LANES), _LANES, per_word
+
+
+def quantize(weight_RC: Tensor) -> tuple[Tensor, Tensor]:
+    """Whole numbers from -127 to 127, float32, and the scale of each row `(R,)` that makes them nearly the weights."""
+    scales_R = weight_RC.abs().amax(dim=1).clamp(min=1e-30) / 127
+    return (weight_RC / scales_R[:, None]).round(), scales_R
 
 
 def num_cores() -> int:
@@ -324,7 +342,7 @@ def _pointer(tensor: Tensor | None) -> int | None:
 
 
 class _Matrix(Structure):
-    _fields_ = [("panels", c_void_p), ("bias", c_void_p), ("rows", c_int64), ("columns", c_int64)]
+    _fields_ = [("panels", c_void_p), ("scales", c_void_p), ("bias", c_void_p), ("rows", c_int64), ("columns", c_int64)]
 
 
 class _Norm(Structure):

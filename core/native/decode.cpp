@@ -1,7 +1,7 @@
 // The bytes of a MegaByte at batch 1: what `MegaByte.step` and the sampler do, without an operator call per matrix.
 //
 // At batch 1 every weight is read once per byte and used once, so the time is the time to read the weights. They are
-// bf16 here (the exported models are, so nothing is lost); everything that is computed is float32.
+// bf16 here (the exported models are, so nothing is lost) or int8; everything that is computed is float32.
 //
 // The decoding state is the caller's `core.cache.Cache`, read and written in place: Python may run any step instead.
 // Panels of matrices and heads are shared between two threads (team.h). Several sequences may be worked on in parallel.
@@ -96,8 +96,9 @@ struct Sequence {
 
   template <class Columns, class Emit>
   void product(const Matrix& matrix, const float* x, Columns columns, Emit emit) {
+    const float sum = matrix.scales == nullptr ? 0.0f : sum_of(x, matrix.columns);
     team.share(num_panels(matrix), num_bytes(matrix), [&](int64_t begin, int64_t end) {
-      for (int64_t panel = begin; panel < end; ++panel) multiply_panel(matrix, panel, x, columns, emit);
+      multiply(matrix, begin, end, x, sum, columns, emit);
     });
   }
 

@@ -8,6 +8,7 @@ extern "C" {
 
 struct Matrix {
   const uint32_t* panels;  // null if the model has no such matrix
+  const float* scales;     // of the rows of an int8 matrix; null for bf16
   const float* bias;       // null for none
   int64_t rows, columns;
 };

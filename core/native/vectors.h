@@ -7,6 +7,10 @@
 // holds row 32 v + j in its low half and row 32 v + 16 + j in its high half. A bf16 is the upper half of a float32, so
 // one shift and one mask turn such a vector into 32 rows, and a product is a single forward walk through memory whose
 // sums stay in registers.
+//
+// A matrix of int8 has the same panels with one vector of 16 words a column, 64 bytes; byte k of word j belongs to row
+// 16 k + j and holds 128 + q, where q times the row's scale is the weight. Put into the upper bits of a mantissa it makes
+// the float 1 + (128 + q) / 256 without a conversion; what is too much is the same multiple of the sum of x in all rows.
 
 #pragma once
 
@@ -22,7 +26,6 @@ using Words = uint32_t __attribute__((vector_size(64)));
 
 constexpr int64_t kPanelRows = 64;
 constexpr int64_t kLanes = 16;
-constexpr int64_t kColumnVectors = kPanelRows / (2 * kLanes);
 constexpr float kQkEpsilon = 1e-6f;
 
 inline Floats low_halves(Words words) { return (Floats)(words << 16); }
@@ -30,11 +33,13 @@ inline Floats high_halves(Words words) { return (Floats)(words & 0xffff0000u); }
 
 inline int64_t num_panels(const Matrix& matrix) { return (matrix.rows + kPanelRows - 1) / kPanelRows; }
 
-inline int64_t num_bytes(const Matrix& matrix) { return 2 * matrix.rows * matrix.columns; }
+inline int64_t num_bytes(const Matrix& matrix) {
+  return matrix.rows * matrix.columns * (matrix.scales == nullptr ? 2 : 1);
+}
 
-// The vectors of one panel, `kColumnVectors` for each column.
-inline const Words* panel_words(const Matrix& matrix, int64_t panel) {
-  return reinterpret_cast<const Words*>(matrix.panels) + panel * matrix.columns * kColumnVectors;
+// The vectors of one panel, `per_column` for each column.
+inline const Words* panel_words(const Matrix& matrix, int64_t panel, int64_t per_column) {
+  return reinterpret_cast<const Words*>(matrix.panels) + panel * matrix.columns * per_column;
 }
 
 struct AllColumns {
@@ -48,33 +53,66 @@ struct SomeColumns {
   int64_t operator[](int64_t i) const { return columns[i]; }
 };
 
-// One panel of W x, as emit(row, value) for each of its rows; only the given columns are read.
-template <class Columns, class Emit>
-inline void multiply_panel(const Matrix& matrix, int64_t panel, const float* x, Columns columns, Emit emit) {
-  const Words* words = panel_words(matrix, panel);
-  // Two columns at a time, summed apart: an addition has to wait for the one before it.
-  Floats sums[2][2 * kColumnVectors] = {};
-  auto add = [&](Floats* sum, int64_t column) {
-    for (int64_t v = 0; v < kColumnVectors; ++v) {
-      const Words both = words[column * kColumnVectors + v];
-      sum[2 * v] += low_halves(both) * x[column];
-      sum[2 * v + 1] += high_halves(both) * x[column];
+// Adds one column times x to the sums of 64 rows.
+struct Bf16Column {
+  static constexpr int64_t kVectors = kPanelRows / (2 * kLanes);
+  static void add(const Words* column, float x, Floats* sums) {
+    for (int64_t v = 0; v < kVectors; ++v) {
+      sums[2 * v] += low_halves(column[v]) * x;
+      sums[2 * v + 1] += high_halves(column[v]) * x;
     }
-  };
+  }
+};
+
+struct Int8Column {
+  static constexpr int64_t kVectors = kPanelRows / (4 * kLanes);
+  static void add(const Words* column, float x, Floats* sums) {
+    constexpr uint32_t kByte = 0xffu << 15, kOne = 0x3f800000u;
+    const Words word = *column;
+    sums[0] += (Floats)(((word << 15) & kByte) | kOne) * x;
+    sums[1] += (Floats)(((word << 7) & kByte) | kOne) * x;
+    sums[2] += (Floats)(((word >> 1) & kByte) | kOne) * x;
+    sums[3] += (Floats)(((word >> 9) & kByte) | kOne) * x;
+  }
+};
+
+// One panel of W x, as emit(row, value) for each of its rows; only the given columns are read.
+// `sum` is that of x over these columns.
+template <class Column, class Columns, class Emit>
+inline void multiply_panel(const Matrix& matrix, int64_t panel, const float* x, float sum, Columns columns, Emit emit) {
+  const Words* words = panel_words(matrix, panel, Column::kVectors);
+  constexpr int64_t kSums = kPanelRows / kLanes;
+  // Two columns at a time, summed apart: an addition has to wait for the one before it.
+  Floats sums[2][kSums] = {};
   int64_t i = 0;
   for (; i + 2 <= columns.count; i += 2) {
-    add(sums[0], columns[i]);
-    add(sums[1], columns[i + 1]);
+    Column::add(words + columns[i] * Column::kVectors, x[columns[i]], sums[0]);
+    Column::add(words + columns[i + 1] * Column::kVectors, x[columns[i + 1]], sums[1]);
   }
-  if (i < columns.count) add(sums[0], columns[i]);
+  if (i < columns.count) Column::add(words + columns[i] * Column::kVectors, x[columns[i]], sums[0]);
 
   alignas(64) float values[kPanelRows];
-  for (int64_t v = 0; v < 2 * kColumnVectors; ++v) reinterpret_cast<Floats*>(values)[v] = sums[0][v] + sums[1][v];
+  for (int64_t v = 0; v < kSums; ++v) reinterpret_cast<Floats*>(values)[v] = sums[0][v] + sums[1][v];
   const int64_t first = panel * kPanelRows, count = std::min(kPanelRows, matrix.rows - first);
+  if (matrix.scales != nullptr) {
+    for (int64_t r = 0; r < count; ++r) values[r] = matrix.scales[first + r] * (256.0f * values[r] - 384.0f * sum);
+  }
   if (matrix.bias != nullptr) {
     for (int64_t r = 0; r < count; ++r) values[r] += matrix.bias[first + r];
   }
   for (int64_t r = 0; r < count; ++r) emit(first + r, values[r]);
+}
+
+// The panels [begin, end) of W x.
+template <class Columns, class Emit>
+void multiply(const Matrix& matrix, int64_t begin, int64_t end, const float* x, float sum, Columns columns, Emit emit) {
+  for (int64_t panel = begin; panel < end; ++panel) {
+    if (matrix.scales == nullptr) {
+      multiply_panel<Bf16Column>(matrix, panel, x, sum, columns, emit);
+    } else {
+      multiply_panel<Int8Column>(matrix, panel, x, sum, columns, emit);
+    }
+  }
 }
 
 inline float sum_of(Floats v) {
@@ -99,11 +137,16 @@ inline float dot(const float* a, const float* b, int64_t n) {
   return sum_of(sums) + rest;
 }
 
-inline void normalize(const Norm& norm, const float* x, float* y, int64_t n) {
-  float sum = 0, squares = 0;
+inline float sum_of(const float* x, int64_t n) {
+  float sum = 0;
 #pragma omp simd reduction(+ : sum)
   for (int64_t i = 0; i < n; ++i) sum += x[i];
-  const float mean = sum / n;
+  return sum;
+}
+
+inline void normalize(const Norm& norm, const float* x, float* y, int64_t n) {
+  float squares = 0;
+  const float mean = sum_of(x, n) / n;
 #pragma omp simd reduction(+ : squares)
   for (int64_t i = 0; i < n; ++i) squares += (x[i] - mean) * (x[i] - mean);
   const float scale = 1.0f / std::sqrt(squares / n + float(norm.epsilon));
