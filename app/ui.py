@@ -122,7 +122,7 @@ def build(service: Service, store: JobStore) -> gr.Blocks:
             with gr.Tab("Likelihood", id="likelihood"):
                 likelihood.build_tab(service, store, visitor, arrived)
             with gr.Tab("Complete", id="complete"):
-                complete.build_tab(service)
+                complete.build_tab(service, store, visitor, arrived)
             with gr.Tab("Batch", id="batch"):
                 batch.build_tab(service, store, visitor, arrived)
             with gr.Tab("Jobs", id="jobs") as jobs_tab:

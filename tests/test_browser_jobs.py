@@ -155,6 +155,26 @@ def test_a_scoring_goes_on_through_a_reload(open_page, service, make_text):
     assert page.inner_text("#headline-view .number strong") == number
 
 
+def test_a_completion_goes_on_through_a_reload_and_keeps_what_is_there(open_page):
+    page = open_page()
+    page.get_by_role("tab", name="Complete").click()
+    page.get_by_label("Typed text").check()
+    page.fill("#complete-text textarea", "The lamp")
+    page.get_by_text("Model and sampling").click()
+    page.fill("#complete-num-bytes input", "1000000")
+    page.wait_for_function("document.querySelector('#complete-plan textarea').value.includes('1000000')")
+    page.click("#complete-start")
+    made = "#results-view .card:nth-child(2) .made"
+    page.wait_for_function(f"document.querySelector('{made}')?.textContent.length > 10")
+    page.reload()
+    page.wait_for_selector("#complete-stop:not([disabled])", state="visible")
+    length = len(page.inner_text(made))
+    page.wait_for_function(f"document.querySelector('{made}').textContent.length > {length}")
+    page.click("#complete-stop")
+    page.wait_for_selector("#results-view .caption:has-text('stopped after')")
+    assert page.locator("#results-view .actions a").count() == 1
+
+
 def test_the_jobs_tab_lists_stops_and_shows_the_jobs_of_this_browser(open_page):
     page = open_page()
     open_batch(page)

@@ -218,40 +218,40 @@ def test_refused_settings_show_in_the_plan(service, make_png):
 
 
 @pytest.mark.parametrize("kind", ["png", "wav", "text"])
-def test_finished_cards_carry_the_bytes_of_the_service(service, make_png, make_wav, make_text, kind, tmp_path):
+def test_finished_cards_carry_the_bytes_of_the_service(service, store, make_png, make_wav, make_text, kind, tmp_path):
     path = {"png": make_png, "wav": make_wav, "text": make_text}[kind]()
     request = form(path, samples=2, num_bytes=40 if kind != "png" else None)
     job = service.complete(**request)
     list(job.run())
     expected = [service.write_completion(result, tmp_path) for result in job.results]
 
-    for shown, _ in complete.complete_steps(service, request):
-        stored = [Path(card["file"]["path"]).read_bytes() for card in shown["items"] if "file" in card]
+    work = complete.completing_work(service, complete.prepared(service, request))
+    view = store.look("me", store.submit("me", complete.KIND, "", work), wait_s=60)
+    shown = complete.display(view)[2]
+    stored = [Path(card["file"]["path"]).read_bytes() for card in shown["items"] if "file" in card]
     assert stored == [output.read_bytes() for output in expected]
     assert [card["id"] for card in shown["items"]] == ["kept", "sample-0", "sample-1"]
     assert json.dumps(shown)
 
 
-def test_stop_keeps_what_is_there_and_frees_the_model(service):
-    steps = complete.complete_steps(service, form(text="The lamp", num_bytes=5000))
-    next(steps)
-    shown, painter = next(steps)
-    assert painter.job.loaded.lock.locked()
-    steps.close()
-    assert not painter.job.loaded.lock.locked()
-
-    stopping = complete.stopped_steps(painter)
-    shown = next(stopping)
-    kept = Path(shown["items"][-1]["file"]["path"]).read_bytes()
-    stopping.close()
-    assert shown["items"][-1]["caption"].startswith("stopped after")
+def test_stop_keeps_what_is_there_and_frees_the_model(service, store):
+    job = complete.prepared(service, form(text="The lamp", num_bytes=500_000))
+    job_id = store.submit("me", complete.KIND, "", complete.completing_work(service, job))
+    while (view := store.look("me", job_id)).latest is None or not view.latest.latest:
+        time.sleep(0.01)
+    assert complete.display(view)[2]["items"][-1]["done"] < 1
+    store.stop("me", job_id)
+    card = complete.display(store.look("me", job_id, wait_s=10))[2]["items"][-1]
+    assert not job.loaded.lock.locked()
+    kept = Path(card["file"]["path"]).read_bytes()
+    assert card["caption"].startswith("stopped after")
     assert kept.startswith(b"The lamp")
     assert len(kept) > len(b"The lamp")
 
 
 def test_no_source_is_refused_in_one_sentence(service):
     with pytest.raises(gr.Error, match="nothing to complete"):
-        next(complete.complete_steps(service, None))
+        complete.prepared(service, None)
 
 
 def test_scripts_of_the_views_never_parse_html():

@@ -1,20 +1,19 @@
 """The Complete tab: keep the first part of a file or a typed text and let a model go on from there."""
 
-import tempfile
-import time
-from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
+from app.jobs import Job, JobEndedError, JobStore, JobView, Work
 from app.service import CompletionJob, Progress, Service
+from app.tabs.following import AT_ONCE, QUIET, JobLink
 from app.tabs.refusals import refusals_shown
 from app.tabs.sources import model_choices, sample_buttons
 from app.views import cards, factory
 
-PAINT_EVERY_S = 0.12  # often enough to look alive, seldom enough to cost the model nothing
+KIND = "complete"
 MAX_SAMPLES = 8
 FROM_FILE, FROM_TEXT = "A file", "Typed text"
 EMPTY = cards.empty(
@@ -25,35 +24,52 @@ NO_PLAN = "Choose a source to see what will be kept, how much will be made and h
 
 
 class Painter:
-    """The cards of one running job. Each visitor's run has its own, so Stop finds what that run has made."""
+    """What the page shows of one completion job, and the files it is downloaded from; its work keeps it up to date.
 
-    def __init__(self, service: Service, job: CompletionJob) -> None:
-        self.service = service
+    Attributes:
+        latest: how far the job is.
+        is_stopped: whether it was ended before it was done.
+    """
+
+    def __init__(self, service: Service, job: CompletionJob, folder: Path) -> None:
         self.job = job
         self.latest: Progress | None = None
-        self._files: dict[tuple[Path, int], Path] = {}  # (folder, sample) -> file, so that each is written once
+        self.is_stopped = False
+        self._service = service
+        self._folder = folder
+        self._files: dict[int, Path] = {}  # of the samples
 
-    def results(self, folder: Path, *, is_stopped: bool = False) -> dict[str, Any]:
-        """Kept part, finished samples with their files, and the unfinished one; files are written into `folder`."""
-        finished = list(self.job.results)
-        shown = [cards.kept_card(self.job)]
+    def take(self, progress: Progress) -> None:
+        """Notes how far the job is, and writes a sample that is finished."""
+        self.latest = progress
+        if progress.completion is not None:
+            self._files[progress.sample] = self._service.write_completion(progress.completion, self._folder)
+
+    def stop(self) -> None:
+        """Writes the unfinished sample as far as it is made."""
+        self.is_stopped = True
+        progress = self.latest
+        if progress is not None and progress.done_bytes and progress.sample not in self._files:
+            name = f"stopped-s{self.job.settings.seed}-{progress.sample + 1}{self.job.codec.suffix}"
+            self.job.codec.write(progress.partial, self._folder / name)
+            self._files[progress.sample] = self._folder / name
+
+    def results(self) -> dict[str, Any]:
+        """Kept part, finished samples with their files, and the unfinished one."""
+        shown, finished = [cards.kept_card(self.job)], list(self.job.results)
         for completion in finished:
-            key = folder, completion.sample
-            if key not in self._files:
-                self._files[key] = self.service.write_completion(completion, folder)
-            shown.append(cards.with_file(cards.completion_card(self.job, completion), self._files[key]))
+            shown.append(self._with_file(cards.completion_card(self.job, completion), completion.sample))
         progress = self.latest
         if progress is not None and progress.sample >= len(finished):
-            card = cards.progress_card(self.job, progress, is_stopped=is_stopped)
-            if is_stopped and progress.done_bytes:
-                path = folder / f"stopped-s{self.job.settings.seed}-{progress.sample + 1}{self.job.codec.suffix}"
-                self.job.codec.write(progress.partial, path)
-                card = cards.with_file(card, path)
-            shown.append(card)
+            card = cards.progress_card(self.job, progress, is_stopped=self.is_stopped)
+            shown.append(self._with_file(card, progress.sample))
         return cards.results(shown)
 
+    def _with_file(self, card: dict[str, Any], sample: int) -> dict[str, Any]:
+        return cards.with_file(card, self._files[sample]) if sample in self._files else card
 
-def build_tab(service: Service) -> None:
+
+def build_tab(service: Service, store: JobStore, visitor: gr.BrowserState, arrived: Any) -> None:
     """Lays out the tab inside the current `gr.Tab` and connects it."""
     with gr.Row(equal_height=False):
         with gr.Column(scale=1, min_width=280, elem_classes="controls"):
@@ -87,26 +103,27 @@ def build_tab(service: Service) -> None:
             results = factory.results_view(EMPTY)
 
     form = [source, file, text, keep, model, num_bytes, samples, temperature, top_k, top_p, seed]
-    painter = gr.State(None)
+    link = JobLink(store, KIND, visitor)
 
     def show_plan(*values: Any) -> tuple[str, dict[str, Any]]:
         return preview(service, request(*values))
 
-    def complete(*values: Any) -> Iterator[tuple[dict[str, Any], Painter]]:
-        yield from complete_steps(service, request(*values))
+    def submit(visitor: str, *values: Any) -> tuple[str, str]:
+        job = prepared(service, request(*values))
+        title = "typed text" if job.source is None else job.source.name
+        with refusals_shown():
+            job_id = store.submit(visitor, KIND, title, completing_work(service, job))
+        return job_id, job_id
 
-    quiet = {"show_progress": "hidden", "api_visibility": "private"}
-    source.change(_show_inputs, source, [file_inputs, text_inputs], queue=False, **quiet)
+    source.change(_show_inputs, source, [file_inputs, text_inputs], queue=False, **QUIET)
     gr.on(
         [source.change, file.change, text.change, keep.release, model.change, num_bytes.change, samples.change],
-        show_plan, form, [plan, results], trigger_mode="always_last", **quiet,
+        show_plan, form, [plan, results], trigger_mode="always_last", **QUIET,
     )  # fmt: skip
-    started = start.click(_set_running, None, [start, stop, painter], queue=False, **quiet)
-    running = started.then(complete, form, [results, painter], **quiet)
-    running.then(_set_idle, None, [start, stop], queue=False, **quiet)
-    # Without a concurrency limit, so that nobody waits for a place in the queue to stop.
-    stopped = stop.click(stopped_steps, painter, results, cancels=[running], concurrency_limit=None, **quiet)
-    stopped.then(_set_idle, None, [start, stop], queue=False, **quiet)
+    following = link.follow(lambda: display, [start, stop, results])
+    link.remember(start.click(submit, [visitor, *form], link.outputs, cancels=[following], **AT_ONCE))
+    link.take_up(arrived)
+    stop.click(link.stop, link.inputs, None, **AT_ONCE)
 
 
 def request(
@@ -155,34 +172,42 @@ def plan_in_words(job: CompletionJob) -> str:
     return " ".join([sentence, *(f"Note: {note}." for note in job.notes)])
 
 
-def complete_steps(service: Service, request: dict[str, Any] | None) -> Iterator[tuple[dict[str, Any], Painter]]:
-    """The cards of a job as they fill, each with the painter that can still show them after a stop.
+def prepared(service: Service, request: dict[str, Any] | None) -> CompletionJob:
+    """The job of a form.
 
     Raises:
         gr.Error: if the form has no source or the service refuses it.
     """
     if request is None:
         raise gr.Error("There is nothing to complete: drop a file, try a sample or type a text.", print_exception=False)
-    with refusals_shown(), tempfile.TemporaryDirectory(prefix="complete-") as folder:
-        job = service.complete(**request)
-        painter = Painter(service, job)
-        yield painter.results(Path(folder)), painter
-        painted = 0.0
-        with closing(job.run()) as steps:
-            for painter.latest in steps:
-                if time.monotonic() - painted >= PAINT_EVERY_S:
-                    painted = time.monotonic()
-                    yield painter.results(Path(folder)), painter
-        yield painter.results(Path(folder)), painter
+    with refusals_shown():
+        return service.complete(**request)
 
 
-def stopped_steps(painter: Painter | None) -> Iterator[dict[str, Any]]:
-    """What was made before the stop, as files; the model is let go by the cancelled generator itself."""
-    if painter is None:
-        yield gr.skip()
-        return
-    with tempfile.TemporaryDirectory(prefix="complete-") as folder:
-        yield painter.results(Path(folder), is_stopped=True)
+def completing_work(service: Service, completion: CompletionJob) -> Work:
+    """The work of a job that makes all samples; it reports a painter and gives it in the end."""
+
+    def work(job: Job) -> Painter:
+        painter = Painter(service, completion, job.folder)
+        try:
+            job.report(painter)
+            with closing(completion.run()) as steps:
+                for progress in steps:
+                    painter.take(progress)
+                    job.report(painter)
+        except JobEndedError:
+            painter.stop()
+            raise
+        return painter
+
+    return work
+
+
+def display(view: JobView) -> list[Any]:
+    """Start, Stop and the results while a job runs and when it is over."""
+    painter = view.result or view.latest
+    shown = gr.skip() if painter is None else painter.results()
+    return [gr.update(interactive=not view.is_running), gr.update(interactive=view.is_running), shown]
 
 
 def _duration(seconds: float) -> str:
@@ -193,12 +218,3 @@ def _duration(seconds: float) -> str:
 
 def _show_inputs(source: str) -> tuple[Any, Any]:
     return gr.update(visible=source == FROM_FILE), gr.update(visible=source == FROM_TEXT)
-
-
-def _set_running() -> tuple[Any, Any, None]:
-    """The last run's painter goes, so that an early Stop does not show old results."""
-    return gr.update(interactive=False), gr.update(interactive=True), None
-
-
-def _set_idle() -> tuple[Any, Any]:
-    return gr.update(interactive=True), gr.update(interactive=False)
