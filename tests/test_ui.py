@@ -17,7 +17,7 @@ from app.service import Service
 from app.tabs import complete, likelihood
 from app.tabs.following import follower
 from app.tabs.refusals import PAGE_WORDS
-from app.views import score_values
+from app.views import cards, score_values
 from core.errors import UserError
 
 SETTINGS = {"model": "", "num_bytes": None, "samples": 1, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "seed": 3}
@@ -247,6 +247,13 @@ def test_stop_keeps_what_is_there_and_frees_the_model(service, store):
     assert card["caption"].startswith("stopped after")
     assert kept.startswith(b"The lamp")
     assert len(kept) > len(b"The lamp")
+
+
+def test_a_card_shows_the_end_of_a_long_text(service):
+    text = "é" * 600 + "ab"
+    shown = cards.kept_card(complete.prepared(service, form(text=text)))["media"]["kept_text"]
+    assert shown == "…" + text[-cards.SHOWN_PROMPT :]
+    assert cards.kept_card(complete.prepared(service, form(text="é" * 600)))["media"]["kept_text"] == "é" * 600
 
 
 def test_no_source_is_refused_in_one_sentence(service):

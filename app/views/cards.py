@@ -12,6 +12,7 @@ from core.codecs import Picture, Raw, Sound
 
 WAVE_COLUMNS = 560
 SHOWN_PROMPT = 600  # characters of a text's kept part that a card shows
+SHOWN_MADE = 20_000  # and of the new part, which is sent again and again while it grows; the file has all of it
 
 
 def empty(title: str, text: str) -> dict[str, Any]:
@@ -104,11 +105,13 @@ def _sound(samples: np.ndarray, total_samples: int, kept: float) -> dict[str, An
 
 
 def _text(kept: bytes, made: bytes) -> dict[str, Any]:
-    """The end of the given text and all of the new one; bytes that are no UTF-8 are shown as U+FFFD."""
-    kept_text = kept.decode("utf-8", "replace")
-    if len(kept_text) > SHOWN_PROMPT:
-        kept_text = "…" + kept_text[-SHOWN_PROMPT:]
-    return {"kept_text": kept_text, "made_text": made.decode("utf-8", "replace")}
+    """The ends of the given text and of the new one; bytes that are no UTF-8 are shown as U+FFFD."""
+    return {"kept_text": _end_of(kept, SHOWN_PROMPT), "made_text": _end_of(made, SHOWN_MADE)}
+
+
+def _end_of(text: bytes, num_chars: int) -> str:
+    end = text[-4 * num_chars - 3 :].decode("utf-8", "replace")  # a character has at most four bytes
+    return end if len(end) <= num_chars else "…" + end[-num_chars:]
 
 
 def _base64(values: np.ndarray) -> str:
