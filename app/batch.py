@@ -9,7 +9,7 @@ from typing import Any, Literal
 from app.completion import CompletionJob, Progress, run_together
 from app.ledger import Ledger, digest_of, key_of, open_ledger
 from app.messages import plain_sentence
-from app.outputs import OutputNames, completion_paths
+from app.outputs import OutputNames, completion_paths, with_sidecar
 from app.recipe import Item
 from app.service import Service
 
@@ -58,8 +58,12 @@ class _Task:
     row: Row
     job: CompletionJob
     sample: int
-    path: Path
+    paths: list[Path]  # the sample's own file first
     key: str
+
+    @property
+    def name(self) -> str:
+        return self.paths[0].name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,17 +163,16 @@ class Batch:
         tasks = []
         try:
             facts = _what_it_depends_on(row.item, job)
-            paths = completion_paths(job, self._out, row.stem)
-            for sample, path in enumerate(paths):
+            for sample, path in enumerate(completion_paths(job, self._out, row.stem)):
                 key = key_of(facts | {"sample": sample})
                 if made := ledger.finished(path.name, key):
                     row.results.append(made)
                     row.done_bytes += made["num_bytes_generated"]
                 else:
-                    tasks.append(_Task(row, job, sample, path, key))
-            self._outputs.protect_sources([task.path for task in tasks])
+                    tasks.append(_Task(row, job, sample, with_sidecar(job, path), key))
             for task in tasks:
-                ledger.claim(task.path.name, task.key, [task.path])
+                self._outputs.protect_sources(task.paths)
+                ledger.claim(task.name, task.key, task.paths)
         except (ValueError, OSError) as error:
             row.fail(error)
             return []
@@ -186,8 +189,8 @@ class Batch:
             if progress.completion is not None and row.state != "failed":
                 try:
                     self._service.write_completion(progress.completion, self._out, force=True, stem=row.stem)
-                    facts = progress.completion.to_dict(task.path)
-                    ledger.finish(task.path.name, task.key, [task.path], facts)
+                    facts = progress.completion.to_dict(task.paths[0])
+                    ledger.finish(task.name, task.key, task.paths, facts)
                     row.results.append(facts)
                     row.state = "done" if len(row.results) == task.job.settings.samples else "running"
                 except (ValueError, OSError) as error:

@@ -314,9 +314,7 @@ class CompletionJob:
                         self.results.append(completion)
                     yield Progress(self, canvas, made, sample, done, (done - num_given) / seconds, chunk, completion)
 
-    def _completion(
-        self, sample: int, canvas: Canvas, made: np.ndarray, bits: np.ndarray, seconds: float
-    ) -> Completion:
+    def _completion(self, sample: int, canvas: Canvas, made: np.ndarray, bits: np.ndarray, seconds: float) -> Completion:
         return Completion(
             job=self,
             source=self.source,

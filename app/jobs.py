@@ -124,16 +124,19 @@ class JobStore:
         self._clock = clock
         self._jobs: dict[str, Job] = {}  # oldest first
         self._mutex = threading.Lock()
+        self._is_closed = False
         self._folder = tempfile.TemporaryDirectory(prefix="jobs-", ignore_cleanup_errors=True)
 
     def submit(self, owner: str, kind: str, title: str, work: Work) -> str:
         """Starts a job and gives its name. `work` reports through the job it is given and returns the result.
 
         Raises:
-            ValueError: if there are too many jobs already.
+            ValueError: if there are too many jobs already, or the store is closed.
         """
         self._forget_old()
         with self._mutex:
+            if self._is_closed:
+                raise ValueError("this page is being closed and takes no more work")
             running = [job for job in self._jobs.values() if not job.is_over.is_set()]
             if len(running) >= self.limits.max_running:
                 raise ValueError(f"{len(running)} jobs are running, which is as many as this machine takes; try again soon")
@@ -206,11 +209,14 @@ class JobStore:
         return ""
 
     def close(self, timeout_s: float = 5.0) -> None:
-        """Ends all jobs and removes their files."""
-        for job in tuple(self._jobs.values()):
+        """Ends all jobs and removes their files; nothing more can be submitted."""
+        with self._mutex:
+            self._is_closed = True
+            jobs = tuple(self._jobs.values())
+        for job in jobs:
             job.must_end = job.must_end or STOPPED
         deadline = time.monotonic() + timeout_s
-        for job in tuple(self._jobs.values()):
+        for job in jobs:
             job.is_over.wait(max(0.0, deadline - time.monotonic()))
         self._folder.cleanup()
 

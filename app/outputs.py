@@ -46,6 +46,11 @@ def completion_paths(job: CompletionJob, out_dir: Path, stem: str) -> list[Path]
     return [_completion_path(out_dir, stem, seed, sample, suffix) for sample in range(job.settings.samples)]
 
 
+def with_sidecar(job: CompletionJob, path: Path) -> list[Path]:
+    """A sample's file, and the one of its settings if that lies beside it."""
+    return [path, sidecar_of(path)] if isinstance(job.given.media, Raw) else [path]
+
+
 def score_paths(out_dir: Path, stem: str) -> list[Path]:
     """The files of a score: its bits and its heatmap."""
     return [out_dir / f"{stem}.npz", out_dir / f"{stem}.png"]

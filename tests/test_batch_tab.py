@@ -59,7 +59,7 @@ def test_a_finished_job_shows_its_table_and_a_zip_of_the_results(service, store,
     assert (view.state, value["state"], value["title"]) == ("done", "done", "2 items done")
     assert [row["word"] for row in value["rows"]] == ["done", "done", "failed"]
     with zipfile.ZipFile(value["file"]["path"]) as archive:
-        assert archive.namelist() == ["jobs.toml", "results.jsonl", "picture-s0-1.png", "text-s0-1.txt"]
+        assert archive.namelist() == ["jobs.toml", "results.jsonl", "picture-s0-1.png", "text-s0-1.txt", "text-s0-1.txt.json"]
         assert archive.read("jobs.toml").decode() == batch.RECIPE
 
 
@@ -75,7 +75,7 @@ def test_a_stopped_job_keeps_what_is_there(service, store, make_text):
     value = batch.shown(view)
     assert (value["state"], value["title"]) == ("stopped", "Stopped after 1 of 2 items")
     with zipfile.ZipFile(value["file"]["path"]) as archive:
-        assert archive.namelist()[2:] == ["new-s0-1.txt"]
+        assert archive.namelist()[2:] == ["new-s0-1.txt", "new-s0-1.txt.json"]
 
 
 def test_following_shows_a_job_until_it_is_over_and_to_its_owner_alone(service, store, make_text):

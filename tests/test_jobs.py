@@ -207,6 +207,8 @@ def test_closing_ends_everything_and_removes_the_files(clock):
     folder = store.look("me", store.submit("me", "x", "", endless)).folder
     store.close()
     assert not folder.parent.exists()
+    with pytest.raises(ValueError, match="being closed"):
+        store.submit("me", "x", "", endless)
 
 
 def test_a_forgotten_job_ends_and_leaves_nothing(store):

@@ -12,6 +12,7 @@ import gradio as gr
 
 from app.batch import Batch
 from app.jobs import Job, JobEndedError, JobStore, JobView
+from app.provenance import sidecar_of
 from app.recipe import Item, parse_recipe
 from app.service import Service
 from app.tabs.following import AT_ONCE, QUIET, JobLink
@@ -127,13 +128,15 @@ def batch_work(service: Service, items: list[Item], recipe: str) -> Callable[[Jo
 
 
 def write_zip(batch: Batch, recipe: str, path: Path) -> None:
-    """The results with their facts as JSON lines, and the recipe that made them."""
+    """The results with their settings, their facts as JSON lines, and the recipe that made them."""
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr(RECIPE_NAME, recipe)
         archive.writestr(FACTS_NAME, "".join(f"{dumps(facts)}\n" for facts in facts_of(batch)))
         for row in batch.rows:
             for made in row.results:
-                archive.write(made["output"], Path(made["output"]).name)
+                for path in (Path(made["output"]), sidecar_of(Path(made["output"]))):
+                    if path.exists():
+                        archive.write(path, path.name)
 
 
 def facts_of(batch: Batch) -> Iterator[dict[str, Any]]:
