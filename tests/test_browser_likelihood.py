@@ -96,6 +96,11 @@ def test_sound_and_text_get_their_views(open_page, make_wav, make_text):
         page.keyboard.press("ArrowRight")
         seen.append(status(page).split("“")[1][0])
     assert "".join(seen[2:]) == "\u00e9 \u6f22 \ufffd e"
+    page.focus("#hex-view .stage")
+    for offset, sign in ((4, "\u00e9"), (8, "\u6f22")):
+        page.fill("#hex-view .jump input", str(offset))
+        page.keyboard.press("Enter")
+        assert f"“{sign}” (continued)" in status(page)
 
 
 def test_measure_palette_and_scale_change_the_colours(open_page, service, make_png):
@@ -298,6 +303,7 @@ def test_our_own_html_breaks_no_rule_of_axe(open_page, make_wav, make_png, make_
         pytest.skip("AXE_SCRIPT does not name the axe.min.js of axe-core; `npm pack axe-core` fetches it")
     page = open_page(color_scheme=color_scheme)
     page.add_script_tag(path=script)
+    assert page.evaluate("axe.run('.byte-message')")["violations"] == []
     score(page, make_png(), make_wav(), make_text())
     page.focus("#hex-view .stage")
     page.keyboard.press("ArrowRight")

@@ -99,7 +99,7 @@ const MEASURES = {
   },
 };
 
-const signed = (value) => `${value < 0 ? "−" : "+"}${Math.abs(value).toFixed(2)}`;
+const signed = (value) => `${value <= -0.005 ? "−" : value >= 0.005 ? "+" : ""}${Math.abs(value).toFixed(2)}`;
 
 /** The values of one measure and their colours. */
 class Shade {

@@ -33,8 +33,9 @@ const bytes = (window.byteViews ??= (() => {
   }
   const strictUtf8 = new TextDecoder("utf-8", { fatal: true, ignoreBOM: true });
 
+  /** The byte at which the character begins that a byte is a part of. */
   function characterStart(values, offset) {
-    for (let back = 0; back < 4 && back <= offset; back++) {
+    for (let back = Math.min(3, offset); back > 0; back--) {
       if (decodeAt(values, offset - back).size > back) return offset - back;
     }
     return offset;

@@ -33,7 +33,7 @@ function legend() {
     context.fillStyle = shade.css[level];
     context.fillRect(level, 0, 1, 1);
   }
-  const [low, high] = options.isAuto ? [shade.low, shade.high].map(measure.format) : measure.ends.map((end, i) => (measure.isSigned ? `${[shade.low, shade.high][i]} bits, ${end}` : end));
+  const [low, high] = options.isAuto ? [shade.low, shade.high].map(measure.format) : measure.ends.map((end, i) => (measure.isSigned ? `${["−", "+"][i]}${shade.high} bits, ${end}` : end));
   element.querySelector(".legend .low").textContent = low;
   element.querySelector(".legend .high").textContent = high;
   scale.setAttribute("aria-label", `Colour scale from ${low} to ${high}`);
