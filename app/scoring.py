@@ -170,7 +170,7 @@ class Scorer:
             loaded = self.store.load(self.model or "text")  # any model reads bytes
         else:
             media = read_media(file)
-            loaded = self.store.load_for(modality_of(media), self.model)
+            loaded = self.store.load_for(media, self.model)
             codec = loaded.codec
             if self.adapt and not _fits_in_tiles(media, codec):
                 media = fitted(media, codec)

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 
 from app.completion import Completion, CompletionJob, CompletionPlan, Progress
-from app.media import modality_of
 from app.messages import Failure
 from app.outputs import write_completion
 from app.provenance import read_provenance
@@ -162,7 +161,7 @@ class Service:
         )
         source = None if path is None else Path(path)
         media = Raw(np.frombuffer(text, dtype=np.uint8)) if text is not None else source and read_partial(source)
-        loaded = self.model(model or "text") if media is None else self._store.load_for(modality_of(media), model)
+        loaded = self.model(model or "text") if media is None else self._store.load_for(media, model)
         return CompletionJob(loaded, media, settings, source)
 
     def repeat(self, path: Path) -> CompletionJob:

@@ -7,9 +7,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from app.media import modality_of
 from app.turns import FairLock
 from core.checkpoint import WEIGHTS_FOLDER, load_checkpoint, load_model, resolve_model
-from core.codecs import Codec, build_codec
+from core.codecs import Codec, Media, build_codec
 from core.config import AudioCodecConfig, CodecConfig, ImageCodecConfig
 from core.errors import UserError
 from core.folder import MANIFEST_NAME
@@ -17,7 +18,8 @@ from core.likelihood import engine_name
 from core.models import ByteModel
 from core.sample import SampleConfig, Sampler
 
-DEFAULT_MODELS = {"image": "image32", "audio": "audio", "text": "text"}
+# The shipped models of each modality that are taken unasked, the first that fits; the last fits everything.
+DEFAULT_MODELS = {"image": ("image64", "image32"), "audio": ("audio",), "text": ("text",)}
 _SPEED_TEST_S = 0.2
 
 
@@ -125,19 +127,29 @@ class ModelStore:
                 self._loaded[key] = LoadedModel(model, build_codec(model.codec_config), info)
             return self._loaded[key]
 
-    def load_for(self, modality: str, name_or_dir: str | Path | None) -> LoadedModel:
-        """The model asked for, or else the shipped one of a modality.
+    def load_for(self, media: Media, name_or_dir: str | Path | None) -> LoadedModel:
+        """The model asked for, or else the shipped one that suits the media.
 
         Raises:
             UserError: if there is no such model, it is damaged, or it reads another modality.
         """
-        loaded = self.load(name_or_dir or DEFAULT_MODELS[modality])
+        modality = modality_of(media)
+        loaded = self.load(name_or_dir or self._default_for(media))
         if loaded.modality != modality:
             raise UserError(
                 f"the model {loaded.info.name} reads {loaded.modality}, not {modality}; "
                 f"leave out the model to use the one for {modality}"
             )
         return loaded
+
+    def _default_for(self, media: Media) -> str:
+        """The largest picture model that is no larger than the picture; the one model of other modalities."""
+        *larger, smallest = DEFAULT_MODELS[modality_of(media)]
+        for name in larger:
+            is_shipped = (self._weights / name / MANIFEST_NAME).exists()
+            if is_shipped and self.info(name).max_seq_len <= 3 * min(media.height, media.width) ** 2:
+                return name
+        return smallest
 
     def _resolve(self, name_or_dir: str | Path) -> Path:
         shipped = self._weights / str(name_or_dir)

@@ -3,6 +3,7 @@
 import shutil
 import wave
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ import core
 from app.messages import plain_sentence
 from app.outputs import OutputNames
 from app.service import CompletionSettings, Failure, Service, list_files
+from core.checkpoint import export_model, model_tensors
 from core.codecs import read_media
 from core.errors import UserError
 from tests.conftest import TINY_CONFIGS
@@ -51,6 +53,22 @@ def run(job):
 
 
 class TestModels:
+    @pytest.mark.parametrize(("width", "height", "name"), [(16, 16, "image64"), (40, 20, "image64"), (40, 15, "image32")])
+    def test_a_picture_is_read_by_the_largest_model_that_is_no_larger(self, tiny_models, make_png, tmp_path, width, height, name):
+        weights = tmp_path / "weights"
+        shutil.copytree(tiny_models, weights)
+        codec = replace(TINY_CONFIGS["image32"].codec, side=16)
+        config = replace(
+            TINY_CONFIGS["image32"],
+            name="image64",
+            codec=codec,
+            model=replace(TINY_CONFIGS["image32"].model, max_seq_len=3 * 16 * 16),
+        )
+        export_model(weights / "image64", config, model_tensors(core.build_model(config)), {"name": "image64"})
+        service = Service(weights=weights, runs=tmp_path / "no-runs")
+        assert service.score_file(make_png(width=width, height=height)).model == name
+        assert service.score_file(make_png(width=width, height=height), model="image32").model == "image32"
+
     def test_every_model_of_the_folder_is_listed(self, service):
         infos = {info.name: info for info in service.models()}
         assert set(infos) == set(TINY_CONFIGS)
