@@ -1,0 +1,39 @@
+"""The shipped models hold nothing they should not know, and what there is to see of them is made the same way each time."""
+
+import hashlib
+
+import numpy as np
+import pytest
+
+from app.service import Service
+from core.checkpoint import load_model, shipped_models
+from core.likelihood import score
+from weights import make_samples
+
+
+@pytest.mark.parametrize("name", shipped_models())
+def test_uniform_random_bytes_cost_a_shipped_model_8_bits_or_more(name):
+    """The leak alarm: a law that sums to one cannot do better on bytes that it has not seen."""
+    model = load_model(name)
+    num_bytes = min(2 * model.config.max_seq_len, 1 << 14) // model.config.patch_size * model.config.patch_size
+    stream = np.random.default_rng(20261125).integers(0, 256, num_bytes, dtype=np.uint8)
+    assert score(model, stream).bits_per_byte >= 7.9
+
+
+def test_samples_of_all_models_are_made_the_same_way_each_time(tiny_models, make_png, make_wav, make_text, tmp_path, monkeypatch):
+    monkeypatch.setattr(make_samples, "SECONDS", (0.01, 0.06))
+    for number in range(3):
+        make_png(f"image/photos64_test/{number}.png", seed=number)
+        make_wav(f"audio/wake16k_test/{number}.wav", seed=number)
+    make_text("text/novels_test.txt", b"The lamp was lit.\n\nNobody came, and the door stood open.\n" * 100)
+    service = Service(weights=tiny_models, runs=tmp_path / "none")
+    found = []
+    for out in (tmp_path / "first", tmp_path / "second"):
+        make_samples.make(tmp_path, out, service)
+        found.append({path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in out.iterdir()})
+    assert found[0] == found[1]
+    assert set(found[0]) == {"README.md", "image32.png", "audio-1.wav", "audio-2.wav", "audio-3.wav"}
+    page = (tmp_path / "first" / "README.md").read_text()
+    assert page.count("Made:") == make_samples.NUM_TEXTS
+    with pytest.raises(ValueError, match="is missing; lay out the test sets"):
+        make_samples.make(tmp_path / "first", tmp_path / "third", service)
