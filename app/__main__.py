@@ -5,6 +5,7 @@ Exit codes: 0 all done, 1 something failed, 2 wrong usage, 130 and 143 ended by 
 """
 
 import argparse
+import json
 import logging
 import os
 import signal
@@ -21,6 +22,7 @@ from app.messages import plain_sentence
 from app.recipe import Item, parse_recipe, read_recipe
 from app.settings import FRAMINGS, CompletionSettings
 from app.sources import find_files, list_files
+from core.plans import plan_names
 
 if TYPE_CHECKING:
     from app.service import FileScore, ModelInfo, ScoreTotal, Service
@@ -106,6 +108,23 @@ def run_bench(args: argparse.Namespace) -> int:
     options = {name: getattr(args, name) for name in ("model", "batch_size", "length", "device", "engine", "rounds")}
     show_bench(bench(args.what, preset_name=args.preset, against_flat=args.against == "flat", **options), report)
     return report.exit_code
+
+
+def run_compare(args: argparse.Namespace) -> int:
+    """Trains and scores the models of a plan, or goes on with that, and prints the table."""
+    from app.comparing import compare_models
+
+    size = args.size or ("cpu" if args.device == "cpu" else "gpu")
+    found = compare_models(
+        args.plan, size, args.data, args.out, budget=args.budget, resume=args.resume, device=args.device, log=say
+    )
+    if args.json:
+        for result in found.results:
+            emit(json.dumps(result.to_dict()))
+    else:
+        for line in found.table.splitlines():
+            emit(line)
+    return 0
 
 
 def run_info(args: argparse.Namespace) -> int:
@@ -254,6 +273,25 @@ def _add_bench(verbs: "argparse._SubParsersAction[Parser]") -> None:
     parser.set_defaults(handler=run_bench)
 
 
+def _add_compare(verbs: "argparse._SubParsersAction[Parser]") -> None:
+    parser = verbs.add_parser(
+        "compare",
+        help="models against each other at equal cost",
+        description="Trains the models of a plan on the same data with the same FLOPs and scores them on the same test items.",
+    )
+    parser.add_argument("--plan", required=True, choices=plan_names(), help="what is compared: %(choices)s", metavar="NAME")
+    parser.add_argument("--data", required=True, type=Path, metavar="ROOT", help="folder of the data sets, see the README")
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder of the comparison")
+    parser.add_argument("--resume", action="store_true", help="go on with the comparison in --out")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (%(default)s)")
+    parser.add_argument("--size", choices=("cpu", "gpu"), help="sizes of the models (what fits the device)")
+    parser.add_argument(
+        "--budget", type=_positive, default=0.0, metavar="FLOPS", help="of each model, such as 1e14 (the plan's own)"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object a model instead of the table")
+    parser.set_defaults(handler=run_compare)
+
+
 def _add_info(verbs: "argparse._SubParsersAction[Parser]") -> None:
     parser = verbs.add_parser("info", help="the models", description="Says what the shipped models and those in runs/ are.")
     _add_model(parser)
@@ -275,6 +313,13 @@ def _at_least_1(text: str) -> int:
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{number} must be at least 1")
+    return number
+
+
+def _positive(text: str) -> float:
+    number = float(text)
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} must be a positive number")
     return number
 
 
@@ -300,7 +345,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     """The verb's handler and its settings; leaves with exit code 2 on wrong usage."""
     parser = Parser(prog="python -m app", description="Byte-level likelihood and generation for pictures, sound and text.")
     verbs = parser.add_subparsers(metavar="VERB", required=True)
-    for add in (_add_ui, _add_train, _add_score, _add_generate, _add_bench, _add_info):
+    for add in (_add_ui, _add_train, _add_score, _add_generate, _add_bench, _add_compare, _add_info):
         add(verbs)
     # The page is the default, also with options of its own.
     if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):

@@ -20,7 +20,7 @@ class LevelConfig:
     """One level of the hierarchy; level 0 is the coarsest (the paper's Global), the last one reads bytes (its Local)."""
 
     dim: int  # D, width of this level
-    num_layers: int
+    num_layers: int  # 0 leaves the level without a Transformer: it hands on what it reads
     num_heads: int
     ffn_dim: int = 0  # inner width of the feed-forward layer; 0 stands for 4 * dim
     patch_size: int = 1  # P, children per element; 1 on the last level
@@ -29,9 +29,9 @@ class LevelConfig:
     cross_patch: int = 0  # r, elements of the previous patch whose keys and values are attended
 
     def __post_init__(self) -> None:
-        for name in ("dim", "num_layers", "num_heads", "patch_size"):
+        for name in ("dim", "num_heads", "patch_size"):
             _require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
-        for name in ("ffn_dim", "byte_dim", "cross_patch"):
+        for name in ("num_layers", "ffn_dim", "byte_dim", "cross_patch"):
             _require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must not be negative")
         _require(self.dim % self.num_heads == 0, f"dim={self.dim} must be divisible by num_heads={self.num_heads}")
         _require(all(k >= 2 for k in self.conv_kernels), f"conv_kernels={self.conv_kernels} must each be at least 2")
@@ -275,8 +275,8 @@ class Config:
         if isinstance(self.codec, ImageCodecConfig):
             num_bytes = 3 * self.codec.side**2
             _require(
-                self.model.max_seq_len == num_bytes,
-                f"max_seq_len={self.model.max_seq_len} must equal the picture's {num_bytes} bytes",
+                num_bytes % self.model.max_seq_len == 0,
+                f"max_seq_len={self.model.max_seq_len} must equal the picture's {num_bytes} bytes, or be a whole part of them",
             )
             patch = 3 * self.codec.scan_patch**2
             _require(

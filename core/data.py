@@ -28,6 +28,7 @@ _MAX_SECONDS = 3600  # of one training sound
 _XZ_SIGNATURE = b"\xfd7zXZ\x00"
 _PREFETCH_BATCHES = 4
 _BLOCK_BYTES = 2**20
+_LONG_LINE = 60  # bytes; a line of so many hardly occurs twice by chance
 
 Log = Callable[[str], Any]
 Skipped = list[tuple[Path, str]]
@@ -100,9 +101,9 @@ def build_shards(paths: list[Path], codec: Codec, cache_dir: Path, log: Log) -> 
 class Loader:
     """Shuffled batches of windows; each is a pure function of the seed and the step, so resuming needs the step alone.
 
-    An epoch visits every window once, in an order drawn from (seed, epoch). Aligned windows begin where a document begins.
-    Others lie side by side from an offset that is drawn from (seed, epoch) too, so later epochs cut the data elsewhere,
-    but never inside one of its units.
+    An epoch visits every window once, in an order drawn from (seed, epoch). Aligned windows lie side by side
+    from the beginning of each document. Others lie side by side from an offset that is drawn from (seed, epoch) too, so
+    later epochs cut the data elsewhere, but never inside one of its units.
     Augmentation is drawn from (seed, window), so it too is the same after a restart and with any number of ranks.
     Of the windows of a step as many bytes are read as one of `lengths` says, drawn from (seed, step).
     """
@@ -201,6 +202,19 @@ def shared_files(data: ByteData, other: ByteData) -> list[Path]:
     """The files of `data` that are in `other` as well, under whatever name."""
     theirs = {path.resolve() for path in other.files}
     return [path for path in data.files if path.resolve() in theirs]
+
+
+def shared_items(data: ByteData, other: ByteData, *, by_line: bool) -> int:
+    """How many items of `data` are in `other` as well, by their digests: whole documents, or the long lines of texts."""
+    theirs = set(_item_digests(other, by_line))
+    return sum(digest in theirs for digest in _item_digests(data, by_line))
+
+
+def _item_digests(data: ByteData, by_line: bool) -> Iterator[bytes]:
+    for start, end in itertools.pairwise(data.document_offsets.tolist()):
+        document = data.bytes[start:end].tobytes()
+        items = [line for line in document.split(b"\n") if len(line) >= _LONG_LINE] if by_line else [document]
+        yield from (hashlib.sha256(item).digest() for item in items)
 
 
 def _walk(path: Path, skipped: Skipped) -> Iterator[Path]:
@@ -313,11 +327,12 @@ def _append_file(path: Path, codec: Codec, target: BinaryIO) -> tuple[list[int],
 
 
 def _document_starts(data: ByteData, seq_len: int) -> np.ndarray:
-    starts = data.document_offsets[:-1]
-    starts = starts[np.diff(data.document_offsets) >= seq_len]
-    if starts.size == 0:
-        raise UserError(f"none of the {len(data.document_offsets) - 1} documents has {seq_len} bytes; give larger ones")
-    return starts
+    """Where the whole windows of each document begin, side by side from its beginning."""
+    counts = np.diff(data.document_offsets) // seq_len
+    if counts.sum() == 0:
+        raise UserError(f"none of the {len(counts)} documents has {seq_len} bytes; give larger ones")
+    number_in_document = np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts)
+    return np.repeat(data.document_offsets[:-1], counts) + seq_len * number_in_document
 
 
 def _require_enough(data: ByteData, seq_len: int) -> None:

@@ -45,9 +45,11 @@ def train(
     resume: bool = False,
     device: str = "cpu",
     log: Callable[[str], None] | None = None,
+    data_cache: Path | None = None,
 ) -> TrainResult:
     """Trains a model in the folder `out`; `out`/export always holds the weights with the best validation so far.
 
+    The data's bytes are kept in `data_cache`, which runs may share; without it in the folder of the run.
     Under torchrun every rank calls this with the same arguments. Ctrl-C or SIGTERM saves a checkpoint after the step at
     hand, then ends the program with exit code 130 or 143.
 
@@ -56,7 +58,7 @@ def train(
     """
     out = Path(out)
     with join_ranks(device) as ranks, claim_run(out, resume) if ranks.is_first else nullcontext():
-        run = _Run(config, data_paths, valid_paths, out, ranks, log or logger.info)
+        run = _Run(config, data_paths, valid_paths, out, ranks, log or logger.info, data_cache or out / "data")
         run.start(resume)
         out_of_memory_advice = explain_out_of_memory(run.micro_batch_size, run.seq_len)
         with repeatable_kernels(config.train.deterministic and run.is_on_gpu), out_of_memory_advice, StopSignals() as stop:
@@ -74,6 +76,7 @@ class _Run:
         out: Path,
         ranks: Ranks,
         log: Callable[[str], None],
+        data_cache: Path,
     ) -> None:
         settings = config.train
         self.config = config
@@ -88,7 +91,7 @@ class _Run:
 
         codec = build_codec(config.codec)
         data, valid = ranks.first_rank_first(
-            lambda: [build_shards(paths, codec, out / "data", self.log) for paths in (data_paths, valid_paths)]
+            lambda: [build_shards(paths, codec, data_cache, self.log) for paths in (data_paths, valid_paths)]
         )
         if seen := shared_files(valid, data):
             self.log(f"{shown(seen[0])} is validated on and trained on: the validation will look better than it is")

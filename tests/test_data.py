@@ -202,9 +202,10 @@ def test_epochs_together_see_every_byte(num_bytes):
     assert seen == set(range(num_bytes))
 
 
-def test_aligned_windows_begin_where_documents_begin():
-    loader = make_loader(counting_data(200, document_bytes=20), aligned=True, batch_size=10)
-    assert sorted(loader.batch(0)[:, 0].tolist()) == list(range(0, 200, 20))
+def test_aligned_windows_lie_side_by_side_from_where_documents_begin():
+    loader = make_loader(counting_data(230, document_bytes=23), aligned=True, batch_size=20)
+    assert sorted(loader.batch(0)[:, 0].tolist()) == sorted([*range(0, 230, 23), *range(10, 230, 23)])
+    assert {window[0] % 23 for window in loader.batch(1)} == {0, 10}
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
@@ -248,9 +249,9 @@ def test_evaluation_windows_are_spread_over_the_data_and_do_not_overlap():
 
 
 def test_aligned_evaluation_windows_begin_where_documents_begin_as_in_training():
-    data = counting_data(120, document_bytes=30)
-    assert evaluation_windows(data, 10, 100, aligned=True)[:, 0].tolist() == [0, 30, 60, 90]
-    assert sorted(make_loader(data, aligned=True).batch(0)[:, 0].tolist()) == [0, 30, 60, 90]
+    data = counting_data(72, document_bytes=18)
+    assert evaluation_windows(data, 10, 100, aligned=True)[:, 0].tolist() == [0, 18, 36, 54]
+    assert sorted(make_loader(data, aligned=True).batch(0)[:, 0].tolist()) == [0, 18, 36, 54]
 
 
 def test_files_of_both_splits_are_found_under_any_name(shards, folder):
