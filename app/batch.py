@@ -24,7 +24,7 @@ class Row:
     Attributes:
         says: the plan in words, or why it failed.
         num_bytes: bytes to make in all its samples; `done_bytes` are made.
-        results: facts of the finished samples, as `Completion.to_dict` has them.
+        made: facts of the finished samples, as `Completion.to_dict` has them, by the sample's number.
         notes: what was done to the file before its first part was kept, in words.
     """
 
@@ -35,8 +35,13 @@ class Row:
     num_bytes: int = 0
     done_bytes: int = 0
     estimate_seconds: float = 0.0
-    results: list[dict[str, Any]] = field(default_factory=list)
+    made: dict[int, dict[str, Any]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+
+    @property
+    def results(self) -> list[dict[str, Any]]:
+        """The facts of the finished samples in the order of their numbers."""
+        return [self.made[sample] for sample in sorted(self.made)]
 
     def fail(self, error: Exception | str) -> None:
         self.state = "failed"
@@ -166,7 +171,7 @@ class Batch:
             for sample, path in enumerate(completion_paths(job, self._out, row.stem)):
                 key = key_of(facts | {"sample": sample})
                 if made := ledger.finished(path.name, key):
-                    row.results.append(made)
+                    row.made[sample] = made
                     row.done_bytes += made["num_bytes_generated"]
                 else:
                     tasks.append(_Task(row, job, sample, with_sidecar(job, path), key))
@@ -191,8 +196,8 @@ class Batch:
                     self._service.write_completion(progress.completion, self._out, force=True, stem=row.stem)
                     facts = progress.completion.to_dict(task.paths[0])
                     ledger.finish(task.name, task.key, task.paths, facts)
-                    row.results.append(facts)
-                    row.state = "done" if len(row.results) == task.job.settings.samples else "running"
+                    row.made[task.sample] = facts
+                    row.state = "done" if len(row.made) == task.job.settings.samples else "running"
                 except (ValueError, OSError) as error:
                     row.fail(error)
             yield row, progress

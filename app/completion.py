@@ -16,7 +16,7 @@ from app.store import LoadedModel
 from app.turns import Turn
 from core.codecs import Codec, Media, Picture, Raw
 from core.errors import UserError
-from core.sample import Chunk, SampleConfig, Sampler, next_byte_law
+from core.sample import Chunk, Request, SampleConfig, Sampler, next_byte_law, stream_batch
 
 _DEFAULT_TEXT_BYTES = 500
 
@@ -287,32 +287,16 @@ class CompletionJob:
         return sampler
 
     def _run_sample(self, sample: int, turn: Turn) -> Iterator[Progress]:
-        started, num_bytes, num_given = time.perf_counter(), self.plan.num_bytes_to_generate, self._first_bytes.size
-        canvas = self._new_canvas(num_bytes)
-        made = np.concatenate((self._first_bytes, np.zeros(num_bytes - num_given, np.uint8)))
-        bits = np.empty(num_bytes - num_given, np.float32)
-        done, completion = num_given, None
-        for index, start, end in self._stretches(canvas):
-            given = self._first_bytes[start:end]
-            canvas.put(index, 0, given)
-            if done >= end:
-                continue
-            # Each stretch of each sample has random numbers of its own.
-            number = sample * len(canvas.stretches) + index
-            with closing(self._sampler(canvas, index, given, end - start).stream(number)) as chunks:
-                while done < end:
+        making = _Making(self, sample)
+        while making.next_stretch():
+            with closing(making.sampler.stream(making.number)) as chunks:
+                while making.is_drawing:
                     while not turn.take():
-                        yield Progress(self, canvas, made, sample, done, is_waiting=True)
-                    chunk = next(chunks)
-                    canvas.put(index, done - start, chunk.byte_values)
-                    after = done + len(chunk.byte_values)
-                    made[done:after], bits[done - num_given : after - num_given] = chunk.byte_values, chunk.bits
-                    done, seconds = after, time.perf_counter() - started
-                    if done == num_bytes:
-                        self.loaded.note_speed((done - num_given) / seconds)
-                        completion = self._completion(sample, canvas, made, bits, seconds)
-                        self.results.append(completion)
-                    yield Progress(self, canvas, made, sample, done, (done - num_given) / seconds, chunk, completion)
+                        yield making.progress(is_waiting=True)
+                    progress = making.take(next(chunks))
+                    if progress.completion is not None and progress.bytes_per_s:
+                        self.loaded.note_speed(progress.bytes_per_s)
+                    yield progress
 
     def _completion(self, sample: int, canvas: Canvas, made: np.ndarray, bits: np.ndarray, seconds: float) -> Completion:
         return Completion(
@@ -335,7 +319,83 @@ class CompletionJob:
         )
 
 
+class _Making:
+    """One sample while it is made, stretch by stretch.
+
+    Attributes:
+        sampler: what draws the stretch at work.
+        number: of its random numbers; each stretch of each sample has its own.
+    """
+
+    def __init__(self, job: CompletionJob, sample: int) -> None:
+        num_bytes, first = job.plan.num_bytes_to_generate, job._first_bytes
+        self.sampler: Sampler | None = None
+        self.number = 0
+        self._job, self._sample = job, sample
+        self._started = time.perf_counter()
+        self._canvas = job._new_canvas(num_bytes)
+        self._stretches = job._stretches(self._canvas)
+        self._index = self._start = self._end = 0
+        self._made = np.concatenate((first, np.zeros(num_bytes - first.size, np.uint8)))
+        self._bits = np.empty(num_bytes - first.size, np.float32)
+        self._done = self._num_given = first.size
+
+    def next_stretch(self) -> bool:
+        """Goes on to the next stretch; whether there is one of which something is to be drawn."""
+        for index, start, end in self._stretches:
+            self._index, self._start, self._end = index, start, end
+            given = self._job._first_bytes[start:end]
+            self._canvas.put(index, 0, given)
+            if self.is_drawing:
+                self.sampler = self._job._sampler(self._canvas, index, given, end - start)
+                self.number = self._sample * len(self._canvas.stretches) + index
+                return True
+        return False
+
+    @property
+    def is_drawing(self) -> bool:
+        """Whether something of the stretch is missing."""
+        return self._done < self._end
+
+    @property
+    def request(self) -> Request:
+        """The stretch at work for a sampler of many."""
+        return Request(self.sampler.prefix, self.sampler.num_bytes, self.sampler.config, self.number)
+
+    def take(self, chunk: Chunk) -> Progress:
+        """Puts new bytes where they belong and says how far the sample is."""
+        after = self._done + len(chunk.byte_values)
+        self._canvas.put(self._index, self._done - self._start, chunk.byte_values)
+        self._made[self._done : after] = chunk.byte_values
+        self._bits[self._done - self._num_given : after - self._num_given] = chunk.bits
+        self._done = after
+        completion = None
+        if after == len(self._made):
+            seconds = time.perf_counter() - self._started
+            completion = self._job._completion(self._sample, self._canvas, self._made, self._bits, seconds)
+            self._job.results.append(completion)
+        return self.progress(chunk, completion)
+
+    def progress(self, chunk: Chunk | None = None, completion: Completion | None = None, *, is_waiting: bool = False) -> Progress:
+        """How far the sample is."""
+        speed = (self._done - self._num_given) / (time.perf_counter() - self._started)
+        return Progress(
+            self._job, self._canvas, self._made, self._sample, self._done, speed or None, chunk, completion, is_waiting
+        )
+
+
 def run_together(tasks: Sequence[tuple[CompletionJob, int]]) -> Iterator[Progress]:
-    """Makes some samples, each a job and its number, of jobs that share a model."""
-    for job, sample in tasks:
-        yield from job.run([sample])
+    """Makes some samples, each a job and its number, of jobs that share a model, at once where the engine can.
+
+    Their bytes are those that each job makes alone. Closing the iterator frees the model.
+    """
+    makings = [_Making(job, sample) for job, sample in tasks]
+    loaded = tasks[0][0].loaded
+    with Turn(loaded.lock) as turn:
+        while makings := [making for making in makings if making.next_stretch()]:
+            with closing(stream_batch(loaded.model, [making.request for making in makings])) as chunks:
+                while any(making.is_drawing for making in makings):
+                    while not turn.take():
+                        yield makings[0].progress(is_waiting=True)
+                    index, chunk = next(chunks)
+                    yield makings[index].take(chunk)

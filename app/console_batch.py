@@ -37,8 +37,9 @@ def make_batch(batch: "Batch", report: Report, *, is_summed: bool) -> None:
                     report.result(facts, f"{_made(facts)}  (made before)")
             else:
                 advance(sum(row.done_bytes for row in batch.rows), sum(row.num_bytes for row in batch.rows))
-                if progress.completion is not None and row.results:
-                    report.result(row.results[-1], _made(row.results[-1]))
+                if progress.completion is not None and progress.sample in row.made:
+                    facts = row.made[progress.sample]
+                    report.result(facts, _made(facts))
             if row.state == "failed":
                 report.failure(row.item.source, row.says)
     if is_summed:

@@ -12,6 +12,7 @@ and no batch size can change a byte of it. The engine follows from model, machin
 """
 
 import os
+import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -84,6 +85,7 @@ class Sampler:
         patch_size = model.config.patch_size
         self._cache_len = min(context, -(-(len(self.prefix) + num_bytes) // patch_size) * patch_size)
         self._after_prefix: dict[bool, Row] = {}
+        self._reading = threading.Lock()  # samples made side by side share it
 
     def stream(self, sample_number: int = 0, *, alone: bool = True) -> Iterator[Chunk]:
         """The new bytes of one sample, in chunks that end with the model's patches. Closing it ends the work.
@@ -110,9 +112,11 @@ class Sampler:
     def _start(self, alone: bool) -> tuple[Row, int]:
         """A row of one sample's own that has read the prefix, and its position."""
         start = _context_of(self.prefix, self._cache_len, self.model)
-        if alone not in self._after_prefix:
-            self._after_prefix[alone] = _new_row(self.model, self.engine, self._cache_len, alone)
-            self._after_prefix[alone].read(start)
+        with self._reading:
+            if alone not in self._after_prefix:
+                row = _new_row(self.model, self.engine, self._cache_len, alone)
+                row.read(start)
+                self._after_prefix[alone] = row
         return self._after_prefix[alone].copy(), len(start)
 
     def _read(self, history: np.ndarray, row: Row) -> int:

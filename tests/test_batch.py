@@ -16,6 +16,7 @@ from PIL import Image
 
 from app.__main__ import main
 from app.batch import Batch
+from app.completion import run_together
 from app.ledger import LEDGER_NAME, open_ledger
 from app.recipe import parse_recipe
 from app.service import Service
@@ -248,6 +249,35 @@ def test_a_recipe_makes_the_bytes_of_the_service(service, make_png, tmp_path):
     list(job.run())
     expected = [service.write_completion(result, tmp_path).read_bytes() for result in job.results]
     assert [(tmp_path / "out" / f"a-s5-{n}.png").read_bytes() for n in (1, 2)] == expected
+
+
+@pytest.mark.parametrize("make", ["make_png", "make_wav", "make_text"])
+def test_samples_made_together_are_those_made_alone(service, request, make):
+    path = request.getfixturevalue(make)()
+    jobs = [service.complete(path, num_bytes=96, seed=seed, samples=3, keep=keep) for seed, keep in ((1, 0.5), (2, 0.25))]
+    expected = {}
+    for number, job in enumerate(jobs):
+        for progress in job.run():
+            if progress.completion is not None:
+                expected[number, progress.sample] = progress.completion.made.tobytes()
+    tasks = [(job, sample) for sample in (2, 0, 1) for job in jobs]
+    together = {
+        (jobs.index(progress.job), progress.sample): progress.completion.made.tobytes()
+        for progress in run_together(tasks)
+        if progress.completion is not None
+    }
+    assert together == expected
+    assert not jobs[0].loaded.lock.locked()
+
+
+def test_tiles_of_pictures_made_together_are_those_made_alone(service, make_png):
+    jobs = [service.complete(make_png(f"{n}.png", width=16, height=16, seed=n), keep=0.25) for n in range(2)]
+    expected = []
+    for job in jobs:
+        *_, last = job.run()
+        expected.append(last.completion.made.tobytes())
+    made = {id(p.job): p.completion.made.tobytes() for p in run_together([(job, 0) for job in jobs]) if p.completion}
+    assert [made[id(job)] for job in jobs] == expected
 
 
 class TestScoreFolder:

@@ -1,11 +1,15 @@
 """Samples follow the law that was asked for and depend on seed and sample number alone."""
 
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from core import sample
 from core.config import ImageCodecConfig
 from core.errors import UserError
 from core.law import draw, sampling_law, uniforms
@@ -205,3 +209,22 @@ def test_laying_out_the_weights_changes_none_of_them():
     assert torch.equal(
         model.levels[0].transformer.blocks[0].ffn_in.weight, 2 * before["levels.0.transformer.blocks.0.ffn_in.weight"]
     )
+
+
+def test_samples_side_by_side_wait_until_their_prefix_is_read(monkeypatch):
+    sampler = Sampler(build(CASES["exact"]), b"abcd", 8, SampleConfig())
+    alone = [np.concatenate([chunk.byte_values for chunk in sampler.stream(number)]) for number in range(2)]
+    slow = Sampler(sampler.model, b"abcd", 8, SampleConfig())
+    new_row = sample._new_row
+
+    def slow_row(*arguments):
+        row = new_row(*arguments)
+        read = row.read
+        row.read = lambda history: (time.sleep(0.05), read(history))
+        return row
+
+    monkeypatch.setattr(sample, "_new_row", slow_row)
+    with ThreadPoolExecutor(2) as pool:
+        streams = [pool.submit(lambda n=n: [chunk.byte_values for chunk in slow.stream(n, alone=False)]) for n in range(2)]
+    for stream, expected in zip(streams, alone, strict=True):
+        np.testing.assert_array_equal(np.concatenate(stream.result()), expected)
