@@ -14,7 +14,7 @@ from core.codecs import Codec, Media, build_codec
 from core.config import AudioCodecConfig, CodecConfig, ImageCodecConfig
 from core.errors import UserError
 from core.folder import MANIFEST_NAME
-from core.likelihood import engine_name
+from core.likelihood import scoring_engine
 from core.models import ByteModel
 from core.sample import SampleConfig, Sampler
 
@@ -61,7 +61,7 @@ class LoadedModel:
     @property
     def scoring_engine(self) -> str:
         """What computes its scores."""
-        return engine_name(next(self.model.parameters()).device, autocast=True)
+        return scoring_engine(self.model)
 
     def bytes_per_s(self) -> float:
         """How fast this machine makes bytes with this model; measured once, then kept up to date by finished samples."""

@@ -21,7 +21,7 @@ from core.config import LevelConfig, MegaByteConfig
 from core.distributed import usable_device
 from core.errors import UserError
 from core.learner import MeanNll
-from core.likelihood import score
+from core.likelihood import score, scoring_engine
 from core.limits import PeakMemory, matmul_rate, seconds_to_read, timed
 from core.models import MegaByte
 from core.presets import preset
@@ -224,13 +224,12 @@ def scoring(name: str, model: MegaByte, batch_size: int, length: int) -> Case:
     """Streams of `length` bytes, each in one window."""
     batch_size = batch_size or 1
     streams = [random_stream(length, seed) for seed in range(batch_size)]
-    engine = score(model, streams[0][:1]).engine
     device = next(model.parameters()).device
     return Case(
         "score",
         name,
         model,
-        engine,
+        scoring_engine(model),
         batch_size,
         length,
         lambda: (batch_size * length, timed(lambda: score(model, streams, window=length), device)),
@@ -273,7 +272,7 @@ def bytes_read_per_patch(case: Case) -> list[tuple[float, int]]:
     A level's matrices are read once for each of its elements; of keys and values what an average element attends to.
     """
     config = case.model.config
-    weight_size = 2 if dtype_of(case.engine) == "bf16" else 4
+    weight_size = {"fp32": 4, "bf16": 2, "int8": 1}[dtype_of(case.engine)]
     # The native kernel keeps keys and values in float32.
     kept_size = 2 if weight_size == 2 and not case.engine.startswith("native") else 4
     parts = []
@@ -361,4 +360,5 @@ def _meta(config: MegaByteConfig) -> MegaByte:
         return MegaByte(config)
 
 
-_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "int8": torch.int8}
+# By the name of the weights' format, what the matrix products of the ceiling are made of: int8 weights meet floats.
+_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "int8": torch.bfloat16}

@@ -199,7 +199,7 @@ def _choose_engine(model: ByteModel) -> str:
     engine = wanted or native.ENGINE_NAME
     if engine in _NATIVE and native.compile_model(model, engine) is not None:
         return engine
-    return engine_name(device, autocast=False)
+    return engine_name(device, is_bf16=False)
 
 
 def _new_row(model: ByteModel, engine: str, cache_len: int, alone: bool) -> Row:

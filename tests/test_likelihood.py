@@ -1,13 +1,17 @@
 """Scores are the model's own law, in bits, whatever the windows."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
-from core.config import AudioCodecConfig, ImageCodecConfig
+from app.service import Service
+from core import likelihood
+from core.config import AudioCodecConfig, ImageCodecConfig, LevelConfig, MegaByteConfig
 from core.errors import UserError
 from core.likelihood import context_sizes, score, split_windows
-from core.models import build_model
+from core.models import build_model, loss
 from tests.model_cases import CASES, CONTEXT, PATCH, build
 from tests.tiny_run import tiny_config
 
@@ -177,3 +181,40 @@ def test_context_is_what_the_window_of_a_byte_held_before_it(window, hop):
     for t, size in enumerate(context_sizes(75, window, hop)):
         start = next(start for start in range(0, 75, hop) if t < start + window)
         assert size == t - start
+
+
+@pytest.mark.parametrize("sample", ["lamp.txt", "lake.png", "vowels.wav"])
+def test_bf16_moves_the_bits_of_the_shipped_models_by_far_less_than_a_thousandth(sample, monkeypatch):
+    service, path = Service(), Path(__file__).parents[1] / "app/samples" / sample
+    rates = {}
+    for multiplies_bf16 in (False, True):
+        # Any processor can multiply bf16, if slowly.
+        monkeypatch.setattr(likelihood, "_multiplies_bf16", lambda wanted=multiplies_bf16: wanted)
+        result = service.score_file(path)
+        rates[result.engine] = result.bits_per_byte
+    assert rates.keys() == {"torch-fp32", "torch-bf16"}
+    assert rates["torch-bf16"] == pytest.approx(rates["torch-fp32"], rel=5e-4)
+
+
+def test_the_engine_follows_from_processor_width_and_setting(monkeypatch):
+    narrow = build(CASES["exact"])
+    wide = build(MegaByteConfig(levels=(LevelConfig(dim=64, num_layers=1, num_heads=1, ffn_dim=256),), max_seq_len=8))
+    monkeypatch.delenv("MEGABYTE_ENGINE", raising=False)
+    for multiplies_bf16, engine in ((True, "torch-bf16"), (False, "torch-fp32")):
+        monkeypatch.setattr(likelihood, "_multiplies_bf16", lambda wanted=multiplies_bf16: wanted)
+        assert score(wide, b"ab").engine == engine
+        assert score(narrow, b"ab").engine == "torch-fp32"
+    monkeypatch.setattr(likelihood, "_multiplies_bf16", lambda: True)
+    monkeypatch.setenv("MEGABYTE_ENGINE", "torch")
+    assert score(wide, b"ab").engine == "torch-fp32"
+
+
+def test_a_stream_of_many_chunks_scores_as_one_forward_pass(monkeypatch):
+    monkeypatch.setitem(loss._CHUNK_BYTES, "cpu", 4)
+    model, stream = build(CASES["all_rotary"]), stream_of(CONTEXT)
+    byte_ids = torch.from_numpy(stream.astype(np.int64))[None]
+    with torch.no_grad():
+        expected = loss.nll_of_logits(model(byte_ids), byte_ids)[0].numpy() / np.log(2)
+    np.testing.assert_allclose(score(model, stream).bits, expected, atol=1e-4)
+    detailed = score(model, stream, detailed=True)
+    np.testing.assert_allclose(detailed.bits, expected, atol=1e-4)

@@ -1,0 +1,211 @@
+"""The same work here and in MEGABYTE-pytorch 0.3.6 (lucidrains), in one process, in turns; prints the ratios.
+
+pip install MEGABYTE-pytorch==0.3.6 beartype
+python -m tests.benchmarks.peers [generate] [score] [train] [--rounds N] [--json]
+
+Both have the shape of `bench-tiny`: P = 8, global 512x6, local 256x3, heads of 64 channels, learned positions. The peer
+does 1.3 times the FLOPs per byte there: its one number of heads makes the local model's attention twice as wide, it adds
+a start token to every row, and its patch embedding projects P times the local width.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from statistics import median
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from core.bench import engine_of_samples, flat_counterpart, random_model, random_stream, widened
+from core.learner import MeanNll
+from core.likelihood import score
+from core.limits import timed
+from core.presets import preset
+from core.sample import Request, SampleConfig, stream_batch
+
+CPU = torch.device("cpu")
+PATCH = 8
+CONTEXT = 2048  # of generation
+Work = Callable[[], tuple[int, float]]  # (bytes done, seconds)
+
+
+def peer(num_bytes: int) -> nn.Module:
+    """Their model with a context of `num_bytes`."""
+    try:
+        from MEGABYTE_pytorch import MEGABYTE
+    except ImportError as error:
+        sys.exit(f"{error}; this comparison needs: pip install MEGABYTE-pytorch==0.3.6 beartype")
+    torch.manual_seed(0)
+    model = MEGABYTE(
+        num_tokens=256,
+        dim=(512, 256),
+        depth=(6, 3),
+        max_seq_len=(num_bytes // PATCH, PATCH),
+        dim_head=64,
+        heads=8,
+        pos_emb=True,
+    )
+    return model.eval()
+
+
+def generate(rounds: int) -> dict[str, Any]:
+    """One byte at a context of 2048: their loop runs the whole model for it, ours steps."""
+    prefix = random_stream(CONTEXT - 128)
+    own, other = random_model(preset("bench-tiny").model, CPU), peer(CONTEXT)
+    flat = random_model(flat_counterpart(own.config), CPU)
+    byte_ids = torch.from_numpy(random_stream(CONTEXT - 1)).long()[None]
+
+    def theirs() -> tuple[int, float]:
+        with torch.inference_mode():
+            return 1, timed(lambda: F.softmax(other(byte_ids)[:, -1], -1).multinomial(1), CPU)
+
+    def ours(model: nn.Module, engine: str, batch_size: int) -> Work:
+        requests = [Request(prefix, 128, SampleConfig(), number) for number in range(batch_size)]
+
+        def run() -> tuple[int, float]:
+            with engine_of_samples(engine):
+                chunks = stream_batch(model, requests)
+                for _ in range(batch_size):  # one of each: then all have read the prefix
+                    next(chunks)
+                made = 0
+
+                def rest() -> None:
+                    nonlocal made
+                    made = sum(len(chunk.byte_values) for _, chunk in chunks)
+
+                seconds = timed(rest, CPU)
+                return made, seconds
+
+        return run
+
+    rates = in_turns(
+        {
+            "peer": theirs,
+            "kernel": ours(own, "", 1),
+            "torch": ours(own, "torch", 1),
+            "batch 16": ours(own, "torch-bf16", 16),
+            "batch 16, flat": ours(flat, "torch-bf16", 16),
+        },
+        rounds,
+    )
+    return {
+        "what": f"generate at context {CONTEXT}",
+        "bytes_per_s": rates,
+        "ratios": {
+            "kernel / peer": rates["kernel"] / rates["peer"],
+            "torch / peer": rates["torch"] / rates["peer"],
+            "batch 16 / flat": rates["batch 16"] / rates["batch 16, flat"],
+        },
+    }
+
+
+def scoring(rounds: int) -> dict[str, Any]:
+    """Windows of 8192 bytes: ours as `score` does it, theirs in fp32."""
+    length = 8192
+    own, other = random_model(preset("bench-tiny").model, CPU), peer(length)
+    flat = random_model(flat_counterpart(own.config), CPU)
+    stream = random_stream(length)
+    byte_ids = torch.from_numpy(stream).long()[None]
+
+    def theirs() -> tuple[int, float]:
+        with torch.inference_mode():
+            return length, timed(lambda: F.cross_entropy(other(byte_ids)[0], byte_ids[0]), CPU)
+
+    rates = in_turns(
+        {
+            "peer fp32": theirs,
+            "ours": lambda: (length, timed(lambda: score(own, stream), CPU)),
+            "ours strided": lambda: (length, timed(lambda: score(own, stream, strided=True), CPU)),
+            "flat": lambda: (length, timed(lambda: score(flat, stream), CPU)),
+        },
+        rounds,
+    )
+    engine = score(own, stream[:8]).engine
+    return {
+        "what": f"score {length} bytes, {engine}",
+        "bytes_per_s": rates,
+        "ratios": {
+            "ours / peer": rates["ours"] / rates["peer fp32"],
+            "ours / flat": rates["ours"] / rates["flat"],
+            "cost of strided": rates["ours"] / rates["ours strided"],
+        },
+    }
+
+
+def training(rounds: int) -> dict[str, Any]:
+    """Forward and backward of 8192 bytes under bf16 autocast, as 8 x 1024 and as one sequence."""
+    config = widened(replace(preset("bench-tiny").model, dropout=0.0), 8192)
+    own, flat = random_model(config, CPU).train(), random_model(flat_counterpart(config), CPU).train()
+    works: dict[str, Work] = {}
+    for length in (1024, 8192):
+        byte_ids = torch.from_numpy(random_stream(8192)).long().view(-1, length)
+        other = peer(length).train()
+        for name, model in (("peer", other), ("ours", own), ("flat", flat)):
+            works[f"{name}, T = {length}"] = _training_step(model, byte_ids, is_peer=name == "peer")
+    rates = in_turns(works, rounds)
+    return {
+        "what": "train, bf16 autocast",
+        "bytes_per_s": rates,
+        "ratios": {
+            f"ours / {name}, T = {length}": rates[f"ours, T = {length}"] / rates[f"{name}, T = {length}"]
+            for length in (1024, 8192)
+            for name in ("peer", "flat")
+        },
+    }
+
+
+def _training_step(model: nn.Module, byte_ids: torch.Tensor, is_peer: bool) -> Work:
+    objective = None if is_peer else MeanNll(model, "bf16")
+
+    def step() -> None:
+        model.zero_grad(set_to_none=True)
+        if is_peer:
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = model(byte_ids, return_loss=True)
+        else:
+            loss = objective(byte_ids)
+        loss.backward()
+
+    return lambda: (byte_ids.numel(), timed(step, CPU))
+
+
+def in_turns(works: dict[str, Work], rounds: int) -> dict[str, float]:
+    """Bytes per second of each, the median of the rounds after one that does not count."""
+    rates: dict[str, list[float]] = {name: [] for name in works}
+    for round_ in range(rounds + 1):
+        for name, work in works.items():
+            num_bytes, seconds = work()
+            if round_:
+                rates[name].append(num_bytes / seconds)
+    return {name: median(found) for name, found in rates.items()}
+
+
+PARTS = {"generate": generate, "score": scoring, "train": training}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)} (all)")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds that count (%(default)s)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object a part")
+    options = parser.parse_args()
+    if unknown := set(options.parts) - PARTS.keys():
+        parser.error(f"{', '.join(sorted(unknown))}: choose from {', '.join(PARTS)}")
+    for name in options.parts or PARTS:
+        found = PARTS[name](options.rounds)
+        if options.json:
+            print(json.dumps(found), flush=True)
+            continue
+        print(found["what"])
+        for case, rate in found["bytes_per_s"].items():
+            print(f"  {case:<22} {rate:12.1f} bytes/s")
+        for ratio, value in found["ratios"].items():
+            print(f"  {ratio:<22} {value:12.2f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
