@@ -161,10 +161,10 @@ def test_a_completion_goes_on_through_a_reload_and_keeps_what_is_there(open_page
     page.get_by_label("Typed text").check()
     page.fill("#complete-text textarea", "The lamp")
     page.get_by_text("Model and sampling").click()
-    page.fill("#complete-num-bytes input", "1000000")
+    page.fill("#complete-num-bytes input[type=number]", "1000000")
     page.wait_for_function("document.querySelector('#complete-plan textarea').value.includes('1000000')")
     page.click("#complete-start")
-    made = "#results-view .card:nth-child(2) .made"
+    made = "#results-view .card:last-child .made"
     page.wait_for_function(f"document.querySelector('{made}')?.textContent.length > 10")
     page.reload()
     page.wait_for_selector("#complete-stop:not([disabled])", state="visible")
