@@ -25,6 +25,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from core.cache import LevelCache
 from core.config import NUM_BYTE_VALUES
@@ -36,6 +37,12 @@ from core.native import fingerprint
 
 _FEWEST_SLOTS = 64  # of the first level that are read; doubled as the rows grow
 _ROUND_BYTES = 16  # rounded up to whole patches: what the host does between two rounds should cost little beside them
+
+# Those that sum the slots in their order; others split them by their number, and then neighbours would change a row.
+_ATTENTION = {
+    "cpu": [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH],
+    "cuda": [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH],
+}
 
 _bf16_models: WeakKeyDictionary[MegaByte, tuple[tuple, MegaByte]] = WeakKeyDictionary()
 
@@ -208,11 +215,12 @@ class Lockstep:
     def _run(self, first: int, num_slots: int) -> None:
         """One byte of every row, at a place where the levels from `first` on wake."""
         *coarse, finest = range(len(self.model.levels))
-        for index in coarse[first:]:
-            self._begin_row(index, first)
-            self.cache.levels[index + 1].from_parent_BLD.copy_(self._wake(index, num_slots))
-        self._begin_row(finest, first)
-        self._finest(num_slots)
+        with sdpa_kernel(_ATTENTION[self.device.type]):
+            for index in coarse[first:]:
+                self._begin_row(index, first)
+                self.cache.levels[index + 1].from_parent_BLD.copy_(self._wake(index, num_slots))
+            self._begin_row(finest, first)
+            self._finest(num_slots)
 
     def _begin_row(self, index: int, first: int) -> None:
         if index > first:
@@ -263,7 +271,9 @@ class Lockstep:
         if level_cache.memory:
             has_memory_B1 = self.positions_B[:, None] >= level.span * level.row_length
             mask_BS = mask_BS & ((slots_S >= level_cache.memory) | has_memory_B1)
-        return Slots(slots_B[:, None, None], (self._rows_B, slice(None), slots_B), read, mask_BS)
+        # Added to the scores; from a mask of booleans every layer would make this anew.
+        bias_BS = torch.zeros_like(mask_BS, dtype=level_cache.keys.dtype).masked_fill_(~mask_BS, float("-inf"))
+        return Slots(slots_B[:, None, None], (self._rows_B, slice(None), slots_B), read, bias_BS)
 
     def _draw(self, logits_BV: Tensor, uniforms_B1: Tensor) -> Tensor:
         """`core.law.sampling_law` and `core.law.draw` of every row, `(B, 1)`."""

@@ -33,7 +33,8 @@ class Slots:
         positions: the slot of the new element: one for all rows, or `(B, 1, 1)`, broadcastable to heads.
         write: the index of that slot in `(B, H, S)`.
         read: the slots attended to; those before `read.start` are filled in no row.
-        mask_BS: True where a row may attend, over the slots of `read`; None if every row may attend to all.
+        mask_BS: True (or 0) where a row may attend, False (or minus infinity) elsewhere, over the slots of `read`; None
+            if every row may attend to all.
     """
 
     positions: int | Tensor
