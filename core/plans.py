@@ -361,6 +361,6 @@ _PLANS: dict[str, tuple[Callable[[Size], list[Member]], dict[Size, float]]] = {
     "image64": (_comparison("image64"), {"cpu": 5e13, "gpu": 4e15}),
     "audio": (_comparison("audio"), {"cpu": 5e13, "gpu": 4e15}),
     "scaling": (_scaling, {"cpu": 1.5e13, "gpu": 1e15}),
-    "ablation": (_ablation, {"cpu": 2.5e13, "gpu": 1.5e15}),
-    "ablation-recipe": (_ablation_recipe, {"cpu": 8e12, "gpu": 5e14}),
+    "ablation": (_ablation, {"cpu": 2e13, "gpu": 1.5e15}),
+    "ablation-recipe": (_ablation_recipe, {"cpu": 5e12, "gpu": 5e14}),
 }
