@@ -12,6 +12,7 @@ import gradio as gr
 from app.batch import Batch
 from app.jobs import Job, JobStore, JobView, Work
 from app.service import Service
+from app.settings import FRAMINGS
 from app.tabs import batch, complete
 from app.tabs.refusals import ENDPOINT_WORDS, refusals_shown
 from app.tabs.sources import title_of
@@ -54,11 +55,17 @@ def add_endpoints(service: Service, store: JobStore) -> None:
 
     def generate(
         file: str | None, text: str, model: str, keep: float, num_bytes: int | None, samples: int,
-        temperature: float, top_k: int, top_p: float, seed: int, request: gr.Request,
+        temperature: float, top_k: int, top_p: float, seed: int, keep_bytes: int | None, framing: str,
+        upside_down: bool, first_bytes: str, request: gr.Request,
     ) -> Iterator[Any]:  # fmt: skip
-        """Completions of a file's first part or of a text: files in the order of the samples, and their facts."""
-        source = complete.FROM_TEXT if text else complete.FROM_FILE
-        form = complete.request(source, file, text, 100 * keep, model, num_bytes, samples, temperature, top_k, top_p, seed)
+        """Completions of a file's first part or of a text: files in the order of the samples, and their facts.
+
+        A `keep_bytes` of -1 leaves it to `keep`.
+        """
+        settings = (model, num_bytes, samples, temperature, top_k, top_p, seed, framing, upside_down, first_bytes)
+        form = complete.request(complete.FROM_TEXT if text else complete.FROM_FILE, file, text, keep_bytes, *settings)
+        if form is not None and form["keep_bytes"] is None:
+            form["keep"] = 1.0 if text else keep
         if form is None:
             raise gr.Error("There is nothing to complete: give a file or a text.", print_exception=False)
 
@@ -103,7 +110,10 @@ def add_endpoints(service: Service, store: JobStore) -> None:
         scored_as, adapt = gr.Radio(["media", "file"], value="media"), gr.Checkbox()
         sources, recipe = gr.File(label="files", file_count="multiple"), gr.Textbox(label="recipe")
         files, archive, facts = gr.File(label="files", file_count="multiple"), gr.File(label="zip"), gr.JSON(label="facts")
-        settings = [file, text, model, keep, num_bytes, samples, temperature, top_k, top_p, seed]
+        keep_bytes, framing = gr.Number(complete.ALL, precision=0), gr.Radio(list(FRAMINGS), value=FRAMINGS[0])
+        upside_down, first_bytes = gr.Checkbox(), gr.Textbox("")
+        drawing = [temperature, top_k, top_p, seed]
+        settings = [file, text, model, keep, num_bytes, samples, *drawing, keep_bytes, framing, upside_down, first_bytes]
         # Without a limit of Gradio's own, which would make short calls wait for long ones: the job store has limits.
         for name, answer, inputs, outputs in (
             ("score", score, [file, model, scored_as, adapt], [facts]),

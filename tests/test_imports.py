@@ -31,6 +31,7 @@ LAYERS = [
     ["app.scoring", "app.completion"],
     ["app.provenance"],
     ["app.outputs"],
+    ["app.gallery"],
     ["app.service"],
     ["app.render", "app.plot"],
     ["app.exports", "app.comparing"],

@@ -1,18 +1,24 @@
 """The page's handlers without a browser."""
 
+import base64
 import json
 import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import gradio as gr
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from app import ui
+from app.gallery import Gallery, Made, character_starts, gallery_work
 from app.jobs import JobStore, JobView
+from app.provenance import read_provenance, sidecar_of
 from app.service import Service
 from app.tabs import complete, likelihood
 from app.tabs.following import follower
@@ -20,7 +26,8 @@ from app.tabs.refusals import PAGE_WORDS
 from app.views import cards, score_values
 from core.errors import UserError
 
-SETTINGS = {"model": "", "num_bytes": None, "samples": 1, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "seed": 3}
+SETTINGS = {"model": "", "num_bytes": None, "samples": 1, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "seed": 3,
+            "framing": "tiles", "upside_down": False}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -52,9 +59,17 @@ def shown(view: JobView) -> tuple[dict, list[dict]]:
     return message, value["items"]
 
 
-def form(path: Path | None = None, text: str = "", keep: float = 50, **settings) -> dict | None:
+def form(path: Path | None = None, text: str = "", keep_bytes: int = complete.ALL, **settings) -> dict | None:
     source = complete.FROM_TEXT if text else complete.FROM_FILE
-    return complete.request(source, None if path is None else str(path), text, keep, **SETTINGS | settings)
+    return complete.request(source, None if path is None else str(path), text, keep_bytes, **SETTINGS | settings)
+
+
+def completed(store: JobStore, service: Service, request: dict, earlier: Sequence[Made] = ()) -> Gallery:
+    """The gallery of a job of the page that is done."""
+    work = gallery_work(lambda: service.complete(**request), earlier=earlier)
+    view = store.look("me", store.submit("me", complete.KIND, "", work), wait_s=60)
+    assert view.state == "done", view.problem
+    return view.result
 
 
 @pytest.mark.parametrize("make", ["make_png", "make_wav", "make_text"])
@@ -201,20 +216,39 @@ def test_exports_are_files_of_the_asked_form(store, scored, make_png, form):
 
 def test_form_without_a_source_is_no_request():
     assert form() is None
-    assert form(text="a")["keep"] == 1.0
+    assert form(text="a")["text"] == b"a"
 
 
-def test_plan_is_told_before_anything_is_made(service, make_png):
-    words, shown = complete.preview(service, form(make_png(), samples=3))
+def test_plan_and_prompt_are_shown_before_anything_is_made(service, make_png):
+    prompt, words = complete.preview(service, form(make_png(), samples=3))
     assert words.startswith("Keeps top 4 of 8 rows")
     assert "3 times" in words
-    assert [card["id"] for card in shown["items"]] == ["kept"]
+    assert (prompt["cut"], prompt["count"], prompt["whole"], prompt["unit"]) == (96, 192, 192, 96)
+    assert json.dumps(prompt)
+    moved, words = complete.replan(service, form(make_png(), keep_bytes=100))
+    assert moved == {"cut": 96, "says": "top 4 of 8 rows"}
+    assert "rounded down from 100 to 96 bytes" in words
 
 
-def test_refused_settings_show_in_the_plan(service, make_png):
-    words, shown = complete.preview(service, form(make_png(), num_bytes=5000))
-    assert shown["state"] == "empty"
-    assert shown["text"] == words != complete.NO_PLAN
+def test_a_refused_setting_is_said_in_the_plan_beside_the_source(service, make_png):
+    prompt, words = complete.preview(service, form(make_png(), num_bytes=5000))
+    assert "at most 96" in words
+    assert prompt["media"]
+    prompt, words = complete.preview(service, form(make_png(), model="text"))
+    assert (prompt["state"], prompt["text"]) == ("error", words)
+
+
+def test_the_prompt_of_a_cut_file_says_how_far_it_reaches(service, make_png, make_wav):
+    path = make_png(width=16, height=16)
+    path.write_bytes(path.read_bytes()[:500])
+    prompt, words = complete.preview(service, form(path))
+    assert prompt["cut"] == prompt["count"] < prompt["whole"] == 768
+    assert "cut short: the top" in words
+    path = make_wav(num_samples=400)
+    path.write_bytes(path.read_bytes()[: 44 + 600])
+    prompt, words = complete.preview(service, form(path))
+    assert (prompt["cut"], prompt["whole"]) == (300, 400)
+    assert "ends early: 0.04 s of 0.05 s are there" in words.lower()
 
 
 @pytest.mark.parametrize("kind", ["png", "wav", "text"])
@@ -224,41 +258,100 @@ def test_finished_cards_carry_the_bytes_of_the_service(service, store, make_png,
     job = service.complete(**request)
     list(job.run())
     expected = [service.write_completion(result, tmp_path) for result in job.results]
-
-    work = complete.completing_work(service, complete.prepared(service, request))
-    view = store.look("me", store.submit("me", complete.KIND, "", work), wait_s=60)
-    shown = complete.display(view)[2]
-    stored = [Path(card["file"]["path"]).read_bytes() for card in shown["items"] if "file" in card]
+    shown = cards.Display().results(completed(store, service, request), is_running=False)
+    stored = [Path(card["files"][0]["file"]["path"]).read_bytes() for card in shown["items"]]
     assert stored == [output.read_bytes() for output in expected]
-    assert [card["id"] for card in shown["items"]] == ["kept", "sample-0", "sample-1"]
+    assert [len(card["files"]) for card in shown["items"]] == [2 if kind == "text" else 1] * 2
     assert json.dumps(shown)
 
 
+def test_only_what_is_new_of_a_picture_is_sent_and_a_new_page_gets_all(service, make_png):
+    path = make_png(width=16, height=16)
+    gallery, display = Gallery(service.complete(path), "Sample"), cards.Display()
+    canvas = np.zeros((16, 16, 4), np.uint8)
+    sizes = []
+    for progress in gallery.job.run():
+        if progress.completion is None:
+            gallery.take(progress, Path())
+            [card] = display.results(gallery, is_running=True)["items"]
+            media = card["media"]
+            box = np.frombuffer(base64.b64decode(media["rgba"]), np.uint8).reshape(-1, media["box_width"], 4)
+            canvas[media["top"] :][: len(box), media["left"] :][:, : media["box_width"]] = box
+            sizes.append(len(box))
+            partial = progress.partial
+    assert sizes[0] == 12  # the kept rows with the first blocks
+    assert max(sizes[1:]) <= 4
+    np.testing.assert_array_equal(canvas[..., :3][partial.known], partial.pixels[partial.known])
+    np.testing.assert_array_equal(canvas[..., 3] == 255, partial.known)
+    [card] = cards.Display().results(gallery, is_running=True)["items"]
+    assert len(base64.b64decode(card["media"]["rgba"])) == 4 * 16 * 16
+
+
 def test_stop_keeps_what_is_there_and_frees_the_model(service, store):
-    job = complete.prepared(service, form(text="The lamp", num_bytes=500_000))
-    job_id = store.submit("me", complete.KIND, "", complete.completing_work(service, job))
-    while (view := store.look("me", job_id)).latest is None or not view.latest.latest:
+    request = form(text="The lamp", num_bytes=100_000)
+    job_id = store.submit("me", complete.KIND, "", gallery_work(lambda: service.complete(**request)))
+    while (view := store.look("me", job_id)).latest is None or view.latest.progress is None:
         time.sleep(0.01)
-    assert complete.display(view)[2]["items"][-1]["done"] < 1
+    show = complete.new_display()
+    assert "bytes/s" in show(view)[2]["items"][0]["caption"]
     store.stop("me", job_id)
-    card = complete.display(store.look("me", job_id, wait_s=10))[2]["items"][-1]
-    assert not job.loaded.lock.locked()
-    kept = Path(card["file"]["path"]).read_bytes()
+    view = store.look("me", job_id, wait_s=10)
+    assert not service.model("text").lock.locked()
+    [card] = show(view)[2]["items"]
     assert card["caption"].startswith("stopped after")
+    kept = Path(card["files"][0]["file"]["path"]).read_bytes()
     assert kept.startswith(b"The lamp")
     assert len(kept) > len(b"The lamp")
 
 
-def test_a_card_shows_the_end_of_a_long_text(service):
+@pytest.mark.parametrize("kind", ["png", "wav", "text"])
+def test_a_place_leads_to_alternatives_and_to_a_branch_beside_the_sample(service, store, request, kind):
+    path = request.getfixturevalue(f"make_{kind}")()
+    gallery = completed(store, service, form(path, num_bytes=None if kind == "png" else 40))
+    [made] = gallery.made
+    place = {"png": 7 * 8 + 7, "wav": 0.99, "text": 3}[kind]
+    assert made.number_at({"png": 0, "wav": 0.0, "text": 40_000}[kind]) is None
+    number = made.number_at(place)
+    if kind == "png":
+        x, y = 7, 7
+        assert made.media.pixels[y, x, 0] == made.made[number]
+    shown = complete.choices_at(made, number)
+    assert len(shown["choices"]) == 5
+    assert shown["stands"] == made.made[number]
+    assert json.dumps(shown)
+    job = made.job.branched(made.made, number, shown["choices"][1]["value"])
+    work = gallery_work(lambda: job, "Branch", gallery.made)
+    branched = store.look("me", store.submit("me", complete.KIND, "", work), wait_s=60).result
+    assert [sample.title for sample in branched.made] == ["Sample", "Branch"]
+    assert branched.made[1].made[number] == shown["choices"][1]["value"]
+    with pytest.raises(gr.Error, match="no longer kept"):
+        complete.found_sample(store, "you", "", made.id)
+
+
+def test_a_card_shows_the_end_of_a_long_text(service, store):
     text = "é" * 600 + "ab"
-    shown = cards.kept_card(complete.prepared(service, form(text=text)))["media"]["kept_text"]
-    assert shown == "…" + text[-cards.SHOWN_PROMPT :]
-    assert cards.kept_card(complete.prepared(service, form(text="é" * 600)))["media"]["kept_text"] == "é" * 600
+    [card] = cards.Display().results(completed(store, service, form(text=text, num_bytes=3)), is_running=False)["items"]
+    assert card["media"]["kept_text"] == "…" + text[-cards.SHOWN_KEPT :]
 
 
-def test_no_source_is_refused_in_one_sentence(service):
-    with pytest.raises(gr.Error, match="nothing to complete"):
-        complete.prepared(service, None)
+@given(st.binary(max_size=40))
+def test_each_character_is_known_by_its_first_byte(content):
+    starts, text = character_starts(content), content.decode("utf-8", "replace")
+    assert [content[a:b].decode("utf-8", "replace") for a, b in pairwise([*starts, len(content)])] == list(text)
+
+
+@pytest.mark.parametrize("kind", ["png", "wav", "text"])
+def test_a_result_restores_its_settings_on_the_page_and_gives_the_same_bytes(service, store, request, kind):
+    path = request.getfixturevalue(f"make_{kind}")()
+    num_bytes = None if kind == "png" else 40
+    settings = {"temperature": 0.7, "top_k": 9, "top_p": 0.9, "seed": 12, "samples": 2, "num_bytes": num_bytes}
+    made = completed(store, service, form(path, **settings)).made[1]
+    given = sidecar_of(made.path) if kind == "text" else made.path
+    restored = complete.settings_of(provenance := read_provenance(given))
+    wanted = complete.request(complete.FROM_FILE, str(given), "", provenance.settings.keep_bytes, *restored)
+    assert (wanted["seed"], wanted["temperature"], wanted["top_k"]) == (12, 0.7, 9)
+    again = completed(store, service, wanted).made[1]
+    np.testing.assert_array_equal(again.made, made.made)
 
 
 def test_scripts_of_the_views_never_parse_html():

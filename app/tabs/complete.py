@@ -1,72 +1,37 @@
 """The Complete tab: keep the first part of a file or a typed text and let a model go on from there."""
 
-from contextlib import closing
+import secrets
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
-from app.jobs import Job, JobEndedError, JobStore, JobView, Work
-from app.service import CompletionJob, Progress, Service
+from app.gallery import Gallery, Made, gallery_work
+from app.jobs import STOPPED, JobStore, JobView, UnknownJobError
+from app.provenance import Provenance, read_provenance
+from app.service import CompletionJob, Service
+from app.settings import CompletionSettings
 from app.tabs.following import AT_ONCE, QUIET, JobLink
-from app.tabs.refusals import refusals_shown
+from app.tabs.refusals import refusals_shown, reworded
 from app.tabs.sources import model_choices, sample_buttons
 from app.views import cards, factory
+from core.errors import UserError
 
 KIND = "complete"
 MAX_SAMPLES = 8
 FROM_FILE, FROM_TEXT = "A file", "Typed text"
-EMPTY = cards.empty(
+FRAMINGS = [("At its own size, in tiles", "tiles"), ("Scaled to the model's size", "fit")]
+ALL = -1  # as kept bytes: as many as suit the source
+EMPTY = cards.message(
     "Nothing to complete yet",
-    "Drop a picture, a sound or a text, or try a sample. The page shows what is kept before anything is made.",
+    "Drop a picture, a sound or a text, or try a sample. A file that is cut short is opened as far as its bytes reach, "
+    "and what is missing can be made.",
 )
+NOTHING_MADE = cards.message("Samples appear here", "The bytes are painted as they come; Stop keeps what is there.")
+WAITING = cards.message("The model reads what is kept", "The first bytes come in a moment.")
 NO_PLAN = "Choose a source to see what will be kept, how much will be made and how long it takes."
-
-
-class Painter:
-    """What the page shows of one completion job, and the files it is downloaded from; its work keeps it up to date.
-
-    Attributes:
-        latest: how far the job is.
-        is_stopped: whether it was ended before it was done.
-    """
-
-    def __init__(self, service: Service, job: CompletionJob, folder: Path) -> None:
-        self.job = job
-        self.latest: Progress | None = None
-        self.is_stopped = False
-        self._service = service
-        self._folder = folder
-        self._files: dict[int, Path] = {}  # of the samples
-
-    def take(self, progress: Progress) -> None:
-        """Notes how far the job is, and writes a sample that is finished."""
-        self.latest = progress
-        if progress.completion is not None:
-            self._files[progress.sample] = self._service.write_completion(progress.completion, self._folder)
-
-    def stop(self) -> None:
-        """Writes the unfinished sample as far as it is made."""
-        self.is_stopped = True
-        progress = self.latest
-        if progress is not None and progress.done_bytes and progress.sample not in self._files:
-            name = f"stopped-s{self.job.settings.seed}-{progress.sample + 1}{self.job.codec.suffix}"
-            self.job.codec.write(progress.partial, self._folder / name)
-            self._files[progress.sample] = self._folder / name
-
-    def results(self) -> dict[str, Any]:
-        """Kept part, finished samples with their files, and the unfinished one."""
-        shown, finished = [cards.kept_card(self.job)], list(self.job.results)
-        for completion in finished:
-            shown.append(self._with_file(cards.completion_card(self.job, completion), completion.sample))
-        progress = self.latest
-        if progress is not None and progress.sample >= len(finished):
-            card = cards.progress_card(self.job, progress, is_stopped=self.is_stopped)
-            shown.append(self._with_file(card, progress.sample))
-        return cards.results(shown)
-
-    def _with_file(self, card: dict[str, Any], sample: int) -> dict[str, Any]:
-        return cards.with_file(card, self._files[sample]) if sample in self._files else card
+NO_CHOICE: dict[str, Any] = {"state": "empty"}
 
 
 def build_tab(service: Service, store: JobStore, visitor: gr.BrowserState, arrived: Any) -> None:
@@ -75,139 +40,261 @@ def build_tab(service: Service, store: JobStore, visitor: gr.BrowserState, arriv
         with gr.Column(scale=1, min_width=280, elem_classes="controls"):
             source = gr.Radio([FROM_FILE, FROM_TEXT], value=FROM_FILE, label="Start from", elem_id="complete-source")
             with gr.Column(elem_classes="plain") as file_inputs:
-                file = gr.File(label="File to complete", height=150, elem_id="complete-file")
+                file = gr.File(label="File to complete, or a result to repeat", height=150, elem_id="complete-file")
                 sample_buttons(file, "complete")
-                keep = gr.Slider(0, 100, value=50, step=1, label="Keep the first … %", elem_id="complete-keep")
             with gr.Column(visible=False, elem_classes="plain") as text_inputs:
                 text = gr.Textbox(label="Text to continue", lines=6, max_length=20_000, elem_id="complete-text")
             samples = gr.Slider(1, MAX_SAMPLES, value=1, step=1, label="Samples", elem_id="complete-samples")
+            num_bytes = gr.Number(
+                0, label="Bytes to make", info="0: all that is missing of a picture or a sound, 500 bytes of text",
+                precision=0, elem_id="complete-num-bytes",
+            )  # fmt: skip
             with gr.Accordion("Model and sampling", open=False):
                 model = gr.Dropdown(model_choices(service), value="", label="Model", elem_id="complete-model")
-                num_bytes = gr.Number(
-                    0, label="Bytes to make", info="0: the rest of a picture, as much sound as was cut, 500 bytes of text",
-                    precision=0, elem_id="complete-num-bytes",
+                framing = gr.Radio(
+                    FRAMINGS, value="tiles", label="A picture larger than the model's",
+                    info="Tiles read the rows above them, not their neighbours at the sides", elem_id="complete-framing",
                 )  # fmt: skip
+                upside_down = gr.Checkbox(
+                    label="Upwards", info="Keep the bottom of a picture and make its top", elem_id="complete-upside-down"
+                )
                 temperature = gr.Slider(
                     0, 2, value=1.0, step=0.05, label="Temperature", info="0 takes the likeliest byte, 1 the model's law",
                     elem_id="complete-temperature",
                 )  # fmt: skip
-                top_k = gr.Slider(0, 256, value=0, step=1, label="Top-k", info="0: all bytes", elem_id="complete-top-k")
-                top_p = gr.Slider(0.01, 1, value=1.0, step=0.01, label="Top-p", info="1: all bytes", elem_id="complete-top-p")
-                seed = gr.Number(0, label="Seed", info="The same seed gives the same bytes", precision=0,
-                                 elem_id="complete-seed")  # fmt: skip
-            plan = gr.Textbox(NO_PLAN, label="Plan", lines=2, interactive=False, elem_id="complete-plan")
+                top_k = gr.Slider(
+                    0, 256, value=0, step=1, label="Top-k", info="Only the k likeliest bytes; 0: all", elem_id="complete-top-k"
+                )
+                top_p = gr.Slider(
+                    0.01, 1, value=1.0, step=0.01, label="Top-p", info="Only the likeliest bytes that reach this probability",
+                    elem_id="complete-top-p",
+                )  # fmt: skip
+                with gr.Row(elem_classes="actions", equal_height=False):
+                    seed = gr.Number(
+                        0, label="Seed", info="The same seed gives the same bytes", precision=0, elem_id="complete-seed"
+                    )
+                    new_seed = gr.Button("Random", size="sm", elem_id="complete-new-seed")
+            plan = gr.Textbox(NO_PLAN, label="Plan", lines=2, max_lines=12, interactive=False, elem_id="complete-plan")
             with gr.Row(elem_classes="actions"):
                 start = gr.Button("Complete", variant="primary", elem_id="complete-start")
                 stop = gr.Button("Stop", variant="stop", interactive=False, elem_id="complete-stop")
         with gr.Column(scale=3, min_width=320, elem_classes="content"):
-            results = factory.results_view(EMPTY)
-
-    form = [source, file, text, keep, model, num_bytes, samples, temperature, top_k, top_p, seed]
+            prompt = factory.prompt_view(EMPTY)
+            results = factory.results_view(NOTHING_MADE)
+            choices = factory.alternatives_view(NO_CHOICE)
     link = JobLink(store, KIND, visitor)
+    keep = gr.State(ALL)
+    first_bytes = gr.State("")
+    settings = [model, num_bytes, samples, temperature, top_k, top_p, seed, framing, upside_down]
+    form = [source, file, text, keep, *settings, first_bytes]
 
-    def show_plan(*values: Any) -> tuple[str, dict[str, Any]]:
-        return preview(service, request(*values))
+    def open_source(*values: Any) -> list[Any]:
+        """A new file or text, or another form of it: the prompt's end goes to where it suits it."""
+        values = list(values)
+        values[3] = ALL
+        return [*preview(service, request(*values)), ALL]
 
-    def submit(visitor: str, *values: Any) -> tuple[str, str]:
-        job = prepared(service, request(*values))
-        title = "typed text" if job.source is None else job.source.name
+    def open_file(file: str | None, *settings: Any) -> list[Any]:
+        """A new file; a result of ours brings its settings with it."""
+        made = None if file is None else _provenance(file)
+        restored = list(settings) if made is None else settings_of(made)
+        kept = ALL if made is None else made.settings.keep_bytes
+        first = "" if made is None else made.settings.first_bytes
+        value, words = preview(service, request(FROM_FILE, file, "", kept, *restored, first))
+        return [*restored, kept, first, value, words if made is None else f"{_says_origin(service, made)} {words}"]
+
+    def move_cut(event: gr.EventData, *values: Any) -> list[Any]:
+        values = list(values)
+        values[3] = int(event.offset)
+        return [*replan(service, request(*values)), values[3]]
+
+    def submit(visitor: str, *values: Any) -> tuple[Any, ...]:
+        wanted = request(*values)
         with refusals_shown():
-            job_id = store.submit(visitor, KIND, title, completing_work(service, job))
-        return job_id, job_id
+            if wanted is None:
+                raise UserError("there is nothing to complete: drop a file, try a sample or type a text")
+            job = service.complete(**wanted)  # so that a refusal is said at once
+            title = "typed text" if job.source is None else job.source.name
+            job_id = store.submit(visitor, KIND, title, gallery_work(lambda: job))
+        return job_id, job_id, NO_CHOICE
+
+    def pick(visitor: str, job_id: str, event: gr.EventData) -> dict[str, Any]:
+        made = found_sample(store, visitor, job_id, event.id)
+        number = made.number_at(event.place)
+        if number is None:
+            raise gr.Error("Nothing new was made there; pick a place behind the kept part.", print_exception=False)
+        return choices_at(made, number)
+
+    def step(visitor: str, job_id: str, event: gr.EventData) -> dict[str, Any]:
+        return choices_at(found_sample(store, visitor, job_id, event.id), int(event.number))
+
+    def branch(visitor: str, job_id: str, event: gr.EventData) -> tuple[Any, ...]:
+        view = store.look(visitor, job_id)
+        made = found_sample(store, visitor, job_id, event.id)
+        with refusals_shown():
+            job = made.job.branched(made.made, int(event.number), int(event.value))
+            earlier = (view.result or view.latest).made
+            title = f"Branch at byte {int(event.number):,}"
+            job_id = store.submit(visitor, KIND, title, gallery_work(lambda: job, title, earlier))
+        return job_id, job_id, NO_CHOICE
 
     source.change(_show_inputs, source, [file_inputs, text_inputs], queue=False, **QUIET)
+    file.change(open_file, [file, *settings], [*settings, keep, first_bytes, prompt, plan], trigger_mode="always_last", **QUIET)
     gr.on(
-        [source.change, file.change, text.change, keep.release, model.change, num_bytes.change, samples.change],
-        show_plan, form, [plan, results], trigger_mode="always_last", **QUIET,
+        [source.change, text.change, model.input, framing.input, upside_down.input], open_source, form, [prompt, plan, keep],
+        trigger_mode="always_last", **QUIET,
     )  # fmt: skip
-    following = link.follow(lambda: display, [start, stop, results])
-    link.remember(start.click(submit, [visitor, *form], link.outputs, cancels=[following], **AT_ONCE))
+    gr.on(
+        [num_bytes.input, samples.release, temperature.release, top_k.release, top_p.release, seed.input],
+        lambda *values: replan(service, request(*values))[1], form, plan, trigger_mode="always_last", **QUIET,
+    )  # fmt: skip
+    prompt.cut(move_cut, form, [prompt, plan, keep], trigger_mode="always_last", **QUIET)
+    new_seed.click(lambda: secrets.randbelow(2**31), None, seed, queue=False, **QUIET)
+    link.follow(new_display, [start, stop, results])
+    for submitted in (
+        start.click(submit, [visitor, *form], [*link.outputs, choices], **QUIET),
+        choices.branch(branch, link.inputs, [*link.outputs, choices], **QUIET),
+    ):
+        link.remember(submitted)
     link.take_up(arrived)
+    results.pick(pick, link.inputs, choices, **QUIET)
+    choices.step(step, link.inputs, choices, **QUIET)
     stop.click(link.stop, link.inputs, None, **AT_ONCE)
 
 
 def request(
-    source: str, file: str | None, text: str, keep: float, model: str, num_bytes: int | None,
-    samples: int, temperature: float, top_k: int, top_p: float, seed: int | None,
+    source: str, file: str | None, text: str, keep_bytes: int | None, model: str, num_bytes: int | None, samples: int,
+    temperature: float, top_k: int, top_p: float, seed: int | None, framing: str, upside_down: bool, first_bytes: str = "",
 ) -> dict[str, Any] | None:  # fmt: skip
     """The form as arguments of `Service.complete`; None while it has no source."""
-    if source == FROM_TEXT:
-        given: dict[str, Any] = {"path": None, "text": text.encode(), "keep": 1.0}
-        has_source = bool(text)
-    else:
-        given = {"path": file, "keep": keep / 100}
-        has_source = file is not None
-    if not has_source:
+    given: dict[str, Any] = {"path": None, "text": text.encode()} if source == FROM_TEXT else {"path": file}
+    if not (text if source == FROM_TEXT else file):
         return None
+    if source == FROM_FILE and (made := _provenance(file)) is not None and made.text is not None:
+        given = {"path": None, "text": made.text}  # a file of settings stands for the text that it goes with
     return given | {
+        "keep_bytes": None if keep_bytes in (None, ALL) else int(keep_bytes),
         "model": model or None,
         "num_bytes": num_bytes or None,
         "samples": int(samples),
-        "temperature": temperature,
+        "temperature": float(temperature),
         "top_k": int(top_k) or None,
-        "top_p": top_p,
+        "top_p": float(top_p),
         "seed": int(seed or 0),
+        "framing": framing,
+        "upside_down": upside_down,
+        "first_bytes": first_bytes,
     }
 
 
-def preview(service: Service, request: dict[str, Any] | None) -> tuple[str, dict[str, Any]]:
-    """The plan in words and the kept part, for a form that was changed.
+def preview(service: Service, wanted: dict[str, Any] | None) -> tuple[dict[str, Any], str]:
+    """The source with the end of its kept part, and the plan in words, for a form that was changed.
 
     A refusal is part of the plan here: somebody who is still filling in a form needs no error message.
     """
-    if request is None:
-        return NO_PLAN, EMPTY
+    if wanted is None:
+        return EMPTY, NO_PLAN
     try:
         with refusals_shown():
-            job = service.complete(**request)
-            return plan_in_words(job), cards.results([cards.kept_card(job)])
+            job = service.complete(**wanted)
     except gr.Error as error:
-        return error.message, cards.empty("This cannot be completed", error.message)
+        return _without_end(service, wanted, error.message), error.message
+    return cards.prompt(job), plan_in_words(job)
+
+
+def replan(service: Service, wanted: dict[str, Any] | None) -> tuple[Any, str]:
+    """The new end of the kept part and the plan, for a source that is shown already."""
+    if wanted is None:
+        return gr.skip(), NO_PLAN
+    try:
+        with refusals_shown():
+            job = service.complete(**wanted)
+    except gr.Error as error:
+        return gr.skip(), error.message
+    return cards.cut(job), plan_in_words(job)
 
 
 def plan_in_words(job: CompletionJob) -> str:
-    """One or two sentences: what is kept, what is made, about how long it takes."""
+    """A few sentences: what is kept, what is made, about how long it takes, and what was done to the file."""
     each = f", {job.settings.samples} times" if job.settings.samples > 1 else ""
-    sentence = f"{job.plan.says[0].upper()}{job.plan.says[1:]}{each}: about {_duration(job.plan.estimate_seconds)}."
-    return " ".join([sentence, *(f"Note: {note}." for note in job.notes)])
+    sentence = f"{_capital(job.plan.says)}{each}: about {_duration(job.plan.estimate_seconds)}."
+    return "\n".join([sentence, *(f"{_capital(note)}." for note in job.notes)])
 
 
-def prepared(service: Service, request: dict[str, Any] | None) -> CompletionJob:
-    """The job of a form.
+def settings_of(made: Provenance) -> list[Any]:
+    """The values of the form's settings, in their order."""
+    s: CompletionSettings = made.settings
+    return [made.model, s.num_bytes, s.samples, s.temperature, s.top_k or 0, s.top_p, s.seed, s.framing, s.upside_down]
+
+
+def new_display() -> Callable[[JobView], list[Any]]:
+    """What one page shows of a job, from now on."""
+    display = cards.Display()
+
+    def show(view: JobView) -> list[Any]:
+        gallery: Gallery | None = view.result or view.latest
+        if gallery is None or not (gallery.made or gallery.progress):
+            results = WAITING if view.is_running else cards.message("Nothing was made", reworded(view.problem))
+        else:
+            results = display.results(gallery, is_running=view.is_running)
+        if view.state == "stopped" and view.problem != STOPPED:
+            gr.Info(_capital(view.problem))
+        return [gr.update(interactive=not view.is_running), gr.update(interactive=view.is_running), results]
+
+    return show
+
+
+def found_sample(store: JobStore, visitor: str, job_id: str, name: str) -> Made:
+    """A sample of a visitor's own gallery.
 
     Raises:
-        gr.Error: if the form has no source or the service refuses it.
+        gr.Error: if it is not kept any more.
     """
-    if request is None:
-        raise gr.Error("There is nothing to complete: drop a file, try a sample or type a text.", print_exception=False)
-    with refusals_shown():
-        return service.complete(**request)
+    try:
+        view = store.look(visitor, job_id)
+        gallery: Gallery | None = view.result or view.latest
+    except UnknownJobError:
+        gallery = None
+    made = None if gallery is None else gallery.find(name)
+    if made is None:
+        raise gr.Error("This sample is no longer kept on the server; make it again.", print_exception=False)
+    return made
 
 
-def completing_work(service: Service, completion: CompletionJob) -> Work:
-    """The work of a job that makes all samples; it reports a painter and gives it in the end."""
-
-    def work(job: Job) -> Painter:
-        painter = Painter(service, completion, job.folder)
-        try:
-            job.report(painter)
-            with closing(completion.run()) as steps:
-                for progress in steps:
-                    painter.take(progress)
-                    job.report(painter)
-        except JobEndedError:
-            painter.stop()
-            raise
-        return painter
-
-    return work
+def choices_at(made: Made, number: int) -> dict[str, Any]:
+    """The five likeliest bytes in place of a new one."""
+    number = max(0, min(number, len(made.made) - 1))
+    return cards.alternatives(made, number, made.job.alternatives(made.made, number))
 
 
-def display(view: JobView) -> list[Any]:
-    """Start, Stop and the results while a job runs and when it is over."""
-    painter = view.result or view.latest
-    shown = gr.skip() if painter is None else painter.results()
-    return [gr.update(interactive=not view.is_running), gr.update(interactive=view.is_running), shown]
+def _without_end(service: Service, wanted: dict[str, Any], sentence: str) -> dict[str, Any]:
+    """The source all the same, if it is only the end of the kept part or a setting that is refused."""
+    try:
+        neutral = {"keep_bytes": None, "num_bytes": 1, "samples": 1, "first_bytes": ""}
+        return cards.prompt(service.complete(**(wanted | neutral)))
+    except (ValueError, OSError):
+        return cards.message("This cannot be completed", sentence, "error")
+
+
+def _provenance(file: str) -> Provenance | None:
+    try:
+        return read_provenance(Path(file))
+    except UserError:
+        return None  # whoever opens it next says what is wrong
+
+
+def _says_origin(service: Service, made: Provenance) -> str:
+    try:
+        is_same = service.model_info(made.model).digest == made.model_sha256
+    except (ValueError, OSError):
+        is_same = False
+    if is_same:
+        return f"Settings restored: this is sample {made.sample + 1} of a completion, which the same model makes again.\n"
+    return f"Settings restored, but this was made with another version of {made.model}, so the bytes will differ.\n"
+
+
+def _capital(sentence: str) -> str:
+    return sentence[:1].upper() + sentence[1:]
 
 
 def _duration(seconds: float) -> str:

@@ -1,117 +1,182 @@
-"""Completions as the plain values that the results view draws: one card for the source and one for each sample."""
+"""Completions as the plain values that the prompt, the results and the alternatives views draw."""
 
 import base64
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from app.service import Completion, CompletionJob, Progress
+from app.gallery import Gallery, Made
+from app.provenance import sidecar_of
+from app.service import CompletionJob
 from app.views.score_values import file_value
-from core.codecs import Picture, Raw, Sound
+from core.codecs import Media, Picture, Raw, Sound
 
 WAVE_COLUMNS = 560
-SHOWN_PROMPT = 600  # characters of a text's kept part that a card shows
+SHOWN_KEPT = 600  # characters of a text's kept part that a card shows
 SHOWN_MADE = 20_000  # and of the new part, which is sent again and again while it grows; the file has all of it
+SHOWN_TEXT_BYTES = 20_000  # of a text in the prompt view
+SHOWN_SIDE = 1024  # pixels of a picture in the prompt view
 
 
-def empty(title: str, text: str) -> dict[str, Any]:
-    """A results view without cards."""
-    return {"state": "empty", "title": title, "text": text}
+def message(title: str, text: str, state: str = "empty") -> dict[str, Any]:
+    """A view without content; `state` is empty or error."""
+    return {"state": state, "title": title, "text": text}
 
 
-def results(cards: list[dict[str, Any]]) -> dict[str, Any]:
-    """A results view with its cards, in order."""
-    return {"state": "done", "items": cards}
+def prompt(job: CompletionJob) -> dict[str, Any]:
+    """The source as the model reads it, with the place where the kept part ends."""
+    given = job.given
+    value = {
+        "state": "done",
+        "kind": job.codec.modality,
+        "count": given.num_there,
+        "whole": max(1, given.num_whole),
+        "unit": given.unit,
+        "upside_down": given.upside_down,
+        "media": _source_media(job),
+    }
+    return value | cut(job)
 
 
-def kept_card(job: CompletionJob) -> dict[str, Any]:
-    """What a job starts from: the kept part, and room for what will be made."""
+def cut(job: CompletionJob) -> dict[str, Any]:
+    """Where the kept part ends: all that changes in a prompt when the line is moved."""
     kept = job.plan.num_bytes_kept
+    return {"cut": kept, "says": job.given.says(kept, job.codec) if kept else "nothing is kept"}
+
+
+class Display:
+    """What one page shows of a gallery. Of a picture that it has shown in part, it sends only what is new."""
+
+    def __init__(self) -> None:
+        self._sent: dict[str, np.ndarray] = {}  # name of a sample -> pixels that were sent, bool (H, W)
+
+    def results(self, gallery: Gallery, *, is_running: bool) -> dict[str, Any]:
+        """The cards of everything that is made, and of what is at work."""
+        cards = [self._card(made) for made in gallery.made]
+        progress = gallery.progress
+        if is_running and progress is not None:
+            done = f"{progress.done_bytes:,} of {progress.total_bytes:,} bytes"
+            speed = f", {progress.bytes_per_s:,.0f} bytes/s" if progress.bytes_per_s else ""
+            name = gallery.name_of(progress.sample)
+            card = {
+                "id": name,
+                "kind": gallery.job.codec.modality,
+                "title": gallery.title_of(progress.sample),
+                "caption": "waiting for other work to give way" if progress.is_waiting else done + speed,
+                "done": progress.done_bytes / progress.total_bytes,
+                "media": self._media(name, gallery.job, progress.partial),
+            }
+            cards.append(card)
+        return {"state": "done", "items": cards}
+
+    def _card(self, made: Made) -> dict[str, Any]:
+        completion = made.completion
+        caption = f"stopped after {len(made.made):,} of {made.job.plan.num_bytes_to_generate:,} bytes"
+        if completion is not None:
+            caption = f"{completion.bits_per_byte:.2f} bits/byte, seed {completion.seed}, {completion.seconds:.1f} s"
+        files = [{"name": "Download", "file_name": made.path.name, "file": file_value(made.path)}]
+        if completion is not None and isinstance(made.media, Raw):
+            sidecar = sidecar_of(made.path)
+            files.append({"name": "Settings", "file_name": sidecar.name, "file": file_value(sidecar)})
+        return {
+            "id": made.id,
+            "kind": made.job.codec.modality,
+            "title": made.title,
+            "caption": caption,
+            "done": 1.0,
+            "media": self._media(made.id, made.job, made.media),
+            "files": files,
+        }
+
+    def _media(self, name: str, job: CompletionJob, media: Media) -> dict[str, Any]:
+        if isinstance(media, Picture):
+            return self._picture(name, job, media)
+        kept = job.plan.num_bytes_kept
+        if isinstance(media, Sound):
+            per_sample = job.codec.config.bytes_per_sample
+            total = (kept + job.plan.num_bytes_to_generate) // per_sample
+            return _wave(media.samples, total) | {"kept": kept / per_sample / max(1, total)}
+        stream = media.data.tobytes()
+        return _text(stream[:kept], stream[kept:])
+
+    def _picture(self, name: str, job: CompletionJob, picture: Picture) -> dict[str, Any]:
+        """The smallest box around all pixels that are new since the last call, as RGBA; those not made are see-through."""
+        known = np.ones(picture.pixels.shape[:2], bool) if picture.known is None else picture.known
+        new = known & ~self._sent.get(name, np.zeros_like(known))
+        self._sent[name] = known
+        value = {
+            "width": picture.width,
+            "height": picture.height,
+            "kept": job.plan.num_bytes_kept / picture.pixels.size,
+            "upside_down": job.given.upside_down,
+        }
+        if not new.any():
+            return value
+        rows, columns = np.flatnonzero(new.any(axis=1)), np.flatnonzero(new.any(axis=0))
+        box = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
+        rgba = np.dstack((picture.pixels[box], np.where(known[box], 255, 0).astype(np.uint8)))
+        return value | {"left": int(columns[0]), "top": int(rows[0]), "box_width": rgba.shape[1], "rgba": _base64(rgba)}
+
+
+def alternatives(made: Made, number: int, found: list[tuple[int, float]]) -> dict[str, Any]:
+    """The likeliest bytes in place of new byte `number`, each with its probability, and what stands there."""
+    is_text = isinstance(made.media, Raw)
     return {
-        "id": "kept",
-        "kind": job.codec.modality,
-        "title": "Kept",
-        "caption": f"{job.given.says(kept, job.codec)}, {kept:,} bytes" if job.codec.modality != "text" else f"{kept:,} bytes",
-        "done": 1.0,
-        "media": _media(job, job.kept),
+        "state": "done",
+        "id": made.id,
+        "number": number,
+        "last": len(made.made) - 1,
+        "title": f"Likeliest at new byte {number:,} of {made.title}",
+        "stands": int(made.made[number]),
+        "choices": [
+            {"value": value, "label": _byte_name(value) if is_text else str(value), "probability": probability}
+            for value, probability in found
+        ],
     }
 
 
-def progress_card(job: CompletionJob, progress: Progress, *, is_stopped: bool = False) -> dict[str, Any]:
-    """An unfinished sample as far as it is made."""
-    done = f"{progress.done_bytes:,} of {progress.total_bytes:,} bytes"
-    speed = f", {progress.bytes_per_s:,.0f} bytes/s" if progress.bytes_per_s else ""
-    caption = f"stopped after {done}" if is_stopped else done + speed
-    return {
-        "id": f"sample-{progress.sample}",
-        "kind": job.codec.modality,
-        "title": f"Sample {progress.sample + 1}",
-        "caption": "waiting for another job to finish" if progress.is_waiting else caption,
-        "done": 1.0 if is_stopped else progress.done_bytes / progress.total_bytes,
-        "media": _media(job, progress.partial),
-    }
-
-
-def completion_card(job: CompletionJob, completion: Completion) -> dict[str, Any]:
-    """A finished sample; `with_file` adds its download."""
-    return {
-        "id": f"sample-{completion.sample}",
-        "kind": completion.modality,
-        "title": f"Sample {completion.sample + 1}",
-        "caption": f"{completion.bits_per_byte:.2f} bits/byte, seed {completion.seed}, {completion.seconds:.1f} s",
-        "done": 1.0,
-        "media": _media(job, completion.media),
-    }
-
-
-def with_file(card: dict[str, Any], path: Path) -> dict[str, Any]:
-    """The card with a file to download, and to play if it is a sound."""
-    return {**card, "name": path.name, "file": file_value(path)}
-
-
-def _media(job: CompletionJob, media: Picture | Sound | Raw) -> dict[str, Any]:
-    plan = job.plan
+def _source_media(job: CompletionJob) -> dict[str, Any]:
+    media = job.given.media
     if isinstance(media, Picture):
-        return _picture(job, media)
+        step = -(-max(media.height, media.width) // SHOWN_SIDE)
+        pixels = media.pixels[::step, ::step]
+        known = np.ones(pixels.shape[:2], bool) if media.known is None else media.known[::step, ::step]
+        rgba = np.dstack((pixels, np.where(known, 255, 0).astype(np.uint8)))
+        return {"width": rgba.shape[1], "height": rgba.shape[0], "rgba": _base64(rgba)}
     if isinstance(media, Sound):
-        per_sample = job.codec.config.bytes_per_sample
-        total = (plan.num_bytes_kept + plan.num_bytes_to_generate) // per_sample
-        return _sound(media.samples, total, plan.num_bytes_kept / per_sample / max(1, total))
-    stream = media.data.tobytes()
-    return _text(stream[: plan.num_bytes_kept], stream[plan.num_bytes_kept :])
+        return _wave(media.samples, job.given.num_whole // job.given.unit)
+    shown = media.data[:SHOWN_TEXT_BYTES].tobytes()
+    try:
+        shown.decode("utf-8")
+        is_utf8 = True
+    except UnicodeDecodeError as error:
+        is_utf8 = error.start > len(shown) - 4  # the last character may be cut
+    return {"bytes": base64.b64encode(shown).decode(), "is_utf8": is_utf8, "is_all": len(shown) == media.data.size}
 
 
-def _picture(job: CompletionJob, picture: Picture) -> dict[str, Any]:
-    """RGB and opacity of a picture; pixels that are not made yet are see-through."""
-    known = np.ones(picture.pixels.shape[:2], bool) if picture.known is None else picture.known
-    return {
-        "width": picture.width,
-        "height": picture.height,
-        "rgb": _base64(picture.pixels),
-        "alpha": _base64(np.where(known, 255, 0).astype(np.uint8)),
-        "kept": job.plan.num_bytes_kept / picture.pixels.size,
-    }
-
-
-def _sound(samples: np.ndarray, total_samples: int, kept: float) -> dict[str, Any]:
-    """Lowest and highest sample in each column of a waveform that will be `total_samples` long."""
+def _wave(samples: np.ndarray, total_samples: int) -> dict[str, Any]:
+    """Lowest and highest sample in each column of a waveform that will be `total_samples` long, scaled to the peak."""
     edges = np.linspace(0, max(1, total_samples), WAVE_COLUMNS + 1).astype(np.int64)[:-1]
     edges = edges[edges < samples.size]
-    coarse = (samples >> 8).astype(np.int8)
+    coarse = (samples * (127 / max(1, np.abs(samples.astype(np.int32)).max(initial=0)))).astype(np.int8)
     low = np.minimum.reduceat(coarse, edges) if edges.size else coarse
     high = np.maximum.reduceat(coarse, edges) if edges.size else coarse
-    return {"low": _base64(low), "high": _base64(high), "kept": kept}
+    return {"low": _base64(low), "high": _base64(high)}
 
 
 def _text(kept: bytes, made: bytes) -> dict[str, Any]:
     """The ends of the given text and of the new one; bytes that are no UTF-8 are shown as U+FFFD."""
-    return {"kept_text": _end_of(kept, SHOWN_PROMPT), "made_text": _end_of(made, SHOWN_MADE)}
+    return {"kept_text": _end_of(kept, SHOWN_KEPT), "made_text": _end_of(made, SHOWN_MADE)}
 
 
 def _end_of(text: bytes, num_chars: int) -> str:
     end = text[-4 * num_chars - 3 :].decode("utf-8", "replace")  # a character has at most four bytes
     return end if len(end) <= num_chars else "…" + end[-num_chars:]
+
+
+def _byte_name(value: int) -> str:
+    names = {9: "tab", 10: "new line", 13: "return", 32: "space"}
+    return names.get(value) or (chr(value) if 33 <= value < 127 else f"0x{value:02x}")
 
 
 def _base64(values: np.ndarray) -> str:

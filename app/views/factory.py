@@ -22,7 +22,7 @@ PARTS = ("files", "headline", "toolbar", "picture", "waveform", "text", "hex", "
 
 def stylesheet() -> str:
     """The CSS of all views, in the colours of the page's theme."""
-    return asset("views.css") + asset("likelihood.css") + asset("tables.css")
+    return asset("views.css") + asset("complete.css") + asset("likelihood.css") + asset("tables.css")
 
 
 def likelihood_view() -> gr.HTML:
@@ -43,8 +43,18 @@ def download_view() -> gr.HTML:
     return _view("download")
 
 
+def prompt_view(value: dict[str, Any]) -> gr.HTML:
+    """What is to be completed, with a line, a handle or a caret where its kept part ends; it triggers `cut` with `offset`."""
+    return _view("prompt", value)
+
+
+def alternatives_view(value: dict[str, Any]) -> gr.HTML:
+    """The likeliest bytes at a place; it triggers `step` and `branch` with the sample's `id`, a `number` and a `value`."""
+    return _view("alternatives", value)
+
+
 def results_view(value: dict[str, Any]) -> gr.HTML:
-    """Source and samples of a completion; `value` is one of the dicts of `app.views.cards`."""
+    """Samples of a completion; it triggers `pick` with the `id` of a sample and a `place` in it."""
     return _view("results", value)
 
 

@@ -1,4 +1,4 @@
-// Source and samples side by side: what is kept, what is being made as it comes, and the finished files.
+// The samples of a completion: what is being made as it comes, and the finished files.
 // A card is kept between updates, so pictures and players do not flicker while others are still being made.
 const root = element.querySelector("section");
 const WAVE = { width: 560, height: 96 }; // canvas pixels
@@ -13,18 +13,11 @@ function make(tag, className, text) {
 
 const decode = (base64) => Uint8Array.from(atob(base64), (character) => character.charCodeAt(0));
 
-/** RGB rows into a canvas; pixels that are not made yet stay see-through. */
-function drawPicture(canvas, { width, height, rgb, alpha }) {
-  const colours = decode(rgb);
-  const opacity = decode(alpha);
-  const image = new ImageData(width, height);
-  for (let pixel = 0; pixel < width * height; pixel++) {
-    image.data.set(colours.subarray(3 * pixel, 3 * pixel + 3), 4 * pixel);
-    image.data[4 * pixel + 3] = opacity[pixel];
-  }
-  canvas.width = width;
-  canvas.height = height;
-  canvas.getContext("2d").putImageData(image, 0, 0);
+/** Pixels into their place; what is not made yet stays see-through. */
+function drawPicture(canvas, { width, height, left, top, box_width, rgba }) {
+  if (canvas.width !== width || canvas.height !== height) Object.assign(canvas, { width, height });
+  if (!rgba) return;
+  canvas.getContext("2d").putImageData(new ImageData(new Uint8ClampedArray(decode(rgba)), box_width), left, top);
 }
 
 /** Lowest and highest sample of each column; columns after `kept` are new. */
@@ -52,8 +45,8 @@ const MEDIA = {
     canvas.setAttribute("role", "img");
     canvas.setAttribute("aria-label", label);
     const line = box.querySelector(".cut") ?? box.appendChild(make("div", "cut"));
-    line.style.top = `${media.kept * 100}%`;
-    line.hidden = media.kept >= 1;
+    line.style.top = `${(media.upside_down ? 1 - media.kept : media.kept) * 100}%`;
+    line.hidden = media.kept <= 0 || media.kept >= 1;
   },
   audio(box, media, label) {
     const canvas = box.querySelector("canvas") ?? box.appendChild(make("canvas", "wave"));
@@ -63,15 +56,18 @@ const MEDIA = {
   },
   text(box, media) {
     const text = box.querySelector("p") ?? box.appendChild(make("p", "words"));
+    if (text.shown === media.made_text) return;
     text.replaceChildren(make("span", "kept", media.kept_text), make("span", "made", media.made_text));
     text.scrollTop = text.scrollHeight;
+    text.shown = media.made_text;
   },
 };
 
-function makeCard() {
+function makeCard(id) {
   const card = make("article", "card");
   card.append(make("h3"), make("div", "media"), make("div", "progress"), make("div", "caption"), make("div", "actions"));
   card.children[2].append(make("div", "fill"));
+  card.children[1].addEventListener("click", (event) => pick(card, id, event));
   return card;
 }
 
@@ -85,29 +81,58 @@ function updateCard(card, item) {
   progress.hidden = item.done >= 1;
   progress.firstElementChild.style.width = `${item.done * 100}%`;
   caption.textContent = item.caption;
-  const url = item.file?.url ?? "";
-  if (card.dataset.url !== url) actions.replaceChildren(...(url ? downloads(item, url) : []));
-  card.dataset.url = url;
+  const files = item.files ?? [];
+  const urls = files.map((file) => file.file.url).join(" ");
+  if (card.dataset.urls !== urls) actions.replaceChildren(...(files.length ? downloads(item) : []));
+  card.dataset.urls = urls;
+  card.classList.toggle("pickable", files.length > 0);
+  media.title = files.length ? "Click a place to see what else could stand there" : "";
 }
 
-/** The link to a finished file, after a player if it is a sound. */
-function downloads(item, url) {
-  const link = make("a", "", `Download ${item.name}`);
-  Object.assign(link, { href: url, download: item.name });
-  if (item.kind !== "audio") return [link];
-  return [Object.assign(make("audio"), { src: url, controls: true, preload: "metadata" }), link];
+/** Tells the server at which place of a finished sample somebody has clicked. */
+function pick(card, id, event) {
+  const canvas = event.target.closest("canvas");
+  if (!card.classList.contains("pickable")) return;
+  if (canvas) {
+    const box = canvas.getBoundingClientRect();
+    const [x, y] = [(event.clientX - box.left) / box.width, (event.clientY - box.top) / box.height];
+    const place = canvas.className === "wave" ? x : Math.floor(y * canvas.height) * canvas.width + Math.floor(x * canvas.width);
+    trigger("pick", { id, place });
+    return;
+  }
+  const caret = document.caretPositionFromPoint?.(event.clientX, event.clientY) ?? document.caretRangeFromPoint?.(event.clientX, event.clientY);
+  const node = caret?.offsetNode ?? caret?.startContainer;
+  const made = card.querySelector(".made");
+  if (!node || !made?.contains(node)) return;
+  // Counted from the end, because of a long text only the end is here.
+  trigger("pick", { id, place: Array.from(node.textContent.slice(caret.offset ?? caret.startOffset)).length });
+}
+
+/** The links to the files of a finished sample, after a player if it is a sound, and a way to the alternatives without a mouse. */
+function downloads(item) {
+  const links = item.files.map(({ name, file_name, file }) => {
+    const link = make("a", "", name);
+    Object.assign(link, { href: file.url, download: file_name, title: file_name });
+    link.setAttribute("aria-label", `${name} ${file_name}`);
+    return link;
+  });
+  const button = make("button", "quiet", "Alternatives");
+  button.type = "button";
+  button.addEventListener("click", () => trigger("pick", { id: item.id, place: -1 }));
+  if (item.kind === "audio") links.unshift(Object.assign(make("audio"), { src: item.files[0].file.url, controls: true, preload: "metadata" }));
+  return [...links, button];
 }
 
 function draw() {
   const value = props.value;
-  if (value.state === "empty") {
+  if (value.state !== "done") {
     const box = make("div", "message");
     box.append(make("strong", "", value.title), make("p", "", value.text));
     root.replaceChildren(box);
     cards = new Map();
   } else {
     const before = cards;
-    cards = new Map(value.items.map((item) => [item.id, before.get(item.id) ?? makeCard()]));
+    cards = new Map(value.items.map((item) => [item.id, before.get(item.id) ?? makeCard(item.id)]));
     for (const item of value.items) updateCard(cards.get(item.id), item);
     if (cards.size !== root.children.length || [...cards.values()].some((card, i) => root.children[i] !== card)) {
       root.replaceChildren(...cards.values());

@@ -1,0 +1,167 @@
+// What is to be completed: a picture with a line to drag, a waveform with a handle, a text with a caret. The line, the slider
+// and the byte offset are one number, which goes to the server when it is let go.
+const root = element.querySelector(".byte-prompt");
+const message = root.querySelector(".message");
+const source = root.querySelector(".source");
+const stage = root.querySelector(".stage");
+const range = root.querySelector("input[type=range]");
+const number = root.querySelector("input[type=number]");
+const WAVE = { width: 560, height: 110 }; // canvas pixels
+const SIDE = 420; // CSS pixels of a picture's longer side at most
+let shown = null; // the newest value with media
+let cut = 0;
+let parts = {};
+
+const decode = (base64) => Uint8Array.from(atob(base64), (character) => character.charCodeAt(0));
+const snap = (offset) => {
+  const whole = Math.round(offset / shown.unit) * shown.unit;
+  return Math.max(0, Math.min(shown.count - (shown.count % shown.unit), whole));
+};
+
+function make(tag, className) {
+  const node = document.createElement(tag);
+  node.className = className;
+  return node;
+}
+
+/** Moves the line everywhere; `tell` also says it to the server. */
+function moveTo(offset, tell) {
+  cut = snap(offset);
+  range.value = cut;
+  number.value = cut;
+  MOVE[shown.kind]();
+  if (tell) trigger("cut", { offset: cut });
+}
+
+function dragged(target, at) {
+  target.addEventListener("pointerdown", (event) => {
+    target.setPointerCapture(event.pointerId);
+    moveTo(at(event), false);
+    target.onpointermove = (move) => moveTo(at(move), false);
+    target.onpointerup = target.onpointercancel = () => {
+      target.onpointermove = target.onpointerup = target.onpointercancel = null;
+      moveTo(cut, true);
+    };
+  });
+}
+
+const DRAW = {
+  image({ width, height, rgba }) {
+    const frame = make("div", "frame");
+    const canvas = make("canvas", "pixels");
+    canvas.width = width;
+    canvas.height = height;
+    canvas.setAttribute("role", "img");
+    canvas.setAttribute("aria-label", `The source, ${width} by ${height} pixels`);
+    canvas.getContext("2d").putImageData(new ImageData(new Uint8ClampedArray(decode(rgba)), width, height), 0, 0);
+    const factor = Math.max(1, Math.floor(SIDE / Math.max(width, height)));
+    frame.style.width = `min(100%, ${width * factor}px)`;
+    parts = { shade: make("div", "shade"), line: make("div", "line") };
+    frame.append(canvas, parts.shade, parts.line);
+    dragged(frame, (event) => {
+      const box = canvas.getBoundingClientRect();
+      const part = (event.clientY - box.top) / box.height;
+      return (shown.upside_down ? 1 - part : part) * shown.whole;
+    });
+    return frame;
+  },
+  audio({ low, high }) {
+    const frame = make("div", "frame wide");
+    parts = { canvas: make("canvas", "wave"), line: make("div", "line upright"), lows: new Int8Array(decode(low).buffer), highs: new Int8Array(decode(high).buffer) };
+    parts.canvas.width = WAVE.width;
+    parts.canvas.height = WAVE.height;
+    parts.canvas.setAttribute("role", "img");
+    parts.canvas.setAttribute("aria-label", "Waveform of the source");
+    frame.append(parts.canvas, parts.line);
+    dragged(frame, (event) => {
+      const box = parts.canvas.getBoundingClientRect();
+      return ((event.clientX - box.left) / box.width) * shown.whole;
+    });
+    return frame;
+  },
+  text(media) {
+    const words = make("p", "words");
+    const bytes = decode(media.bytes);
+    // Bytes that are no UTF-8 are shown one character each, so that a place in the text is a byte.
+    const toText = media.is_utf8 ? (part) => new TextDecoder().decode(part) : (part) => Array.from(part, (value) => (value > 31 && value < 127 ? String.fromCharCode(value) : "·")).join("");
+    parts = { words, bytes, toText, kept: make("span", "kept"), caret: make("span", "caret"), rest: make("span", "rest") };
+    words.append(parts.kept, parts.caret, parts.rest);
+    words.addEventListener("click", (event) => {
+      const place = document.caretPositionFromPoint?.(event.clientX, event.clientY) ?? document.caretRangeFromPoint?.(event.clientX, event.clientY);
+      if (!place) return;
+      const node = place.offsetNode ?? place.startContainer;
+      const index = place.offset ?? place.startOffset;
+      const before = parts.rest.contains(node) ? parts.kept.textContent + node.textContent.slice(0, index) : parts.kept.contains(node) ? node.textContent.slice(0, index) : null;
+      if (before !== null) moveTo(media.is_utf8 ? new TextEncoder().encode(before).length : before.length, true);
+    });
+    return words;
+  },
+};
+
+const MOVE = {
+  image() {
+    const part = (cut / shown.whole) * 100;
+    const [near, far] = shown.upside_down ? ["bottom", "top"] : ["top", "bottom"];
+    parts.line.style.inset = parts.shade.style.inset = "auto 0";
+    parts.line.style[near] = `calc(${part}% - 1px)`;
+    parts.shade.style[near] = `${part}%`;
+    parts.shade.style[far] = "0";
+  },
+  audio() {
+    const context = parts.canvas.getContext("2d");
+    const style = getComputedStyle(root);
+    const middle = WAVE.height / 2;
+    context.clearRect(0, 0, WAVE.width, WAVE.height);
+    for (let column = 0; column < parts.lows.length; column++) {
+      const isKept = column < (cut / shown.whole) * WAVE.width;
+      context.fillStyle = style.getPropertyValue(isKept ? "--color-accent" : "--body-text-color-subdued");
+      context.globalAlpha = isKept ? 1 : 0.45;
+      const [low, high] = [parts.lows[column], parts.highs[column]];
+      context.fillRect(column, middle - (high / 128) * middle, 1, Math.max(1.5, ((high - low) / 128) * middle));
+    }
+    context.globalAlpha = 1;
+    parts.line.style.left = `calc(${(cut / shown.whole) * 100}% - 1px)`;
+  },
+  text() {
+    const { bytes, toText } = parts;
+    parts.kept.textContent = toText(bytes.subarray(0, cut));
+    parts.rest.textContent = toText(bytes.subarray(Math.min(cut, bytes.length))) + (shown.media.is_all ? "" : " …");
+    parts.words.scrollTop = parts.caret.offsetTop - parts.words.clientHeight / 2;
+  },
+};
+
+function draw() {
+  const value = props.value;
+  if (!value) return;
+  message.hidden = Boolean(value.media) || (value.cut !== undefined && shown !== null);
+  source.hidden = !message.hidden;
+  if (value.title) {
+    message.classList.toggle("error", value.state === "error");
+    message.querySelector("strong").textContent = value.title;
+    message.querySelector("p").textContent = value.text;
+    shown = null;
+  }
+  if (value.media) {
+    shown = value;
+    stage.replaceChildren(DRAW[value.kind](value.media));
+    range.min = 0;
+    range.max = value.count - (value.count % value.unit);
+    range.step = value.unit;
+    number.max = value.count;
+    number.step = value.unit;
+    root.querySelector(".of").textContent = `of ${value.whole.toLocaleString("en")}`;
+  }
+  if (value.cut !== undefined && shown) {
+    moveTo(value.cut, false);
+    root.querySelector(".says").textContent = value.says;
+  }
+  element.dataset.state = value.state ?? "done";
+  element.dataset.cut = cut;
+}
+
+range.addEventListener("input", () => moveTo(Number(range.value), false));
+range.addEventListener("change", () => moveTo(Number(range.value), true));
+number.addEventListener("change", () => moveTo(Number(number.value), true));
+new MutationObserver(() => shown && MOVE[shown.kind]()).observe(document.body, { attributes: true, attributeFilter: ["class"] });
+watch("value", draw);
+draw();

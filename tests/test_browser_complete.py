@@ -1,0 +1,216 @@
+"""The Complete tab in a real headless Chromium."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from browsing import HOSTILE, upload
+from PIL import Image
+
+from app.service import Service
+from core.codecs import read_media
+
+pytestmark = pytest.mark.browser
+STOP_LIMIT_S = 1.0
+
+
+@pytest.fixture(scope="module")
+def service(tiny_models: Path) -> Service:
+    return Service(weights=tiny_models, runs=tiny_models / "no-runs")
+
+
+def open_complete(open_page: Any, **options: Any) -> Any:
+    page = open_page(**options)
+    page.get_by_role("tab", name="Complete").click()
+    page.wait_for_selector("#complete-start", state="visible")
+    return page
+
+
+def open_source(page: Any, path: Path) -> None:
+    before = plan(page)
+    upload(page, path, field="complete-file")
+    page.wait_for_function("before => document.querySelector('#complete-plan textarea').value !== before", arg=before)
+
+
+def plan(page: Any) -> str:
+    return page.input_value("#complete-plan textarea")
+
+
+def wait_for_plan(page: Any, words: str) -> None:
+    page.wait_for_function("words => document.querySelector('#complete-plan textarea').value.includes(words)", arg=words)
+
+
+def set_number(page: Any, field: str, value: int) -> None:
+    page.fill(f"#complete-{field} input[type=number]", str(value))
+    page.keyboard.press("Tab")
+
+
+def complete(page: Any, num_cards: int = 1) -> None:
+    page.click("#complete-start")
+    wait_for_cards(page, num_cards)
+
+
+def wait_for_cards(page: Any, num_cards: int) -> None:
+    page.wait_for_function("n => document.querySelectorAll('#results-view .actions a').length >= n", arg=num_cards)
+    page.wait_for_selector("#complete-start:not([disabled])")
+
+
+def download(page: Any, path: Path, index: int = 0) -> Path:
+    with page.expect_download() as event:
+        page.locator("#results-view .actions a").nth(index).click()
+    event.value.save_as(path)
+    return path
+
+
+def pixels_of(page: Any, canvas: str) -> np.ndarray:
+    """What a canvas shows, uint8 (H, W, 4)."""
+    script = "c => [c.height, ...c.getContext('2d').getImageData(0, 0, c.width, c.height).data]"
+    height, *values = page.eval_on_selector(canvas, script)
+    return np.array(values, np.uint8).reshape(height, -1, 4)
+
+
+def test_a_picture_is_cut_by_its_line_made_in_a_gallery_and_downloaded(open_page, service, make_png, tmp_path):
+    path = make_png(width=16, height=16)
+    page = open_complete(open_page)
+    open_source(page, path)
+    assert "top 8 of 16 rows" in plan(page)
+    box = page.locator("#prompt-view canvas").bounding_box()
+    x, y, row = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2, box["height"] / 16
+    page.mouse.move(x, y)
+    page.mouse.down()
+    page.mouse.move(x, y + 2 * row)
+    page.mouse.up()
+    wait_for_plan(page, "top 10 of 16 rows")
+    assert page.input_value("#prompt-view input[type=number]") == str(10 * 48)
+    assert page.input_value("#prompt-view input[type=range]") == str(10 * 48)
+    assert "in 4 tiles" in plan(page)
+    set_number(page, "samples", 2)
+    complete(page, 2)
+    job = service.complete(path, keep_bytes=480, samples=2)
+    list(job.run())
+    for number, made in enumerate(job.results):
+        expected = service.write_completion(made, tmp_path)
+        assert download(page, tmp_path / "got", number).read_bytes() == expected.read_bytes()
+        shown = pixels_of(page, f"#results-view .card:nth-child({number + 1}) canvas")
+        np.testing.assert_array_equal(shown[..., :3], made.media.pixels)
+
+
+def test_stop_ends_within_a_second_and_keeps_what_was_painted(open_page):
+    page = open_complete(open_page)
+    page.get_by_label("Typed text").check()
+    page.fill("#complete-text textarea", f"{HOSTILE} The lamp")
+    set_number(page, "num-bytes", 1_000_000)
+    wait_for_plan(page, "1000000")
+    page.click("#complete-start")
+    page.wait_for_function("document.querySelector('#results-view .made')?.textContent.length > 10")
+    first = len(page.text_content("#results-view .made"))
+    page.wait_for_function("n => document.querySelector('#results-view .made').textContent.length > n", arg=first)
+    started = time.monotonic()
+    page.click("#complete-stop")
+    page.wait_for_selector("#results-view .caption:has-text('stopped after')")
+    assert time.monotonic() - started < STOP_LIMIT_S
+    assert len(page.text_content("#results-view .made")) > 10
+    page.wait_for_selector("#complete-start:not([disabled])")
+    set_number(page, "num-bytes", 8)
+    wait_for_plan(page, "makes 8 ")
+    complete(page)
+    page.wait_for_selector("#results-view .caption:has-text('bits/byte')")
+    assert page.evaluate("window.hacked") is None
+
+
+def test_a_reload_finds_the_completion_at_work(open_page):
+    page = open_complete(open_page)
+    page.get_by_label("Typed text").check()
+    page.fill("#complete-text textarea", "The lamp")
+    set_number(page, "num-bytes", 1_000_000)
+    wait_for_plan(page, "1000000")
+    page.click("#complete-start")
+    page.wait_for_function("document.querySelector('#results-view .made')?.textContent.length > 10")
+    page.reload()
+    page.wait_for_function("document.querySelector('#results-view .made')?.textContent.length > 10")
+    page.click("#complete-stop")
+    page.wait_for_selector("#results-view .caption:has-text('stopped after')")
+
+
+def test_a_cut_png_and_a_cut_wav_are_opened_and_completed(open_page, make_png, make_wav, tmp_path):
+    path = make_png(width=16, height=16)
+    whole = np.asarray(Image.open(path).convert("RGB"))
+    path.write_bytes(path.read_bytes()[:500])
+    page = open_complete(open_page)
+    open_source(page, path)
+    assert "cut short: the top" in plan(page)
+    num_rows = int(page.input_value("#prompt-view input[type=number]")) // 48
+    complete(page)
+    made = read_media(download(page, tmp_path / "got.png")).pixels
+    np.testing.assert_array_equal(made[:num_rows], whole[:num_rows])
+    assert len(made) == 16
+
+    path = make_wav(num_samples=400)
+    samples = read_media(path).samples
+    path.write_bytes(path.read_bytes()[: 44 + 600])
+    page.click("#complete-file button[aria-label*='emove'], #complete-file [aria-label='Clear']")
+    page.wait_for_selector("#prompt-view .message:visible")
+    open_source(page, path)
+    assert "are there" in plan(page)
+    complete(page)
+    page.wait_for_selector("#results-view audio")
+    made = read_media(download(page, tmp_path / "got.wav")).samples
+    np.testing.assert_array_equal(made[:300], samples[:300])
+    assert len(made) == 400
+
+
+def test_an_alternative_is_chosen_and_branched_from(open_page, make_text):
+    page = open_complete(open_page)
+    open_source(page, make_text())
+    set_number(page, "num-bytes", 40)
+    wait_for_plan(page, "makes 40 ")
+    complete(page)
+    before = page.text_content("#results-view .card:nth-child(1) .made")
+    page.click("#results-view button:has-text('Alternatives')")
+    page.wait_for_selector("#alternatives-view h3:has-text('new byte 0 ')")
+    page.click("#alternatives-view [aria-label='Next byte']")
+    page.wait_for_selector("#alternatives-view h3:has-text('new byte 1 ')")
+    page.locator("#alternatives-view .choice:not(.stands)").first.click()
+    page.wait_for_selector("#results-view .card:nth-child(2) .actions a")
+    assert page.text_content("#results-view .card:nth-child(1) .made") == before
+    assert page.text_content("#results-view .card:nth-child(2) h3") == "Branch at byte 1"
+    assert page.text_content("#results-view .card:nth-child(2) .made") != before
+
+
+def test_a_dropped_result_restores_its_settings_and_gives_the_same_bytes(open_page, make_png, tmp_path):
+    page = open_complete(open_page)
+    open_source(page, make_png(width=16, height=16))
+    page.get_by_text("Model and sampling").click()
+    set_number(page, "seed", 77)
+    complete(page)
+    result = download(page, tmp_path / "result.png")
+    other = open_complete(open_page)
+    open_source(other, result)
+    assert plan(other).startswith("Settings restored")
+    other.get_by_text("Model and sampling").click()
+    assert other.input_value("#complete-seed input") == "77"
+    complete(other)
+    again = download(other, tmp_path / "again.png")
+    np.testing.assert_array_equal(read_media(again).pixels, read_media(result).pixels)
+
+
+@pytest.mark.parametrize("color_scheme", ["light", "dark"])
+def test_a_phone_and_the_keyboard_are_enough(open_page, make_text, color_scheme):
+    page = open_complete(open_page, width=390, height=844, color_scheme=color_scheme)
+    open_source(page, make_text(content=b"The lamp was lit."))
+    page.focus("#prompt-view input[type=range]")
+    page.keyboard.press("End")
+    wait_for_plan(page, "Keeps 17 bytes")
+    page.keyboard.press("ArrowLeft")
+    wait_for_plan(page, "Keeps 16 bytes")
+    set_number(page, "num-bytes", 12)
+    wait_for_plan(page, "makes 12 ")
+    page.focus("#complete-start")
+    page.keyboard.press("Enter")
+    wait_for_cards(page, 1)
+    page.focus("#results-view button")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#alternatives-view .choice")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
