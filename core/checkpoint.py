@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from core.config import Config, load_config
-from core.distributed import usable_device
+from core.distributed import share_of, usable_device
 from core.errors import UserError
 from core.folder import MANIFEST_NAME, atomic_folder, read_json, verify_folder, write_json
 from core.models import ByteModel, build_model
@@ -207,7 +207,7 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
         if found != wanted:
             raise UserError(f"{path}: tensor {name} has shape {found}, its config.json asks for {wanted}")
     for name, tensor in expected.items():
-        tensor.copy_(checkpoint.tensors[name])
+        tensor.copy_(share_of(checkpoint.tensors[name], tensor))
 
 
 def _save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:

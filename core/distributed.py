@@ -1,4 +1,4 @@
-"""Several processes as one: torchrun's ranks, sums over them, gradients averaged between them."""
+"""Several processes as one: torchrun's ranks, sums over them, gradients averaged and weights sharded between them."""
 
 import contextlib
 import os
@@ -59,6 +59,39 @@ class Ranks:
             self.wait()
         return built
 
+    def shard(self, model: nn.Module, parts: list[nn.Module]) -> nn.Module:
+        """`model` on the device, each rank holding its share of the rows of every weight, gradient and moment (FSDP2).
+
+        `model.measure` and each of `parts` gather their own weights when they run and drop them afterwards. The backward
+        pass leaves each rank its share of the mean gradient over all ranks. All ranks must make the same passes.
+        """
+        if self.num_ranks == 1:
+            return model.to(self.device)
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+        mesh = init_device_mesh(self.device.type, (self.num_ranks,))
+        for part in parts:
+            fully_shard(part, mesh=mesh)
+        # Weights that stayed gathered after a validation would hide that training has changed them since.
+        fully_shard(model, mesh=mesh, reshard_after_forward=True)
+        # Copied, because FSDP2 hooks its backward pass to what comes out; a view that is changed in place would lose the hook.
+        measure = model.measure
+        model.measure = lambda *arguments: {name: tensor.clone() for name, tensor in measure(*arguments).items()}
+        register_fsdp_forward_method(model, "measure")
+        return model
+
+    def collect(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The whole tensors: of sharded ones on the host of the first rank only. All ranks must call it."""
+        if not any(map(_is_sharded, tensors.values())):
+            return tensors
+        collected = {}
+        for name, tensor in tensors.items():  # one at a time: an accelerator need not hold them all
+            gathered = whole(tensor)
+            if self.is_first:
+                collected[name] = gathered.cpu()
+        return collected
+
     def average_gradients(self, module: nn.Module) -> nn.Module:
         """`module`, whose backward pass now leaves the mean gradient over all ranks."""
         if self.num_ranks == 1:
@@ -68,8 +101,30 @@ class Ranks:
 
 
 def keep_gradients_local(module: nn.Module) -> contextlib.AbstractContextManager:
-    """A context in which backward only adds to this rank's gradients: for all but the last pass of an accumulation."""
+    """A context in which backward only adds to this rank's gradients: for all but the last pass of an accumulation.
+
+    Without effect on sharded weights: whole gradients, kept between passes, are what there may be no room for.
+    """
     return module.no_sync() if isinstance(module, DistributedDataParallel) else contextlib.nullcontext()
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All rows of a tensor that may be sharded between the ranks, all of which must call this then."""
+    return tensor.full_tensor() if _is_sharded(tensor) else tensor
+
+
+def share_of(tensor: Tensor, like: Tensor) -> Tensor:
+    """Of a whole `tensor` the rows that this rank holds of `like`; all of it if `like` is not sharded or `tensor` is a number."""
+    if tensor.ndim == 0 or not _is_sharded(like):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+
+
+def _is_sharded(tensor: Tensor) -> bool:
+    # Every tensor is asked, sharded or not, and to import DTensor takes a second.
+    return hasattr(tensor, "full_tensor")
 
 
 @contextlib.contextmanager

@@ -6,13 +6,13 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from core.checkpoint import Checkpoint, TrainState, load_train_state, load_weights, model_tensors
 from core.config import TrainConfig
-from core.distributed import Ranks
+from core.distributed import Ranks, share_of
 from core.errors import UserError
 from core.likelihood import nats_to_bits
+from core.models.layers import Block
 from core.models.loss import nll
 from core.optim import Muon, average_decay, build_optimizers, set_learning_rate, update_average
 
@@ -45,7 +45,8 @@ class Learner:
     """The live counterpart of a saved step; `capture` and `restore` are each other's inverse to the last bit."""
 
     def __init__(self, model: nn.Module, config: TrainConfig, ranks: Ranks) -> None:
-        self.model = model.to(ranks.device)
+        blocks = [module for module in model.modules() if isinstance(module, Block)]
+        self.model = ranks.shard(model, blocks) if config.parallel == "fsdp" else model.to(ranks.device)
         self.optimizers = build_optimizers(model, config)
         self.weights = model_tensors(model)
         self.average = {name: tensor.clone() for name, tensor in self.weights.items()} if config.ema_decay else None
@@ -70,19 +71,23 @@ class Learner:
             batch_size: Windows of one forward pass on one rank.
             lengths: Bytes of each window that are read, one forward pass for each; the bytes that it predicts count.
         """
-        device = self._ranks.device
-        own = torch.from_numpy(windows[self._ranks.rank :: self._ranks.num_ranks])
+        device, num_ranks = self._ranks.device, self._ranks.num_ranks
+        # As many windows for every rank, for together they gather sharded weights; those read a second time do not count.
+        own = np.arange(self._ranks.rank, -(-len(windows) // num_ranks) * num_ranks, num_ranks)
         sums = torch.zeros(2, dtype=torch.float64, device=device)  # nats and bytes
         was_training = self.model.training
         self.model.eval()
         nll_of_batch = Nll(self.model, self._config.precision)
-        weights = {f"model.{name}": tensor for name, tensor in self.evaluated_weights.items()}
-        for batch in own.split(batch_size):
-            for length in lengths:
-                byte_ids = batch[:, :length].to(device).long()
-                nats = functional_call(nll_of_batch, weights, (byte_ids,))
-                sums[0] += nats.sum()
-                sums[1] += nats.numel()
+        with self._evaluated_weights_in_use():
+            for first in range(0, len(own), batch_size):
+                indices = own[first : first + batch_size]
+                batch = torch.from_numpy(windows[indices % len(windows)])
+                num_counted = int((indices < len(windows)).sum())
+                for length in lengths:
+                    byte_ids = batch[:, :length].to(device).long()
+                    nats = nll_of_batch(byte_ids)[:num_counted]
+                    sums[0] += nats.sum()
+                    sums[1] += nats.numel()
         self.model.train(was_training)
         nats, num_bytes = self._ranks.sum(sums).tolist()
         return nats_to_bits(nats / num_bytes)
@@ -98,10 +103,26 @@ class Learner:
             update_average(self.average, self.weights, average_decay(self.step, self._config.ema_decay))
         self.step += 1
 
+    @contextlib.contextmanager
+    def _evaluated_weights_in_use(self) -> Iterator[None]:
+        """Inside, the model computes with the averaged weights, if the run keeps them; the trained ones lie in their place."""
+        self._exchange_weights()
+        try:
+            yield
+        finally:
+            self._exchange_weights()
+
+    def _exchange_weights(self) -> None:
+        for name, average in (self.average or {}).items():
+            weight = self.weights[name].clone()
+            self.weights[name].copy_(average)
+            average.copy_(weight)
+
     def capture(self) -> TrainState:
-        """Everything but the weights, on the host. All ranks must call it, for each has generators of its own."""
+        """Everything but the weights. All ranks must call it; the tensors are complete on the first."""
         tensors = dict(self._optimizer_tensors())
         tensors |= {f"average.{name}": tensor for name, tensor in (self.average or {}).items()}
+        tensors = dict(self._ranks.collect(tensors))
         for kind, generator_state in _generator_states(self._ranks.device).items():
             for rank, gathered in enumerate(self._ranks.gather(generator_state)):
                 tensors[f"random.{kind}.{rank}"] = gathered
@@ -125,10 +146,11 @@ class Learner:
         try:
             for name, optimizer, parameter in self._optimized():
                 keys = _STATE_KEYS[type(optimizer)]
-                optimizer.state[parameter] = {key: state.tensors[f"optimizer.{key}.{name}"].to(device) for key in keys}
+                saved = {key: state.tensors[f"optimizer.{key}.{name}"].to(device) for key in keys}
+                optimizer.state[parameter] = {key: share_of(tensor, parameter) for key, tensor in saved.items()}
             saved_average = state.average
             for name, tensor in (self.average or {}).items():
-                tensor.copy_(saved_average[name])
+                tensor.copy_(share_of(saved_average[name], tensor))
         except KeyError as error:
             raise UserError(f"{checkpoint.folder / 'state.safetensors'} lacks {error}; start a new run instead") from None
         for kind in _generator_states(device):

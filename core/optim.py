@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from core.config import TrainConfig
+from core.distributed import share_of, whole
 
 
 def learning_rate_fraction(step: int, config: TrainConfig) -> float:
@@ -73,7 +74,7 @@ class Muon(torch.optim.Optimizer):
     """Momentum whose step is made orthogonal: all directions of a matrix move equally far (Jordan et al., 2024).
 
     torch has one too; this one orthogonalises all matrices of one shape together, which on a GPU is what its time depends
-    on, and it heeds `found_inf` like the fused AdamW.
+    on, and it heeds `found_inf` like the fused AdamW. Of sharded matrices each rank orthogonalises the whole.
 
     Args:
         params: matrices; a group's `parts` says how many matrices are stacked in each of its parameters.
@@ -111,12 +112,12 @@ class Muon(torch.optim.Optimizer):
 
     @staticmethod
     def _move(parameters: list[Tensor], steps: list[Tensor], group: dict, keep: float | Tensor) -> None:
-        stacked = rearrange(torch.stack(steps), "n (m r) c -> (n m) r c", m=group["parts"])
+        stacked = rearrange(torch.stack([whole(step) for step in steps]), "n (m r) c -> (n m) r c", m=group["parts"])
         orthogonal = rearrange(orthogonalized(stacked), "(n m) r c -> n (m r) c", m=group["parts"]).to(steps[0].dtype)
         rows, columns = stacked.shape[1:]
         scale = group["lr"] * max(1.0, rows / columns) ** 0.5 * keep
         for parameter, step in zip(parameters, orthogonal, strict=True):
-            parameter.mul_(1.0 - group["lr"] * group["weight_decay"] * keep).sub_(step * scale)
+            parameter.mul_(1.0 - group["lr"] * group["weight_decay"] * keep).sub_(share_of(step * scale, parameter))
 
 
 def orthogonalized(matrices_NRC: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from core.checkpoint import export_model, latest_checkpoint, remove_old_checkpoi
 from core.codecs import atomic_file, build_codec, shown
 from core.config import Config, TrainConfig, load_config
 from core.data import Loader, build_shards, evaluation_windows, shared_files
-from core.distributed import Ranks, join_ranks, keep_gradients_local
+from core.distributed import Ranks, join_ranks, keep_gradients_local, whole
 from core.errors import UserError
 from core.folder import MANIFEST_NAME
 from core.learner import Learner, MeanNll
@@ -131,7 +131,8 @@ class _Run:
         """Next batch, forward, backward, clip, optimizer; every so many steps evaluate, report, save."""
         settings, learner, ranks = self.config.train, self.learner, self.ranks
         objective = MeanNll(learner.model, settings.precision, settings.checkpoint_activations)
-        objective = ranks.average_gradients(torch.compile(objective) if settings.compile else objective)
+        objective = torch.compile(objective) if settings.compile else objective
+        objective = ranks.average_gradients(objective) if settings.parallel == "ddp" else objective
         guard = FiniteGuard(ranks.device)
         batches = self.loader.iterate(learner.step, settings.num_steps - learner.step, pin=self.is_on_gpu)
         learner.model.train()
@@ -140,7 +141,7 @@ class _Run:
             for batch in batches:
                 lr_fraction = learning_rate_fraction(learner.step, settings)
                 loss = self.accumulate_gradients(objective, batch)
-                grad_norm = nn.utils.clip_grad_norm_(learner.model.parameters(), settings.grad_clip)
+                grad_norm = whole(nn.utils.clip_grad_norm_(learner.model.parameters(), settings.grad_clip))
                 learner.update(guard.watch(learner.step, loss, grad_norm), lr_fraction)
                 report.advance()
 
@@ -210,17 +211,19 @@ class _Run:
         bits_per_byte = learner.evaluate(self.windows, self.micro_batch_size, self.lengths)
         self.log(f"step {learner.step}: {bits_per_byte:.4f} bits/byte on the validation data")
         best = learner.best_bits_per_byte
-        if best is None or bits_per_byte < best or not (self.out / "export" / MANIFEST_NAME).exists():
+        is_best = best is None or bits_per_byte < best or not (self.out / "export" / MANIFEST_NAME).exists()
+        if self.ranks.any(self.ranks.is_first and is_best):  # the first rank decides: it alone is sure to see its own files
             learner.best_bits_per_byte = bits_per_byte
+            weights = self.ranks.collect(learner.evaluated_weights)
             if self.ranks.is_first:
-                export_model(self.out / "export", self.config, learner.evaluated_weights, self.card())
+                export_model(self.out / "export", self.config, weights, self.card())
         return bits_per_byte
 
     def save(self) -> None:
         """Writes a checkpoint of the step just finished, then removes the oldest ones."""
-        state = self.learner.capture()
+        state, weights = self.learner.capture(), self.ranks.collect(self.learner.weights)
         if self.ranks.is_first:
-            save_checkpoint(step_folder(self.out, state.step), self.config, self.learner.weights, state)
+            save_checkpoint(step_folder(self.out, state.step), self.config, weights, state)
             remove_old_checkpoints(self.out, state.step, self.config.train.keep_checkpoints)
 
     def card(self) -> dict[str, Any]:

@@ -41,6 +41,7 @@ def test_overrides_replace_settings_at_any_depth():
         ("train.num_steps=1.5", "train.num_steps=1.5 must be a whole number"),
         ("name=12", "name=12 must be a text"),
         ("train.schedule=steps", "train.schedule='steps' must be one of linear, cosine, constant"),
+        ("train.parallel=zero", "train.parallel='zero' must be one of ddp, fsdp"),
         ("train.betas=0.9", "train.betas=0.9 must be a list"),
         ("train.betas=[0.9]", "must have 2 entries"),
         ("train.lr=NaN", "lr=nan must be positive"),
