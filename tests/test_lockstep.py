@@ -104,6 +104,14 @@ def test_slots_that_only_longer_neighbours_need_change_no_bit():
     assert all(np.array_equal(mine, theirs) for mine, theirs in zip(alone, beside, strict=True))
 
 
+@pytest.mark.parametrize("cache_len", [24, 60, 100, 400, 1000])
+def test_the_room_for_longer_samples_changes_no_bit(cache_len):
+    config = CASES["exact"]
+    model = bf16_copy(build(type(config)(levels=config.levels, max_seq_len=2048, init_std=0.2)))
+    wanted, found = (made_by(Lockstep(model, 4, room), [job(b"abcd", 20)])[0] for room in (2048, cache_len))
+    assert all(np.array_equal(mine, theirs) for mine, theirs in zip(wanted, found, strict=True))
+
+
 def test_bf16_rows_follow_nearly_the_float32_law():
     model = build(CASES["recipe_all"])
     made = made_by(Lockstep(bf16_copy(model), 16, CONTEXT), [job(b"", CONTEXT, number=i) for i in range(16)])
