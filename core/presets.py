@@ -40,7 +40,7 @@ def _text(name: str) -> Config:
         dropout=0.05,
         codec=TextCodecConfig(),
         batch_size=32,
-        num_steps=5000,
+        num_steps=4986,
     )
 
 
@@ -72,7 +72,7 @@ def _audio(name: str, encoding: str, dropout: float) -> Config:
         dropout=dropout,
         codec=AudioCodecConfig(sample_rate=16000, encoding=encoding),
         batch_size=32,
-        num_steps=2000,
+        num_steps=729,
     )
 
 
@@ -167,8 +167,8 @@ def _bench(name: str, patch_size: int, max_seq_len: int) -> Config:
 
 _PRESETS: dict[str, Callable[[str], Config]] = {
     "text": _text,
-    "image32": lambda name: _image(name, side=32, batch_size=80, num_steps=6000, dropout=0.0),
-    "image64": lambda name: _image(name, side=64, batch_size=20, num_steps=4000, dropout=0.05),
+    "image32": lambda name: _image(name, side=32, batch_size=80, num_steps=6563, dropout=0.0),
+    "image64": lambda name: _image(name, side=64, batch_size=20, num_steps=3881, dropout=0.05),
     "audio": lambda name: _audio(name, "mulaw8", dropout=0.1),
     "audio-pcm16": lambda name: _audio(name, "pcm16be", dropout=0.1),
     "paper-text": _paper(

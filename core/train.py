@@ -18,6 +18,7 @@ from core.distributed import Ranks, join_ranks, keep_gradients_local, whole
 from core.errors import UserError
 from core.folder import MANIFEST_NAME
 from core.learner import Learner, MeanNll
+from core.likelihood import engine_name
 from core.models import build_model
 from core.optim import FiniteGuard, learning_rate_fraction
 from core.report import Report
@@ -249,7 +250,7 @@ class _Run:
                     "num_bytes": self.windows.size,
                 }
             },
-            "engine": f"torch-{config.train.precision}",
+            "engine": engine_name(self.ranks.device, config.train.precision == "bf16"),
         }
 
 
