@@ -95,3 +95,14 @@ def test_a_plan_covers_every_byte_of_every_sequence_once(num_sequences, num_byte
             assert chunk.first == max(0, chunk.start - past)
             assert seen[chunk.sequences, chunk.start : chunk.end].numel() <= max(budget, row)
     assert (seen == 1).all()
+
+
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.uint8])
+def test_measures_of_any_type_are_joined_under_autocast(dtype):
+    model, byte_ids = build(CASES["exact"]), random_bytes(2, CONTEXT)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        found = model.measure(byte_ids, lambda logits, ids: {"likeliest": logits.argmax(-1).to(dtype)})["likeliest"]
+        expected = model(byte_ids).argmax(-1).to(dtype)
+    assert found.dtype == dtype
+    assert (found == expected).float().mean() > 0.9  # two in a row may be nearly equal

@@ -279,10 +279,12 @@ class MegaByte(nn.Module):
         run = partial(checkpoint, measure_chunk, use_reentrant=False) if recompute else measure_chunk
         plan = plan_chunks(*whole_BT.shape, row, past, chunk_bytes(whole_BT.device, recompute))
         found = [[run(chunk) for chunk in group] for group in plan]
-        return {
-            name: torch.cat([torch.cat([part[name] for part in parts], dim=1) for parts in found])[:, : byte_ids_BT.shape[1]]
-            for name in found[0][0]
-        }
+        # On a CPU autocast refuses to join float16 tensors, which some measures are.
+        with torch.autocast(whole_BT.device.type, enabled=False):
+            return {
+                name: torch.cat([torch.cat([part[name] for part in parts], dim=1) for parts in found])[:, : byte_ids_BT.shape[1]]
+                for name in found[0][0]
+            }
 
     def new_cache(self, batch_size: int, max_seq_len: int) -> Cache:
         """Buffers for `batch_size` sequences of up to `max_seq_len` bytes (rounded up to whole coarsest patches).
