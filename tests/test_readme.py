@@ -52,3 +52,9 @@ def test_the_two_commands_stand_before_everything_else():
         "pip install -r requirements.txt && python -m app",
         "pip install -r requirements.txt -r tests/requirements.txt && python -m pytest",
     ]
+
+
+def test_everything_the_readme_links_to_is_there():
+    links = re.findall(r"\]\((?!https?://)([^)]+)\)", (ROOT / "README.md").read_text(encoding="utf-8"))
+    assert links
+    assert [link for link in links if not (ROOT / link).exists()] == []
