@@ -33,6 +33,7 @@ from core.law import Chunk, SampleConfig
 from core.models import MegaByte
 from core.models.layers import Slots
 from core.models.megabyte import Level
+from core.models.packed import pack_linears
 from core.native import fingerprint
 
 _FEWEST_SLOTS = 64  # of the first level that are read; doubled as the rows grow
@@ -313,5 +314,7 @@ def bf16_copy(model: MegaByte) -> MegaByte:
         for parameter in rounded.parameters():
             parameter.requires_grad_(False)
             parameter.data = parameter.data.bfloat16()
+        for level in rounded.levels:
+            pack_linears(level.transformer)
         _bf16_models[model] = now, rounded
     return rounded
