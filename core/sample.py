@@ -39,6 +39,7 @@ _NATIVE = (native.ENGINE_NAME, native.INT8_ENGINE_NAME)
 
 # Lockstep engines, which work at one padded shape: the type of device they run on and the rows of that shape.
 _LOCKSTEP = {"torch-bf16": ("cpu", 16), "cuda-bf16": ("cuda", 1), "cuda-bf16-64": ("cuda", 64)}
+_CACHE_STEP = 2048  # bytes by which a lockstep's rows grow: kernels see whole tiles of slots however long the longest row is
 
 
 @dataclass(frozen=True)
@@ -245,6 +246,7 @@ def _in_lockstep(model: MegaByte, engine: str, requests: Sequence[Request]) -> I
     jobs = [Job(as_stream(r.prefix), r.num_bytes, r.config, uniforms(r.config.seed, r.sample_number)) for r in requests]
     longest = max((len(job.prefix) + job.num_bytes for job in jobs), default=1)
     has_filters = any(job.config.top_k is not None or job.config.top_p < 1.0 for job in jobs)
-    batch = Lockstep(bf16_copy(model), num_rows, min(model.config.max_seq_len, longest), has_filters=has_filters)
+    cache_len = min(model.config.max_seq_len, -(-longest // _CACHE_STEP) * _CACHE_STEP)
+    batch = Lockstep(bf16_copy(model), num_rows, cache_len, has_filters=has_filters)
     with closing(batch.run(jobs)) as chunks:
         yield from chunks

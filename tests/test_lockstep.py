@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from core.config import LevelConfig, MegaByteConfig
 from core.law import SampleConfig, draw, sampling_law, surprisal, uniforms
 from core.likelihood import score
 from core.lockstep import Job, Lockstep, bf16_copy
@@ -138,3 +139,23 @@ def test_closing_ends_the_work_and_leaves_no_mode_behind():
     assert not torch.is_inference_mode_enabled()
     chunks.close()
     assert list(chunks) == []
+
+
+@pytest.mark.parametrize("num_bytes", [100, 417])
+def test_a_long_neighbour_changes_no_bit(num_bytes, monkeypatch):
+    """Its cache is longer, and so are the sums of attention over masked slots."""
+    monkeypatch.setenv("MEGABYTE_ENGINE", "torch-bf16")
+    levels = (LevelConfig(dim=256, num_layers=2, num_heads=4, patch_size=4), LevelConfig(dim=128, num_layers=1, num_heads=2))
+    model = build(MegaByteConfig(levels=levels, max_seq_len=8192, positions="rotary", init_std=0.1))
+    noise = np.random.default_rng(0)
+
+    def request(length: int, number: int) -> Request:
+        return Request(noise.integers(0, 256, length, dtype=np.uint8), 40, SampleConfig(seed=3), number)
+
+    def bits_of_first(requests: list[Request]) -> np.ndarray:
+        return np.concatenate([chunk.bits for index, chunk in stream_batch(model, requests) if index == 0])
+
+    own = request(num_bytes, 0)
+    alone = bits_of_first([own])
+    for length in (700, 3001):
+        assert np.array_equal(bits_of_first([own, request(length, 1)]), alone)

@@ -29,9 +29,7 @@ SUPPORTED = {
     if len(config.levels) <= 2 and not any(level.conv_kernels for level in config.levels)
 }
 UNSUPPORTED = sorted(CASES.keys() - SUPPORTED.keys())
-SUPPORTED["all_supported"] = two_level(
-    global_byte_dim=5, local_cross_patch=3, unembedder="full", real_previous=True, **RECIPE
-)
+SUPPORTED["all_supported"] = two_level(global_byte_dim=5, local_cross_patch=3, unembedder="full", real_previous=True, **RECIPE)
 # Widths and heads that fill neither a panel nor a vector, as image32's head of 288 / 4, and more rows than one panel.
 SUPPORTED["uneven_widths"] = MegaByteConfig(
     levels=(
