@@ -10,19 +10,19 @@ import shutil
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from app.messages import plain_sentence
+from app.messages import OUR_FAULT, plain_sentence
 from app.turns import party
 
 State = Literal["running", "done", "failed", "stopped"]
 Work = Callable[["Job"], Any]
 
 STOPPED = "stopped"
-OUR_FAULT = "this is a fault of the program, not of your file; the terminal it runs in says more"
 _GONE_AFTER_S = 1.5  # who watches a job looks several times a second
 logger = logging.getLogger(__name__)
 
@@ -37,6 +37,8 @@ class JobLimits:
     max_running: int = 32
     max_running_of_owner: int = 8
     max_kept_of_owner: int = 20  # older results go
+    max_kept: int = 200  # over all owners
+    max_kept_bytes: int = 4 << 30  # of files over all owners; the newest result stays whatever its size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +97,7 @@ class Job:
         self.problem = ""
         self.started = self.seen = now
         self.ended: float | None = None
+        self.num_bytes = 0  # of its files, once it is over
         self.is_over = threading.Event()
         self.must_end = ""  # the reason, once there is one
         self._store = store
@@ -123,6 +126,7 @@ class JobStore:
         self.limits = limits or JobLimits()
         self._clock = clock
         self._jobs: dict[str, Job] = {}  # oldest first
+        self._forgotten: set[Job] = set()  # at work until they notice; nobody can find them any more
         self._mutex = threading.Lock()
         self._is_closed = False
         self._folder = tempfile.TemporaryDirectory(prefix="jobs-", ignore_cleanup_errors=True)
@@ -137,7 +141,7 @@ class JobStore:
         with self._mutex:
             if self._is_closed:
                 raise ValueError("this page is being closed and takes no more work")
-            running = [job for job in self._jobs.values() if not job.is_over.is_set()]
+            running = [job for job in (*self._jobs.values(), *self._forgotten) if not job.is_over.is_set()]
             if len(running) >= self.limits.max_running:
                 raise ValueError(f"{len(running)} jobs are running, which is as many as this machine takes; try again soon")
             num_own = sum(job.owner == owner for job in running)
@@ -181,6 +185,8 @@ class JobStore:
             self._jobs.pop(job.id, None)
             if job.is_over.is_set():
                 shutil.rmtree(job.folder, ignore_errors=True)
+            else:
+                self._forgotten.add(job)
 
     def list(self, owner: str) -> list[JobView]:
         """The jobs of an owner, newest first. This is no look: a list is shown to whoever returns."""
@@ -212,7 +218,7 @@ class JobStore:
         """Ends all jobs and removes their files; nothing more can be submitted."""
         with self._mutex:
             self._is_closed = True
-            jobs = tuple(self._jobs.values())
+            jobs = (*self._jobs.values(), *self._forgotten)
         for job in jobs:
             job.must_end = job.must_end or STOPPED
         deadline = time.monotonic() + timeout_s
@@ -232,10 +238,12 @@ class JobStore:
         except Exception:
             logger.exception("the job %s failed", job.kind)
             state, job.problem = "failed", OUR_FAULT
+        job.num_bytes = _size_of(job.folder)
         job.ended = self._clock()
         job.state = state
         with self._mutex:
             job.is_over.set()
+            self._forgotten.discard(job)
             if job.id not in self._jobs:  # forgotten meanwhile
                 shutil.rmtree(job.folder, ignore_errors=True)
 
@@ -248,14 +256,29 @@ class JobStore:
         return job
 
     def _forget_old(self) -> None:
-        """Removes the jobs that are over and past their time, and the oldest ones of owners who have too many."""
-        oldest_end = self._clock() - self.limits.retention_s
-        num_kept: dict[str, int] = {}
+        """Removes the jobs that are over and past their time, and the oldest ones where an owner, or all, keep too much."""
+        limits, oldest_end = self.limits, self._clock() - self.limits.retention_s
+        kept_of_owner: Counter[str] = Counter()
+        num_kept = num_bytes = 0
         with self._mutex:
-            for job in reversed(tuple(self._jobs.values())):
-                if job.ended is None:
-                    continue
-                num_kept[job.owner] = num_kept.get(job.owner, 0) + 1
-                if job.ended < oldest_end or num_kept[job.owner] > self.limits.max_kept_of_owner:
+            ended = [job for job in self._jobs.values() if job.is_over.is_set()]
+            for job in sorted(reversed(ended), key=lambda job: job.ended, reverse=True):
+                is_too_much = (
+                    kept_of_owner[job.owner] >= limits.max_kept_of_owner
+                    or num_kept >= limits.max_kept
+                    or (num_kept > 0 and num_bytes + job.num_bytes > limits.max_kept_bytes)
+                )
+                if job.ended < oldest_end or is_too_much:
                     del self._jobs[job.id]
                     shutil.rmtree(job.folder, ignore_errors=True)
+                else:
+                    kept_of_owner[job.owner] += 1
+                    num_kept, num_bytes = num_kept + 1, num_bytes + job.num_bytes
+
+
+def _size_of(folder: Path) -> int:
+    """Bytes of the files in a folder; 0 if it is being removed."""
+    try:
+        return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    except OSError:
+        return 0

@@ -5,6 +5,8 @@ from pathlib import Path
 
 from core.errors import shown
 
+OUR_FAULT = "this is a fault of the program, not of your file; the terminal it runs in says more"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Failure:

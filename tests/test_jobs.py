@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from app.jobs import OUR_FAULT, Job, JobLimits, JobStore, UnknownJobError
+from app.jobs import Job, JobLimits, JobStore, UnknownJobError
+from app.messages import OUR_FAULT
 from app.service import Service
+from app.tabs import likelihood
 
 CANCEL_LIMIT_S = 1.0
 
@@ -221,6 +223,73 @@ def test_a_forgotten_job_ends_and_leaves_nothing(store):
         store.forget("me", job_id)
         assert store.list("me") == []
         wait_until(lambda: not folder.exists())  # noqa: B023
+
+
+def test_a_forgotten_job_counts_until_it_is_over(clock):
+    store, may_go = JobStore(JobLimits(max_running=2), clock), threading.Event()
+
+    def deaf(job: Job) -> None:
+        may_go.wait(10)
+
+    for owner in ("me", "you"):
+        job_id = store.submit(owner, "score", "", deaf)
+        store.forget(owner, job_id)
+        assert store.list(owner) == []
+    with pytest.raises(ValueError, match="2 jobs are running"):
+        store.submit("she", "score", "", quick)
+    may_go.set()
+    wait_until(lambda: not store._forgotten)
+    ended(store, "she", store.submit("she", "score", "", quick))
+    store.close()
+
+
+def test_closing_ends_a_forgotten_job_too(clock):
+    store, left = JobStore(clock=clock), threading.Event()
+
+    def slow(job: Job) -> None:
+        try:
+            endless(job)
+        finally:
+            time.sleep(0.2)
+            left.set()
+
+    store.forget("me", store.submit("me", "score", "", slow))
+    store.close()
+    assert left.is_set()
+
+
+@pytest.mark.parametrize("limits", [JobLimits(max_kept=3), JobLimits(max_kept_bytes=3 * len("made"))])
+def test_results_of_all_owners_together_are_bounded_and_the_oldest_ones_go(clock, limits):
+    store = JobStore(limits, clock)
+    long_one = store.submit("me", "score", "", endless)
+    views = []
+    for number in range(5):
+        clock.now += 1
+        owner = f"owner {number}"
+        views.append(ended(store, owner, store.submit(owner, "score", "", quick)))
+    kept = [bool(store.list(f"owner {number}")) for number in range(5)]
+    assert kept == [False, False, True, True, True]
+    assert [view.folder.exists() for view in views] == kept
+    assert store.look("me", long_one).is_running  # work is not taken away
+    store.close()
+
+
+def test_the_newest_result_stays_however_large_it_is(clock):
+    store = JobStore(JobLimits(max_kept_bytes=1), clock)
+    for number in range(2):
+        clock.now += 1
+        ended(store, "me", store.submit("me", "score", str(number), quick))
+    assert [view.title for view in store.list("me")] == ["1"]
+    store.close()
+
+
+def test_more_than_one_job_may_score_is_refused_in_words(service, tmp_path):
+    path = tmp_path / "large.txt"
+    with path.open("wb") as file:
+        file.truncate(likelihood.MAX_BYTES // 2 + 1)
+    likelihood.scoring_work(service, [path], [None], "media", False)
+    with pytest.raises(ValueError, match=r"^the files have 128,000,002 bytes together, .* at most 128,000,000 .*fewer files"):
+        likelihood.scoring_work(service, [path, path], [None], "media", False)
 
 
 def completing(service: Service, path: Path, num_bytes: int) -> Callable[[Job], float]:

@@ -19,6 +19,7 @@ from app.tabs.sources import model_choices, sample_buttons, title_of
 from app.views import factory, offline, score_values
 
 KIND = "likelihood"
+MAX_BYTES = 128_000_000  # of the files of one job: what is known of each byte takes some twenty bytes of memory
 SCORED_AS = [("Pixels, sound or text", "media"), (STORED_FILE, "file")]
 EMPTY = score_values.message(
     "empty",
@@ -62,8 +63,8 @@ def build_tab(service: Service, store: JobStore, visitor: gr.BrowserState, arriv
         store.forget(visitor, old)  # a new wish ends the scoring of the last one
         if not files:
             return "", ""
-        work = scoring_work(service, [Path(file) for file in files], [model or None, *([second] if second else [])], *options)
         with refusals_shown():
+            work = scoring_work(service, [Path(file) for file in files], [model or None, *([second] if second else [])], *options)
             job_id = store.submit(visitor, KIND, title_of([Path(file).name for file in files]), work)
         return job_id, job_id
 
@@ -86,7 +87,16 @@ def scoring_work(service: Service, files: Sequence[Path], models: Sequence[str |
     """The work of a job that scores files, with one model after another; it reports its board and gives it in the end.
 
     The work raises ValueError: if no file can be scored.
+
+    Raises:
+        ValueError: if the files are larger than `MAX_BYTES` together.
     """
+    num_bytes = sum(file.stat().st_size for file in files)
+    if num_bytes > MAX_BYTES:
+        raise ValueError(
+            f"the files have {num_bytes:,} bytes together, the page scores at most {MAX_BYTES:,} in one go; "
+            "choose fewer files, or use the command line, which takes any number"
+        )
 
     def work(job: Job) -> Board:
         board, started = Board(job.folder), time.monotonic()
