@@ -1,20 +1,23 @@
 """Many completions into one folder: what each will cost, made in turn, none stopped by another's fault, none made twice."""
 
+import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from app.completion import CompletionJob, Progress, run_together
+from app.completion import Completion, CompletionJob, Progress, run_together
 from app.ledger import Ledger, digest_of, key_of, open_ledger
-from app.messages import plain_sentence
+from app.messages import OUR_FAULT, plain_sentence
 from app.outputs import OutputNames, completion_paths, with_sidecar
 from app.recipe import Item
 from app.service import Service
 
 State = Literal["planned", "running", "done", "skipped", "failed"]
 _MAX_GROUP = 32  # samples that are made together; few enough to see results come
+logger = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
@@ -44,8 +47,15 @@ class Row:
         return [self.made[sample] for sample in sorted(self.made)]
 
     def fail(self, error: Exception | str) -> None:
+        """Notes why the item cannot be done; the traceback of a fault of the program goes to the log."""
         self.state = "failed"
-        self.says = error if isinstance(error, str) else plain_sentence(error, self.item.source)
+        if isinstance(error, str):
+            self.says = error
+        elif isinstance(error, (ValueError, OSError)):
+            self.says = plain_sentence(error, self.item.source)
+        else:
+            logger.error("an item of a batch failed", exc_info=error)
+            self.says = OUR_FAULT
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values only."""
@@ -142,8 +152,9 @@ class Batch:
                     continue
                 group = waiting.setdefault(id(job.loaded), [])
                 group.extend(tasks)
-                if len(group) >= _MAX_GROUP:
-                    yield from self._make(waiting.pop(id(job.loaded)), ledger)
+                while len(group) >= _MAX_GROUP:
+                    first, group[:] = group[:_MAX_GROUP], group[_MAX_GROUP:]
+                    yield from self._make(first, ledger)
             for group in waiting.values():
                 yield from self._make(group, ledger)
 
@@ -155,7 +166,7 @@ class Batch:
         try:
             item = row.item
             job = self._service.complete(item.source, text=item.text, model=item.model, **asdict(item.settings))
-        except (ValueError, OSError) as error:
+        except Exception as error:
             row.fail(error)
             return None
         row.says, row.notes = job.plan.says, job.notes
@@ -178,29 +189,78 @@ class Batch:
             for task in tasks:
                 self._outputs.protect_sources(task.paths)
                 ledger.claim(task.name, task.key, task.paths)
-        except (ValueError, OSError) as error:
+        except Exception as error:
             row.fail(error)
             return []
         row.state = "planned" if tasks else "skipped"
         return tasks
 
     def _make(self, tasks: list[_Task], ledger: Ledger) -> Iterator[tuple[Row, Progress | None]]:
+        """Makes at most `_MAX_GROUP` samples of one model; those of rows that have failed are left out."""
+        groups = [tasks]
+        while groups:
+            if group := [task for task in groups.pop(0) if task.row.state != "failed"]:
+                groups[:0] = yield from self._make_together(group, ledger)
+
+    def _make_together(
+        self, tasks: list[_Task], ledger: Ledger
+    ) -> Generator[tuple[Row, Progress | None], None, list[list[_Task]]]:
+        """Makes some samples at once; returns the groups of those that were given up and are to be begun anew."""
         by_sample = {(id(task.job), task.sample): task for task in tasks}
-        for progress in run_together([(task.job, task.sample) for task in tasks]):
-            task = by_sample[id(progress.job), progress.sample]
-            row = task.row
-            row.state = "running" if row.state == "planned" else row.state
-            row.done_bytes += 0 if progress.chunk is None else len(progress.chunk.byte_values)
-            if progress.completion is not None and row.state != "failed":
-                try:
-                    self._service.write_completion(progress.completion, self._out, force=True, stem=row.stem)
-                    facts = progress.completion.to_dict(task.paths[0])
-                    ledger.finish(task.name, task.key, task.paths, facts)
-                    row.made[task.sample] = facts
-                    row.state = "done" if len(row.made) == task.job.settings.samples else "running"
-                except (ValueError, OSError) as error:
-                    row.fail(error)
-            yield row, progress
+        left = by_sample.copy()
+        drawn = dict.fromkeys(left, 0)  # bytes of each sample
+        try:
+            with closing(run_together([(task.job, task.sample) for task in tasks])) as steps:
+                for progress in steps:
+                    key = id(progress.job), progress.sample
+                    task = by_sample[key]
+                    num_new = 0 if progress.chunk is None else len(progress.chunk.byte_values)
+                    task.row.done_bytes += num_new
+                    drawn[key] += num_new
+                    if task.row.state == "planned":
+                        task.row.state = "running"
+                    if progress.completion is not None:
+                        del left[key]
+                        if task.row.state != "failed":
+                            self._write(task, progress.completion, ledger)
+                    yield task.row, progress
+                    if task.row.state == "failed" and _is_better_anew(left, drawn):
+                        break
+            groups = [list(left.values())]
+        except Exception as error:
+            rows = {id(task.row): task.row for task in left.values() if task.row.state != "failed"}
+            if len(rows) == 1:  # so it is this one's fault
+                [row] = rows.values()
+                row.fail(error)
+                yield row, None
+            groups = [[task for task in left.values() if task.row is row] for row in rows.values()]
+        for key, task in left.items():
+            task.row.done_bytes -= drawn[key]
+        return groups
+
+    def _write(self, task: _Task, completion: Completion, ledger: Ledger) -> None:
+        """Writes a sample; if that does not work, its row has failed."""
+        row = task.row
+        try:
+            self._service.write_completion(completion, self._out, force=True, stem=row.stem)
+            facts = completion.to_dict(task.paths[0])
+            ledger.finish(task.name, task.key, task.paths, facts)
+        except Exception as error:
+            row.fail(error)
+            return
+        row.made[task.sample] = facts
+        row.state = "done" if len(row.made) == task.job.settings.samples else "running"
+
+
+def _is_better_anew(left: dict[tuple[int, int], _Task], drawn: dict[tuple[int, int], int]) -> bool:
+    """Whether giving up the samples at work saves more bytes, those of failed rows, than it loses, those of the others."""
+    saved = lost = 0
+    for key, task in left.items():
+        if task.row.state == "failed":
+            saved += task.job.plan.num_bytes_to_generate - drawn[key]
+        else:
+            lost += drawn[key]
+    return saved > lost
 
 
 def _what_it_depends_on(item: Item, job: CompletionJob) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import json
 import logging
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,10 +31,13 @@ def complain(sentence: str) -> None:
 
 
 class LogHandler(logging.Handler):
-    """Log lines as the other lines on stderr."""
+    """Log lines as the other lines on stderr, with the traceback of a fault."""
 
     def emit(self, record: logging.LogRecord) -> None:
         say(f"{record.levelname.lower()}: {record.getMessage()}")
+        if record.exc_info:
+            for line in "".join(traceback.format_exception(*record.exc_info)).splitlines():
+                say(line)
 
 
 class Report:

@@ -30,17 +30,19 @@ def plan_batch(batch: "Batch", report: Report) -> None:
 def make_batch(batch: "Batch", report: Report, *, is_summed: bool) -> None:
     """Makes a batch and prints each result as it comes; at the end the table of all items if it is to be summed up."""
     with progress_bar() as advance:
+        states: dict[str, str] = {}  # of the rows met so far, by their stems
         for row, progress in batch.run():
-            if progress is None:
+            before, states[row.stem] = states.get(row.stem), row.state
+            if before is None:
                 report.notes(row.item.source, row.notes)
                 for facts in row.results:
                     report.result(facts, f"{_made(facts)}  (made before)")
-            else:
+            if progress is not None:
                 advance(sum(row.done_bytes for row in batch.rows), sum(row.num_bytes for row in batch.rows))
                 if progress.completion is not None and progress.sample in row.made:
                     facts = row.made[progress.sample]
                     report.result(facts, _made(facts))
-            if row.state == "failed":
+            if row.state == "failed" != before:
                 report.failure(row.item.source, row.says)
     if is_summed:
         _sum_up(batch, report)

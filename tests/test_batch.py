@@ -1,8 +1,10 @@
 """Batches: a kill and a second call give what one call gives, a bad item stops no other, nothing is made twice."""
 
+import errno
 import functools
 import hashlib
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -16,8 +18,10 @@ from PIL import Image
 
 from app.__main__ import main
 from app.batch import Batch
-from app.completion import run_together
+from app.completion import CompletionJob, run_together
+from app.console import LogHandler
 from app.ledger import LEDGER_NAME, open_ledger
+from app.messages import OUR_FAULT
 from app.recipe import parse_recipe
 from app.service import Service
 from app.sources import find_files
@@ -278,6 +282,103 @@ def test_tiles_of_pictures_made_together_are_those_made_alone(service, make_png)
         expected.append(last.completion.made.tobytes())
     made = {id(p.job): p.completion.made.tobytes() for p in run_together([(job, 0) for job in jobs]) if p.completion}
     assert [made[id(job)] for job in jobs] == expected
+
+
+def refuse_to_write(monkeypatch, name: str, error: Exception) -> None:
+    """Lets no result of the source `name` be written."""
+    write = Service.write_completion
+
+    def write_or_fail(completion, *args, **options):
+        if completion.source is not None and completion.source.name == name:
+            raise error
+        return write(completion, *args, **options)
+
+    monkeypatch.setattr(Service, "write_completion", staticmethod(write_or_fail))
+
+
+def count_made(monkeypatch) -> list[tuple[str, int]]:
+    """The source and number of each sample that is made to its end."""
+    made, finish = [], CompletionJob._completion
+
+    def note(job, sample, *args):
+        made.append((job.source.name, sample))
+        return finish(job, sample, *args)
+
+    monkeypatch.setattr(CompletionJob, "_completion", note)
+    return made
+
+
+def test_a_failed_item_is_reported_once_and_not_gone_on_with(cli, make_text, tmp_path, monkeypatch):
+    refuse_to_write(monkeypatch, "a.txt", OSError(errno.ENOSPC, "No space left on device"))
+    made = count_made(monkeypatch)
+    paths = [make_text("a.txt"), make_text("b.txt")]
+    code, out, err = cli("generate", *paths, "--samples", 40, "--num-bytes", 20, "--out", tmp_path / "out")
+    assert code == 1
+    assert [line for line in err if "error" in line] == [f"error: {paths[0]}: No space left on device"]
+    assert len([line for line in out if "b-s0-" in line]) == len(out) == 40
+    assert len([name for name, _ in made if name == "a.txt"]) == 1
+    assert sorted(sample for name, sample in made if name == "b.txt") == list(range(40))
+
+
+def test_an_item_that_fails_among_others_costs_them_nothing(service, make_text, tmp_path, monkeypatch):
+    for name in ("a.txt", "b.txt", "c.txt"):
+        make_text(name)
+    items = parse_recipe('[[jobs]]\nfiles = "*.txt"\nsamples = 5\nnum_bytes = 40', lambda p: find_files(p, tmp_path))
+    ready(items, service, tmp_path / "whole")
+    refuse_to_write(monkeypatch, "b.txt", OSError(errno.ENOSPC, "No space left on device"))
+    batch = ready(items, service, tmp_path / "out")
+    assert [(row.state, row.done_bytes) for row in batch.rows[::2]] == [("done", 200)] * 2
+    assert batch.rows[1].state == "failed"
+    whole = outputs(tmp_path / "whole").items()
+    assert outputs(tmp_path / "out") == {name: digest for name, digest in whole if not name.startswith("b-")}
+
+
+def test_many_samples_are_made_in_groups(service, make_text, tmp_path, monkeypatch):
+    sizes = []
+    monkeypatch.setattr("app.batch.run_together", lambda tasks: sizes.append(len(tasks)) or run_together(tasks))
+    make_text("a.txt")
+    items = parse_recipe('[[jobs]]\nfiles = "a.txt"\nsamples = 70\nnum_bytes = 4', lambda p: find_files(p, tmp_path))
+    assert ready(items, service, tmp_path / "out").summary.num_samples == 70
+    assert sizes == [32, 32, 6]
+
+
+@pytest.mark.parametrize("place", ["making", "writing", "planning"])
+def test_a_fault_of_the_program_spoils_its_own_item_only(service, make_text, tmp_path, monkeypatch, caplog, place):
+    names = ["a.txt", "b.txt", "c.txt"]
+    for name in names:
+        make_text(name)
+
+    def break_at_b(method):
+        def broken(job, *args, **options):
+            if job.source.name == "b.txt":
+                raise KeyError("oops")
+            return method(job, *args, **options)
+
+        return broken
+
+    if place == "making":
+        monkeypatch.setattr(CompletionJob, "_completion", break_at_b(CompletionJob._completion))
+    elif place == "writing":
+        refuse_to_write(monkeypatch, "b.txt", KeyError("oops"))
+    else:
+        monkeypatch.setattr("app.batch._what_it_depends_on", lambda item, job: break_at_b(lambda job: {})(job))
+    items = parse_recipe('[[jobs]]\nfiles = "*.txt"\nnum_bytes = 40', lambda p: find_files(p, tmp_path))
+    batch = ready(items, service, tmp_path / "out")
+    assert [row.state for row in batch.rows] == ["done", "failed", "done"]
+    assert [row.done_bytes for row in batch.rows if row.state == "done"] == [40, 40]
+    assert batch.rows[1].says == OUR_FAULT
+    assert "oops" in caplog.text
+    assert not service.model("text").lock.locked()
+
+
+def test_the_traceback_of_a_fault_is_on_the_terminal(capsys):
+    try:
+        raise KeyError("oops")
+    except KeyError as error:
+        LogHandler().handle(logging.makeLogRecord({"msg": "an item failed", "exc_info": (KeyError, error, error.__traceback__)}))
+    first, *_, last = capsys.readouterr().err.splitlines()
+    assert first.endswith("an item failed")
+    assert last == "KeyError: 'oops'"
 
 
 class TestScoreFolder:

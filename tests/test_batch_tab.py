@@ -9,6 +9,7 @@ from pathlib import Path
 import gradio as gr
 import pytest
 
+from app.batch import Batch
 from app.jobs import JobStore
 from app.service import Service
 from app.tabs import batch
@@ -76,6 +77,31 @@ def test_a_stopped_job_keeps_what_is_there(service, store, make_text):
     assert (value["state"], value["title"]) == ("stopped", "Stopped after 1 of 2 items")
     with zipfile.ZipFile(value["file"]["path"]) as archive:
         assert archive.namelist()[2:] == ["new-s0-1.txt", "new-s0-1.txt.json"]
+
+
+def test_a_batch_that_failed_shows_its_table_without_a_zip(service, store, make_text, monkeypatch):
+    def no_zip(*_) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(batch, "write_zip", no_zip)
+    view = store.look("me", submit(service, store, [make_text()]), wait_s=30)
+    value = batch.shown(view)
+    assert (view.state, value["state"], "file" in value) == ("failed", "failed", False)
+    assert "No space left" in value["text"]
+    assert len(value["rows"]) == 1
+
+
+def test_a_zip_that_could_not_be_finished_is_not_there(service, make_text, tmp_path, monkeypatch):
+    def full(*_) -> None:
+        raise OSError(28, "No space left on device")
+
+    items = batch.read_form([str(make_text())], batch.RECIPE)
+    made = Batch(service, items, tmp_path / "out")
+    list(made.run())
+    monkeypatch.setattr(zipfile.ZipFile, "write", full)
+    with pytest.raises(ValueError, match="No space left"):
+        batch.write_zip(made, batch.RECIPE, tmp_path / batch.ZIP_NAME)
+    assert not (tmp_path / batch.ZIP_NAME).exists()
 
 
 def test_following_shows_a_job_until_it_is_over_and_to_its_owner_alone(service, store, make_text):

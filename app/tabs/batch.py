@@ -19,6 +19,7 @@ from app.tabs.following import AT_ONCE, QUIET, JobLink
 from app.tabs.refusals import refusals_shown
 from app.tabs.sources import sample_buttons, title_of
 from app.views import batch_values, factory
+from core.codecs import atomic_file
 
 KIND = "batch"
 MAX_ITEMS = 1000
@@ -129,14 +130,14 @@ def batch_work(service: Service, items: list[Item], recipe: str) -> Callable[[Jo
 
 def write_zip(batch: Batch, recipe: str, path: Path) -> None:
     """The results with their settings, their facts as JSON lines, and the recipe that made them."""
-    with zipfile.ZipFile(path, "w") as archive:
+    with atomic_file(path) as file, zipfile.ZipFile(file, "w") as archive:
         archive.writestr(RECIPE_NAME, recipe)
         archive.writestr(FACTS_NAME, "".join(f"{dumps(facts)}\n" for facts in facts_of(batch)))
         for row in batch.rows:
             for made in row.results:
-                for path in (Path(made["output"]), sidecar_of(Path(made["output"]))):
-                    if path.exists():
-                        archive.write(path, path.name)
+                for output in (Path(made["output"]), sidecar_of(Path(made["output"]))):
+                    if output.exists():
+                        archive.write(output, output.name)
 
 
 def facts_of(batch: Batch) -> Iterator[dict[str, Any]]:
@@ -155,7 +156,7 @@ def shown(view: JobView) -> dict[str, Any]:
     if batch is None:
         return batch_values.message("Waiting", "The job has begun.") if view.is_running else EMPTY
     path = view.folder / ZIP_NAME
-    has_results = not view.is_running and any(row.results for row in batch.rows)
+    has_results = not view.is_running and path.exists() and any(row.results for row in batch.rows)
     return batch_values.progress(batch, view, path if has_results else None)
 
 
