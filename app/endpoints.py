@@ -3,6 +3,7 @@
 Each call is a job of its caller, so that scripts and visitors share the models fairly.
 """
 
+import secrets
 from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,15 @@ import gradio as gr
 from app.batch import Batch
 from app.jobs import Job, JobStore, JobView, Work
 from app.service import Service
-from app.settings import FRAMINGS
+from app.settings import FRAMINGS, CompletionSettings
 from app.tabs import batch, complete
 from app.tabs.refusals import ENDPOINT_WORDS, refusals_shown
 from app.tabs.sources import title_of
 from app.views import batch_values
+from core.errors import UserError
 
 _LOOK_EVERY_S = 1.0
+_WITH_DEFAULTS = ("samples", "temperature", "top_p", "seed", "framing", "upside_down", "first_bytes")
 
 
 def add_endpoints(service: Service, store: JobStore) -> None:
@@ -26,7 +29,7 @@ def add_endpoints(service: Service, store: JobStore) -> None:
 
     def finished(request: gr.Request, kind: str, title: str, work: Work) -> Generator[Any, None, JobView]:
         """Waits until the job is done; what ended it otherwise is raised. A caller who goes away ends it."""
-        owner = request.session_hash or ""
+        owner = owner_of(request)
         job_id = store.submit(owner, f"{kind} by a script", title, work)
         try:
             while (view := store.look(owner, job_id, wait_s=_LOOK_EVERY_S)).is_running:
@@ -37,7 +40,9 @@ def add_endpoints(service: Service, store: JobStore) -> None:
             raise ValueError(view.problem)
         return view
 
-    def score(file: str | None, model: str, scored_as: str, adapt: bool, request: gr.Request) -> Iterator[Any]:
+    def score(
+        file: str | None, model: str | None, scored_as: str | None, adapt: bool | None, request: gr.Request
+    ) -> Iterator[Any]:
         """Bits of a file under a model; an empty model name takes the one that suits the file."""
         if file is None:
             raise gr.Error("There is nothing to score: give a file.", print_exception=False)
@@ -46,7 +51,7 @@ def add_endpoints(service: Service, store: JobStore) -> None:
             def progress(*done_and_known: int) -> None:
                 job.report(done_and_known)
 
-            options = {"model": model or None, "scored_as": scored_as, "adapt": adapt, "progress": progress}
+            options = {"model": model or None, "scored_as": scored_as or "media", "adapt": bool(adapt), "progress": progress}
             return service.score_file(Path(file), **options).to_dict()
 
         with refusals_shown(ENDPOINT_WORDS):
@@ -54,20 +59,20 @@ def add_endpoints(service: Service, store: JobStore) -> None:
         yield view.result | {"file": Path(file).name}
 
     def generate(
-        file: str | None, text: str, model: str, keep: float, num_bytes: int | None, samples: int,
-        temperature: float, top_k: int, top_p: float, seed: int, keep_bytes: int | None, framing: str,
-        upside_down: bool, first_bytes: str, request: gr.Request,
+        file: str | None, text: str | None, model: str | None, keep: float | None, num_bytes: int | None,
+        samples: int | None, temperature: float | None, top_k: int | None, top_p: float | None, seed: int | None,
+        keep_bytes: int | None, framing: str | None, upside_down: bool | None, first_bytes: str | None, request: gr.Request,
     ) -> Iterator[Any]:  # fmt: skip
         """Completions of a file's first part or of a text: files in the order of the samples, and their facts.
 
-        A `keep_bytes` of -1 leaves it to `keep`.
+        What is null is as if it were not given, and so are a `keep` or `keep_bytes` of -1: half of a file is kept then,
+        all of a file that is cut short, and all of a text.
         """
-        settings = (model, num_bytes, samples, temperature, top_k, top_p, seed, framing, upside_down, first_bytes)
-        form = complete.request(complete.FROM_TEXT if text else complete.FROM_FILE, file, text, keep_bytes, *settings)
-        if form is not None and form["keep_bytes"] is None:
-            form["keep"] = 1.0 if text else keep
-        if form is None:
-            raise gr.Error("There is nothing to complete: give a file or a text.", print_exception=False)
+        with refusals_shown(ENDPOINT_WORDS):
+            form = completion_form(
+                file, text, keep, keep_bytes, model=model, num_bytes=num_bytes, samples=samples, temperature=temperature,
+                top_k=top_k, top_p=top_p, seed=seed, framing=framing, upside_down=upside_down, first_bytes=first_bytes,
+            )  # fmt: skip
 
         def work(job: Job) -> list[tuple[Path, dict[str, Any]]]:
             completion_job = service.complete(**form)
@@ -81,30 +86,30 @@ def add_endpoints(service: Service, store: JobStore) -> None:
         made, names = view.result, {"source": Path(file).name if file else None}
         yield [str(path) for path, _ in made], [facts | names | {"output": path.name} for path, facts in made]
 
-    def batch_plan(files: list[str] | None, recipe: str) -> dict[str, Any]:
+    def batch_plan(files: list[str] | None, recipe: str | None) -> dict[str, Any]:
         """What a recipe would make of some files, and about how long it takes; names and patterns are those of the files."""
         with refusals_shown(ENDPOINT_WORDS):
-            planned = Batch(service, batch.read_form(files, recipe), Path())
+            planned = Batch(service, batch.read_form(files, recipe or ""), Path())
             rows = [row.to_dict() | {"plan": row.says, "estimate_seconds": row.estimate_seconds} for row in planned.plan()]
         names = [row.item.source.name if row.item.source else None for row in planned.rows]
         return {"items": [row | {"source": name} for row, name in zip(rows, names, strict=True)]}
 
-    def run_batch(files: list[str] | None, recipe: str, request: gr.Request) -> Iterator[Any]:
+    def run_batch(files: list[str] | None, recipe: str | None, request: gr.Request) -> Iterator[Any]:
         """A zip file with everything that a recipe makes of some files, and the facts of each sample and each failure."""
         with refusals_shown(ENDPOINT_WORDS):
-            items = batch.read_form(files, recipe)
+            items = batch.read_form(files, recipe or "")
             view = yield from finished(
                 request,
                 "batch",
                 title_of([batch_values.name_of(item) for item in items]),
-                batch.batch_work(service, items, recipe),
+                batch.batch_work(service, items, recipe or ""),
             )
         yield str(view.folder / batch.ZIP_NAME), list(batch.facts_of(view.result))
 
     # Endpoints need components for their types; a row that is not visible is left out of the page altogether.
     with gr.Row(visible=False):
         file, model, text = gr.File(), gr.Textbox(), gr.Textbox()
-        keep, temperature, top_p = gr.Number(0.5), gr.Number(1.0), gr.Number(1.0)
+        keep, temperature, top_p = gr.Number(complete.ALL), gr.Number(1.0), gr.Number(1.0)
         num_bytes, samples = gr.Number(0, precision=0), gr.Number(1, precision=0)
         top_k, seed = gr.Number(0, precision=0), gr.Number(0, precision=0)
         scored_as, adapt = gr.Radio(["media", "file"], value="media"), gr.Checkbox()
@@ -122,3 +127,26 @@ def add_endpoints(service: Service, store: JobStore) -> None:
             ("batch", run_batch, [sources, recipe], [archive, facts]),
         ):
             gr.Button().click(answer, inputs, outputs, api_name=name, concurrency_limit=None)
+
+
+def owner_of(request: gr.Request) -> str:
+    """Whose job a call is: its session's, or nobody else's if it has none."""
+    return request.session_hash or secrets.token_urlsafe(16)
+
+
+def completion_form(
+    file: str | None, text: str | None, keep: float | None, keep_bytes: int | None, **settings: Any
+) -> dict[str, Any]:
+    """The arguments of `/generate` as those of `Service.complete`; a setting that is None has its default.
+
+    Raises:
+        UserError: if there is not exactly one of file and text.
+    """
+    if bool(file) == bool(text):
+        raise UserError(
+            "give either a file or a text, not both" if file else "there is nothing to complete: give a file or a text"
+        )
+    defaults = {"top_k": 0} | {name: getattr(CompletionSettings, name) for name in _WITH_DEFAULTS}
+    settings |= {name: default for name, default in defaults.items() if settings[name] is None}
+    form = complete.request(complete.FROM_TEXT if text else complete.FROM_FILE, file, text, keep_bytes, **settings)
+    return form | {"keep": None if keep in (None, complete.ALL) else keep}

@@ -53,7 +53,9 @@ def write_csv(result: FileScore, path: Path) -> None:
         text.detach()  # the file is closed by its owner
 
 
-def write_png(result: FileScore, path: Path, measure: Measure = "bits", palette: str = "viridis") -> None:
-    """The heatmap of a scored file, with its figures and the legend; measures other than bits need a detailed score."""
+def write_png(
+    result: FileScore, path: Path, measure: Measure = "bits", palette: str = "viridis", other: FileScore | None = None
+) -> None:
+    """The heatmap of a scored file, with its figures and the legend; the arguments are those of `heatmap`."""
     with atomic_file(path) as file:
-        heatmap(result, measure, palette).save(file, "PNG")
+        heatmap(result, measure, palette, other).save(file, "PNG")

@@ -135,8 +135,10 @@ class JobStore:
         """Starts a job and gives its name. `work` reports through the job it is given and returns the result.
 
         Raises:
-            ValueError: if there are too many jobs already, or the store is closed.
+            ValueError: if there are too many jobs already, the store is closed, or the owner is empty, which is anybody.
         """
+        if not owner:
+            raise ValueError("work needs an owner; reload the page and ask again")
         self._forget_old()
         with self._mutex:
             if self._is_closed:

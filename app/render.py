@@ -3,15 +3,18 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from app.palette import ABOVE, BELOW, DIVERGING, NO_VALUE, SEQUENTIAL
 from app.service import FileScore
+from core.errors import UserError, shown
 
-Measure = Literal["bits", "rank", "entropy", "excess"]
+Measure = Literal["bits", "rank", "entropy", "excess", "difference"]
+MEASURES: tuple[str, ...] = get_args(Measure)
+_SIGNED = ("excess", "difference")
 
 MAX_BITS = 8.0  # uniform bytes
 _TITLES: dict[Measure, str] = {
@@ -19,6 +22,7 @@ _TITLES: dict[Measure, str] = {
     "rank": "doublings of the rank (0 = the likeliest byte, 8 = the last)",
     "entropy": "entropy, the bits that the model expected to need",
     "excess": "bits beyond the entropy (0 = as expensive as expected)",
+    "difference": "bits minus those of the other (grey where it has ended)",
 }
 _BACKGROUND, _INK, _FAINT = "white", "black", "#666666"
 _MARGIN = 12  # pixels
@@ -46,8 +50,9 @@ class Scale:
 
 def scale_of(measure: Measure, palette: str = "viridis") -> Scale:
     """The fixed scale of a measure; a signed one has its own colours unless they are grey."""
-    table = DIVERGING if measure == "excess" and palette != "grey" else SEQUENTIAL[palette]
-    return Scale(table, -MAX_BITS if measure == "excess" else 0.0, MAX_BITS, _TITLES[measure])
+    is_signed = measure in _SIGNED
+    table = DIVERGING if is_signed and palette != "grey" else SEQUENTIAL[palette]
+    return Scale(table, -MAX_BITS if is_signed else 0.0, MAX_BITS, _TITLES[measure])
 
 
 BITS = scale_of("bits")
@@ -70,12 +75,17 @@ def overlay(pixels: np.ndarray, colours: np.ndarray, opacity: float = 0.5) -> np
     return mixed.round().astype(np.uint8)
 
 
-def heatmap(result: FileScore, measure: Measure = "bits", palette: str = "viridis") -> Image.Image:
+def heatmap(
+    result: FileScore, measure: Measure = "bits", palette: str = "viridis", other: FileScore | None = None
+) -> Image.Image:
     """A picture of a scored file: its content coloured by a measure, its figures and the legend.
 
-    Rank, entropy and excess need a detailed score.
+    Rank, entropy and excess need a detailed score; the difference is that from the `other` score.
+
+    Raises:
+        UserError: if there is no other score for a difference, or its bytes do not lie on those of the file.
     """
-    scale, values = scale_of(measure, palette), _media_values(result, measure)
+    scale, values = scale_of(measure, palette), _media_values(result, measure, other)
     if result.kind == "image":
         panel = picture_heatmap(result.media.pixels, values, scale)
     elif result.kind == "audio":
@@ -84,12 +94,16 @@ def heatmap(result: FileScore, measure: Measure = "bits", palette: str = "viridi
         panel = text_heatmap(result.media.data, values, scale)
     else:
         panel = hex_heatmap(result.media.data, values, scale)
-    return _stack([_caption(result), panel, legend(scale)])
+    return _stack([_caption(result, other if measure == "difference" else None), panel, legend(scale)])
 
 
-def _media_values(result: FileScore, measure: Measure) -> np.ndarray:
+def _media_values(result: FileScore, measure: Measure, other: FileScore | None) -> np.ndarray:
     """The measure in media shape; for a sound the mean over the bytes of each sample."""
-    if measure == "bits":
+    if measure == "difference":
+        values = _differences(result, other)
+        if result.kind == "image":
+            return values.reshape(result.media.pixels.shape)
+    elif measure == "bits":
         values = result.bits
     elif measure == "rank":
         values = np.log2(result.expected.rank.astype(np.float32) + 1)
@@ -98,6 +112,19 @@ def _media_values(result: FileScore, measure: Measure) -> np.ndarray:
         values = entropy if measure == "entropy" else result.bits - entropy
     values = result.codec.unscan(values, result.layout)
     return values / result.codec.config.bytes_per_sample if result.kind == "audio" else values
+
+
+def _differences(result: FileScore, other: FileScore | None) -> np.ndarray:
+    """Bits minus those of the other score, byte on byte in the media's order, float32 (T,); NaN where the other has ended."""
+    if other is None:
+        raise UserError("there is nothing to take the difference from; choose a file to compare with")
+    if result.kind != other.kind or (result.kind == "image" and result.media.width != other.media.width):
+        raise UserError("these two files do not lie byte on byte; compare files of one kind, and pictures of one width")
+    here, there = (each.media_bits.reshape(-1) if each.kind == "image" else each.bits for each in (result, other))
+    both = min(len(here), len(there))
+    values = np.full(len(here), np.nan, dtype=np.float32)
+    values[:both] = here[:both] - there[:both]
+    return values
 
 
 def picture_heatmap(pixels: np.ndarray, bits: np.ndarray, scale: Scale = BITS) -> Image.Image:
@@ -263,14 +290,17 @@ def _cut_note(num_bytes: int, num_shown: int) -> str:
     return f"the first {num_shown:,} of {num_bytes:,} bytes" if num_shown < num_bytes else ""
 
 
-def _caption(result: FileScore) -> Image.Image:
+def _caption(result: FileScore, other: FileScore | None = None) -> Image.Image:
     rate = "none" if result.bits_per_byte is None else f"{result.bits_per_byte:.4f}"
     figures = f"{rate} bits/byte, {result.num_bytes:,} bytes, {result.total_bits / 8:,.0f} bytes of information"
     protocol = f"model {result.model}, window {result.window}, hop {result.hop}{', strided' if result.strided else ''}"
-    image = Image.new("RGB", (640, 2 * _CELL_HEIGHT), _BACKGROUND)
+    lines = [figures, f"{protocol}, {result.engine}"]
+    if other is not None:
+        lines.append(f"compared with {shown(other.file.name)}, model {other.model}")
+    image = Image.new("RGB", (640, len(lines) * _CELL_HEIGHT), _BACKGROUND)
     draw = ImageDraw.Draw(image)
-    draw.text((0, 0), figures, fill=_INK, font=_font())
-    draw.text((0, _CELL_HEIGHT), f"{protocol}, {result.engine}", fill=_FAINT, font=_font())
+    for row, line in enumerate(lines):
+        draw.text((0, row * _CELL_HEIGHT), line, fill=_FAINT if row else _INK, font=_font())
     return image
 
 

@@ -1,5 +1,6 @@
 """How likely a file is under a model: read, encode, score, and put the bits back into the shape of the media."""
 
+import hashlib
 import io
 import lzma
 import time
@@ -39,6 +40,7 @@ _JSON_FIELDS = (
 # Small files share batches: enough of them to fill the processor, few enough to see results come.
 _MAX_GROUP_BYTES = 1 << 20
 _MAX_GROUP_FILES = 256
+_PIECE = 1 << 16  # bytes that xz is given at a time, a fraction of a second's work
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -248,17 +250,38 @@ class Scorer:
         return ()
 
 
-def reference_sizes(result: FileScore) -> dict[str, float]:
-    """Bits per byte that everyday compressors need for the same bytes, to compare a score with."""
-    media = result.media
-    if isinstance(media, Picture):
-        sizes = {"xz": _xz_size(media.pixels.tobytes()), "PNG": _png_size(media.pixels)}
-    elif isinstance(media, Sound):
-        stream, _ = result.codec.encode(media)
-        sizes = {"xz": _xz_size(stream.tobytes()), "FLAC": _flac_size(media, stream)}
-    else:
-        sizes = {"xz": _xz_size(media.data.tobytes())}
-    return {name: 8.0 * size / result.num_bytes for name, size in sizes.items()} if result.num_bytes else {}
+class ReferenceSizes:
+    """What everyday compressors need for the bytes of scores, to compare with; the same bytes are compressed once."""
+
+    def __init__(self, pause: Callable[[], None] = lambda: None) -> None:
+        """`pause` is called several times a second; what it raises ends the work."""
+        self._pause = pause
+        self._known: dict[bytes, dict[str, int]] = {}  # by a digest of the bytes and what they are
+
+    def of(self, result: FileScore) -> dict[str, float]:
+        """Bits per byte by the name of the compressor."""
+        media = result.media
+        values = media.pixels if isinstance(media, Picture) else result.codec.encode(media)[0]
+        data = values.tobytes()
+        key = hashlib.sha256(f"{result.kind} {values.shape} ".encode() + data).digest()
+        if key not in self._known:
+            self._known[key] = self._sizes(media, values, data)
+        return {name: 8.0 * size / result.num_bytes for name, size in self._known[key].items()} if result.num_bytes else {}
+
+    def _sizes(self, media: Media, values: np.ndarray, data: bytes) -> dict[str, int]:
+        sizes = {"xz": self._xz_size(data)}
+        if isinstance(media, Picture):
+            sizes["PNG"] = _png_size(values)
+        elif isinstance(media, Sound):
+            sizes["FLAC"] = _flac_size(media, values)
+        return sizes
+
+    def _xz_size(self, data: bytes) -> int:
+        compressor, size = lzma.LZMACompressor(preset=9), 0
+        for start in range(0, len(data), _PIECE):
+            self._pause()
+            size += len(compressor.compress(data[start : start + _PIECE]))
+        return size + len(compressor.flush())
 
 
 def _fits_in_tiles(media: Media, codec: Codec) -> bool:
@@ -275,10 +298,6 @@ def _groups(entries: Iterable[_Reading | Failure]) -> Iterator[list[_Reading | F
             group, num_bytes = [], 0
     if group:
         yield group
-
-
-def _xz_size(data: bytes) -> int:
-    return len(lzma.compress(data, preset=9))
 
 
 def _png_size(pixels: np.ndarray) -> int:

@@ -12,7 +12,7 @@ from app.completion import Completion, CompletionJob, CompletionPlan, Progress
 from app.messages import Failure
 from app.outputs import write_completion
 from app.provenance import read_provenance
-from app.scoring import FileScore, ProgressCallback, ScoredAs, Scorer, ScoreTotal, reference_sizes
+from app.scoring import FileScore, ProgressCallback, ScoredAs, Scorer, ScoreTotal
 from app.settings import CompletionSettings
 from app.sources import list_files
 from app.store import LoadedModel, ModelInfo, ModelStore
@@ -44,7 +44,6 @@ logger = logging.getLogger(__name__)
 class Service:
     """Everything a person can ask for. One object serves all of them; a model works for one job at a time."""
 
-    reference_sizes = staticmethod(reference_sizes)
     write_completion = staticmethod(write_completion)
 
     def __init__(self, device: str = "cpu", *, weights: Path = WEIGHTS_FOLDER, runs: Path = Path("runs")) -> None:

@@ -11,6 +11,7 @@ import urllib.error
 import urllib.request
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from gradio_client import Client, handle_file
@@ -18,11 +19,15 @@ from gradio_client.exceptions import AppError
 from page_server import free_port, wait_for_page
 
 from app.__main__ import main
+from app.endpoints import completion_form, owner_of
 from app.service import Service
 from app.tabs.refusals import ENDPOINT_WORDS
 
 ROOT = Path(__file__).parents[1]
 RECIPE = '[[jobs]]\nfiles = "*"\nkeep = 0.5\nnum_bytes = 48\nseed = 5\nsamples = 2'
+NOTHING_SAID = dict.fromkeys(
+    ["model", "num_bytes", "samples", "temperature", "top_k", "top_p", "seed", "framing", "upside_down", "first_bytes"]
+)
 
 
 @pytest.fixture(scope="module")
@@ -159,6 +164,49 @@ def test_endpoints_refuse_in_the_words_of_the_service(client):
         client.predict(None, "", api_name="/score")
     with pytest.raises(AppError, match="no TOML"):
         client.predict(None, "[[", api_name="/batch")
+
+
+@pytest.mark.parametrize("make", ["make_text", "make_png"])
+@pytest.mark.parametrize("keep", [-1, None, 0.5])
+def test_a_file_cut_short_keeps_what_the_command_line_keeps(service, make_text, make_png, make, keep):
+    path = {"make_text": make_text, "make_png": lambda: make_png(width=64, height=64)}[make]()
+    if make == "make_png":
+        path.write_bytes(path.read_bytes()[:6000])
+    form = completion_form(str(path), None, keep, None, **NOTHING_SAID)
+    assert service.complete(**form).plan == service.complete(path, keep=0.5 if keep == 0.5 else None).plan
+    if make == "make_png":
+        assert service.complete(**form).given.is_cut
+
+
+def test_null_arguments_are_as_if_they_were_not_given(client, make_text):
+    path = make_text(content=b"The lamp was lit.")
+    nulls = dict.fromkeys([*NOTHING_SAID, "text", "keep", "keep_bytes"])
+    (_, facts), (_, expected) = (
+        client.predict(handle_file(path), api_name="/generate", **settings)
+        for settings in (nulls | {"num_bytes": 9}, {"text": "", "model": "", "num_bytes": 9})
+    )
+    assert [each["bits_per_byte"] for each in facts] == [each["bits_per_byte"] for each in expected]
+    assert client.predict(handle_file(path), None, None, None, api_name="/score")["scored_as"] == "media"
+    with pytest.raises(AppError, match=r"recipe|job"):
+        client.predict(None, None, api_name="/batch")
+
+
+def test_file_and_text_exclude_each_other_and_keep_has_a_range(client, make_text):
+    path = handle_file(make_text())
+    with pytest.raises(AppError, match="either a file or a text"):
+        client.predict(path, "some text", "", api_name="/generate")
+    with pytest.raises(AppError, match="nothing to complete"):
+        client.predict(None, "", "", api_name="/generate")
+    for keep in (1.5, -0.5):
+        with pytest.raises(AppError, match=f"keep={keep} must lie in 0..1"):
+            client.predict(path, "", "", keep=keep, api_name="/generate")
+
+
+def test_calls_without_a_session_share_no_jobs():
+    first, second = (owner_of(SimpleNamespace(session_hash=None)) for _ in range(2))
+    assert first
+    assert first != second
+    assert owner_of(SimpleNamespace(session_hash="mine")) == "mine"
 
 
 def test_files_of_this_machine_cannot_be_scored_by_their_path(page_url, tmp_path):

@@ -124,6 +124,13 @@ def test_a_list_is_no_look(store, clock):
     assert ended(store, "me", job_id).state == "stopped"
 
 
+def test_an_empty_owner_owns_nothing(store):
+    with pytest.raises(ValueError, match="needs an owner"):
+        store.submit("", "score", "a.txt", quick)
+    store.submit("me", "score", "a.txt", quick)
+    assert store.list("") == []
+
+
 def test_each_job_is_stopped_on_its_own_and_keeps_what_it_reported(store):
     first, second = (store.submit("me", "complete", name, endless) for name in "ab")
     wait_until(lambda: (store.look("me", first).latest or 0) > 2)

@@ -1,5 +1,7 @@
 """Numbers to pictures: one fixed scale, clipping marked, every kind of content drawn at every length."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -8,6 +10,7 @@ from app import render
 from app.palette import ABOVE, BELOW, DIVERGING, NO_VALUE, SEQUENTIAL, VIRIDIS
 from app.render import heat, heatmap, hex_heatmap, overlay, text_heatmap, waveform_heatmap
 from app.service import Service
+from core.errors import UserError
 
 
 def has_colour(image: Image.Image, colour: tuple[int, int, int]) -> bool:
@@ -139,6 +142,39 @@ def test_the_legend_shows_both_ends_and_the_clipped_colour():
 def test_every_modality_has_a_heatmap_with_legend(make, request, tiny_models):
     result = Service(weights=tiny_models).score_file(request.getfixturevalue(make)())
     assert has_colour(heatmap(result), ABOVE)
+
+
+@pytest.mark.parametrize("make", ["make_png", "make_wav", "make_text"])
+def test_the_difference_from_another_score_is_drawn_byte_on_byte(make, request, tiny_models):
+    service, path = Service(weights=tiny_models), request.getfixturevalue(make)()
+    result = service.score_file(path)
+    dearer = replace(result, bits=result.bits + 1)
+    values = render._media_values(dearer, "difference", result)
+    assert values.shape == result.media_bits.shape
+    np.testing.assert_allclose(values, 1.0, atol=1e-5)
+    image = heatmap(dearer, "difference", "viridis", result)
+    assert has_colour(image, tuple(heat(np.array([1.0]), render.scale_of("difference"))[0]))
+    assert has_colour(image, tuple(DIVERGING[0]))
+    assert has_colour(image, BELOW)
+
+
+def test_a_difference_ends_where_the_other_score_does(make_text, tiny_models):
+    service = Service(weights=tiny_models)
+    long, short = (service.score_file(make_text(f"{size}.txt", b"The lamp was lit. " * size)) for size in (3, 2))
+    values = render._media_values(long, "difference", short)
+    assert np.isnan(values).tolist() == [False] * 36 + [True] * 18
+    np.testing.assert_allclose(values[:36], long.bits[:36] - short.bits)
+    assert has_colour(heatmap(long, "difference", other=short), NO_VALUE)
+
+
+def test_a_difference_needs_a_score_that_lies_byte_on_byte(make_text, make_png, tiny_models):
+    service = Service(weights=tiny_models)
+    text, picture, wide = (service.score_file(path) for path in (make_text(), make_png(), make_png("wide.png", width=16)))
+    with pytest.raises(UserError, match="choose a file to compare with"):
+        heatmap(text, "difference")
+    for one, other in ((text, picture), (picture, wide)):
+        with pytest.raises(UserError, match="one kind"):
+            heatmap(one, "difference", other=other)
 
 
 @pytest.mark.parametrize("measure", ["rank", "entropy", "excess"])

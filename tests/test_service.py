@@ -1,5 +1,6 @@
 """The use cases behind the page and the command line: scores are the model's, completions keep what they say."""
 
+import lzma
 import shutil
 import wave
 from contextlib import closing
@@ -14,9 +15,10 @@ from PIL import Image
 import core
 from app.messages import plain_sentence
 from app.outputs import OutputNames
+from app.scoring import ReferenceSizes
 from app.service import CompletionSettings, Failure, Service, list_files
 from core.checkpoint import export_model, model_tensors
-from core.codecs import read_media
+from core.codecs import Raw, read_media
 from core.errors import UserError
 from tests.conftest import TINY_CONFIGS
 
@@ -215,13 +217,34 @@ class TestScoring:
             service.score_file(make_text(), progress=refuse)
 
     def test_reference_sizes_are_those_of_the_same_bytes(self, service, make_png, make_wav, make_text):
-        noise = service.reference_sizes(service.score_file(make_png(width=64, height=64)))
+        noise = ReferenceSizes().of(service.score_file(make_png(width=64, height=64)))
         assert set(noise) == {"xz", "PNG"}
         assert all(8.0 <= size < 8.3 for size in noise.values())
-        assert set(service.reference_sizes(service.score_file(make_text()))) == {"xz"}
-        sound = service.reference_sizes(service.score_file(make_wav(num_samples=8000)))
+        assert set(ReferenceSizes().of(service.score_file(make_text()))) == {"xz"}
+        sound = ReferenceSizes().of(service.score_file(make_wav(num_samples=8000)))
         assert set(sound) == {"xz", "FLAC"}
         assert 2.0 < sound["FLAC"] < 8.0
+
+    def test_reference_sizes_pause_between_pieces_and_are_computed_once(self, service, make_text):
+        data = np.random.default_rng(0).bytes(1_000_000)
+        scores = [
+            service.score_file(make_text(content=data[:1000]), model=model, scored_as="file") for model in ("text", "audio")
+        ]
+        scores = [replace(each, media=Raw(np.frombuffer(data, np.uint8)), num_bytes=len(data)) for each in scores]
+        pauses = []
+        references = ReferenceSizes(lambda: pauses.append(1))
+        sizes = references.of(scores[0])
+        num_pauses = len(pauses)
+        assert num_pauses > 3
+        assert sizes["xz"] == 8 * len(lzma.compress(data, preset=9)) / len(data)
+        assert references.of(scores[1]) == sizes
+        assert len(pauses) == num_pauses
+
+        def stop() -> None:
+            raise InterruptedError
+
+        with pytest.raises(InterruptedError):
+            ReferenceSizes(stop).of(scores[0])
 
 
 class TestCompletion:

@@ -18,6 +18,7 @@ from PIL import Image
 from app import ui
 from app.gallery import Gallery, Made, character_starts, gallery_work
 from app.jobs import JobStore, JobView
+from app.palette import DIVERGING
 from app.provenance import read_provenance, sidecar_of
 from app.service import Service
 from app.tabs import complete, likelihood
@@ -194,6 +195,40 @@ def test_the_list_of_files_is_sent_only_if_it_has_changed(scored, make_text):
     view, display = scored(make_text()), likelihood.new_display()
     assert display(view)[2]["items"] == view.result.items
     assert display(view)[2] == gr.skip()
+
+
+def test_the_difference_of_two_files_is_exported_as_drawn(store, scored, make_text):
+    view = scored(make_text("a.txt", b"The lamp was lit."), make_text("b.txt", b"The door was open."))
+    first, second = view.result.items
+    kept = likelihood.kept_scores(store, "me", view.id)
+    asked = {"id": first["id"], "other": second["id"], "form": "png", "measure": "difference", "palette": "viridis"}
+    value = next(steps := likelihood.export_steps(kept, gr.EventData(None, asked)))
+    with Image.open(value["path"]) as image:
+        colours = np.asarray(image.convert("RGB")).reshape(-1, 3)
+    assert (colours == DIVERGING[0]).all(axis=1).any()
+    steps.close()
+    with pytest.raises(gr.Error, match="choose a file to compare with"):
+        next(likelihood.export_steps(kept, gr.EventData(None, asked | {"other": ""})))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"measure": "depth"},
+        {"palette": "jet"},
+        {"form": "../x"},
+        {"form": "exe"},
+        {"measure": None},
+        {"id": ["x"]},
+        {"other": {}},
+    ],
+)
+def test_an_export_that_there_is_not_is_refused(store, scored, make_text, wrong):
+    view = scored(make_text())
+    kept = likelihood.kept_scores(store, "me", view.id)
+    asked = {"id": view.result.items[0]["id"], "other": "", "form": "png", "measure": "bits", "palette": "viridis"}
+    with pytest.raises(gr.Error, match="no such export"):
+        next(likelihood.export_steps(kept, gr.EventData(None, asked | wrong)))
 
 
 @pytest.mark.parametrize("form", ["png", "csv", "npz", "html"])

@@ -1,6 +1,7 @@
 """The shipped models hold nothing they should not know, and what there is to see of them is made the same way each time."""
 
 import hashlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +11,8 @@ from core.checkpoint import load_model, shipped_models
 from core.likelihood import score
 from weights import make_samples
 
+SAMPLES = Path(__file__).parents[1] / "app" / "samples"
+
 
 @pytest.mark.parametrize("name", shipped_models())
 def test_uniform_random_bytes_cost_a_shipped_model_8_bits_or_more(name):
@@ -18,6 +21,20 @@ def test_uniform_random_bytes_cost_a_shipped_model_8_bits_or_more(name):
     num_bytes = min(2 * model.config.max_seq_len, 1 << 14) // model.config.patch_size * model.config.patch_size
     stream = np.random.default_rng(20261125).integers(0, 256, num_bytes, dtype=np.uint8)
     assert score(model, stream).bits_per_byte >= 7.9
+
+
+@pytest.mark.parametrize("name", ["lake.png", "lamp.txt", "vowels.wav"])
+def test_the_samples_of_the_page_are_scored_in_detail_by_the_shipped_models(name):
+    """What the page does with them: in the numbers that the models compute in, with what they expected."""
+    result = Service().score_file(SAMPLES / name, detailed=True)
+    assert 0 < result.bits_per_byte < 8
+    assert len(result.expected.rank) == len(result.expected.entropy) == len(result.bits)
+    assert np.isfinite(result.bits).all()
+    entropy = result.expected.entropy.astype(np.float32)
+    assert ((entropy >= 0) & (entropy <= 8.01)).all()
+    likeliest = result.expected.rank == 0
+    stream, _ = result.codec.encode(result.media)
+    assert (result.expected.likeliest[likeliest, 0] == stream[likeliest]).all()
 
 
 def test_samples_of_all_models_are_made_the_same_way_each_time(tiny_models, make_png, make_wav, make_text, tmp_path, monkeypatch):

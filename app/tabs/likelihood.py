@@ -12,6 +12,9 @@ from app import exports
 from app.jobs import STOPPED as STOPPED_BY_HAND
 from app.jobs import Job, JobStore, JobView, UnknownJobError, Work
 from app.messages import Failure
+from app.palette import SEQUENTIAL
+from app.render import MEASURES
+from app.scoring import ReferenceSizes
 from app.service import FileScore, Service
 from app.tabs.following import AT_ONCE, QUIET, JobLink
 from app.tabs.refusals import ADAPT, STORED_FILE, refusals_shown, reworded
@@ -30,6 +33,7 @@ EMPTY = score_values.message(
 STOPPED = score_values.message("empty", "Stopped", "Choose a file, or change a setting, to score again.")
 WORKING_TEXT = "The model reads every byte once; long files are read in windows."
 WRITERS = {"csv": exports.write_csv, "npz": exports.write_npz}
+FORMS = ("html", "png", *WRITERS)
 
 Item = dict[str, Any]
 Scored = dict[str, tuple[FileScore, Item]]  # by the item's id, for exports
@@ -106,12 +110,13 @@ def scoring_work(service: Service, files: Sequence[Path], models: Sequence[str |
             board.progress = Progress(num_scored, num_bytes, time.monotonic() - started)
             job.report(board)
 
+        references = ReferenceSizes(lambda: job.report(board))
         for model in models:
             for result in service.score_files(files, model=model, scored_as=scored_as, adapt=adapt, detailed=True, progress=note):
                 board.take(result)
                 job.report(board)
                 if isinstance(result, FileScore):
-                    board.take(Sizes(result, service.reference_sizes(result)))
+                    board.take(Sizes(result, references.of(result)))
         if not board.scored:
             raise ValueError(board.items[0]["message"])
         return board
@@ -192,20 +197,32 @@ def export_steps(scored: Scored, event: gr.EventData) -> Iterator[Any]:
     """The file of an export that was asked for in the view; it may be deleted once the page has it.
 
     Raises:
-        gr.Error: if the scores are no longer kept.
+        gr.Error: if the scores are no longer kept, or if the event asks for what there is not.
     """
-    if event.id not in scored:
+    name, other_name, form, measure, palette = _asked(event)
+    if name not in scored:
         raise gr.Error("These scores are no longer kept on the server; score the file again to export it.", print_exception=False)
-    score, item = scored[event.id]
+    score, item = scored[name]
+    other = scored.get(other_name)
     with refusals_shown(), tempfile.TemporaryDirectory(prefix="export-") as folder:
-        path = Path(folder) / f"{Path(item['name']).stem}.{event.form}"
-        if event.form == "html":
-            offline.write_page([scored[event.id], *([scored[event.other]] if event.other in scored else [])], path)
-        elif event.form == "png":
-            exports.write_png(score, path, event.measure, event.palette)
+        path = Path(folder) / f"{Path(item['name']).stem}.{form}"
+        if form == "html":
+            offline.write_page([scored[name], *([other] if other else [])], path)
+        elif form == "png":
+            exports.write_png(score, path, measure, palette, other and other[0])
         else:
-            WRITERS[event.form](score, path)
+            WRITERS[form](score, path)
         yield score_values.file_value(path)
+
+
+def _asked(event: gr.EventData) -> tuple[str, str, str, str, str]:
+    """Item, item compared with, form, measure and palette of an export: any script may have sent the event."""
+    known = {"id": None, "other": None, "form": FORMS, "measure": MEASURES, "palette": tuple(SEQUENTIAL)}
+    asked = tuple(getattr(event, name, None) for name in known)
+    for value, words in zip(asked, known.values(), strict=True):
+        if not isinstance(value, str) or (words is not None and value not in words):
+            raise gr.Error("There is no such export; use the buttons above the views.", print_exception=False)
+    return asked
 
 
 def _message(view: JobView, board: Board | None) -> dict[str, Any]:
