@@ -1,9 +1,10 @@
 """The gallery of a completion: samples as they are made, the branches that start from them, and their files."""
 
 import secrets
+import shutil
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 from app.completion import Completion, CompletionJob, Progress
 from app.jobs import Job, JobEndedError
 from app.outputs import write_completion
+from app.provenance import sidecar_of
 from core.codecs import Media, Raw, utf8_decoder
 
 
@@ -108,12 +110,16 @@ class Gallery:
 def gallery_work(
     prepare: Callable[[], CompletionJob], title: str = "Sample", earlier: Sequence[Made] = ()
 ) -> Callable[[Job], Gallery]:
-    """The work of a job that makes the samples which `prepare` has asked for; it reports and gives a gallery."""
+    """The work of a job that makes the samples which `prepare` has asked for; it reports and gives a gallery.
+
+    Samples of an `earlier` job are copied, because its files go when that job is forgotten; those that went already are left out.
+    """
 
     def work(job: Job) -> Any:
         folder = job.folder / secrets.token_hex(4)
         folder.mkdir()
-        gallery = Gallery(prepare(), title, earlier)
+        copies = (_copied(made, job.folder / made.id) for made in earlier)
+        gallery = Gallery(prepare(), title, [made for made in copies if made is not None])
         job.report(gallery)
         try:
             with closing(gallery.job.run()) as steps:
@@ -126,6 +132,18 @@ def gallery_work(
         return gallery
 
     return work
+
+
+def _copied(made: Made, folder: Path) -> Made | None:
+    """The sample with files of its own in a new folder; None if its files are gone."""
+    folder.mkdir()
+    try:
+        path = shutil.copy(made.path, folder)
+        if made.completion is not None and isinstance(made.media, Raw):
+            shutil.copy(sidecar_of(made.path), folder)
+    except FileNotFoundError:
+        return None
+    return replace(made, path=Path(path))
 
 
 def character_starts(content: bytes) -> list[int]:

@@ -47,6 +47,13 @@ def set_number(page: Any, field: str, value: int) -> None:
     page.keyboard.press("Tab")
 
 
+def ask_for_minutes_of_work(page: Any) -> None:
+    """The tiny model makes a million bytes in ten seconds, during which a browser on a busy machine may show nothing yet."""
+    set_number(page, "num-bytes", 1_000_000)
+    set_number(page, "samples", 8)
+    wait_for_plan(page, "makes 1000000 bytes with text, 8 times")
+
+
 def complete(page: Any, num_cards: int = 1) -> None:
     page.click("#complete-start")
     wait_for_cards(page, num_cards)
@@ -101,8 +108,7 @@ def test_stop_ends_within_a_second_and_keeps_what_was_painted(open_page):
     page = open_complete(open_page)
     page.get_by_label("Typed text").check()
     page.fill("#complete-text textarea", f"{HOSTILE} The lamp")
-    set_number(page, "num-bytes", 1_000_000)
-    wait_for_plan(page, "1000000")
+    ask_for_minutes_of_work(page)
     page.click("#complete-start")
     page.wait_for_function("document.querySelector('#results-view .made')?.textContent.length > 10")
     first = len(page.text_content("#results-view .made"))
@@ -113,8 +119,9 @@ def test_stop_ends_within_a_second_and_keeps_what_was_painted(open_page):
     assert time.monotonic() - started < STOP_LIMIT_S
     assert len(page.text_content("#results-view .made")) > 10
     page.wait_for_selector("#complete-start:not([disabled])")
+    set_number(page, "samples", 1)
     set_number(page, "num-bytes", 8)
-    wait_for_plan(page, "makes 8 ")
+    wait_for_plan(page, "makes 8 bytes with text:")
     complete(page)
     page.wait_for_selector("#results-view .caption:has-text('bits/byte')")
     assert page.evaluate("window.hacked") is None
@@ -124,8 +131,7 @@ def test_a_reload_finds_the_completion_at_work(open_page):
     page = open_complete(open_page)
     page.get_by_label("Typed text").check()
     page.fill("#complete-text textarea", "The lamp")
-    set_number(page, "num-bytes", 1_000_000)
-    wait_for_plan(page, "1000000")
+    ask_for_minutes_of_work(page)
     page.click("#complete-start")
     page.wait_for_function("document.querySelector('#results-view .made')?.textContent.length > 10")
     page.reload()
@@ -177,6 +183,30 @@ def test_an_alternative_is_chosen_and_branched_from(open_page, make_text):
     assert page.text_content("#results-view .card:nth-child(1) .made") == before
     assert page.text_content("#results-view .card:nth-child(2) h3") == "Branch at byte 1"
     assert page.text_content("#results-view .card:nth-child(2) .made") != before
+
+
+def test_a_branch_while_samples_are_made_takes_their_place_in_the_gallery(open_page):
+    page = open_complete(open_page)
+    page.get_by_label("Typed text").check()
+    page.fill("#complete-text textarea", "The lamp")
+    set_number(page, "num-bytes", 100_000)
+    set_number(page, "samples", 8)
+    wait_for_plan(page, ", 8 times")
+    page.click("#complete-start")
+    page.wait_for_selector("#results-view .actions button")
+    page.click("#results-view .card:nth-child(1) .actions button")
+    page.locator("#alternatives-view .choice:not(.stands)").first.click()
+    page.wait_for_selector("#results-view h3:has-text('Branch at byte 0')")
+    titles = "() => [...document.querySelectorAll('#results-view h3')].map((title) => title.textContent)"
+    first, seen = page.evaluate(titles), []
+    for _ in range(15):
+        page.wait_for_timeout(100)
+        seen.append(page.evaluate(titles))
+    assert first[-1] == "Branch at byte 0"
+    assert all(shown == first for shown in seen)
+    page.click("#complete-stop")
+    page.wait_for_selector("#results-view .card:last-child .caption:has-text('stopped after')")
+    page.wait_for_selector("#complete-start:not([disabled])")
 
 
 def test_a_dropped_result_restores_its_settings_and_gives_the_same_bytes(open_page, make_png, tmp_path):

@@ -2,9 +2,12 @@
 
 import base64
 import json
+import shutil
 import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -17,7 +20,7 @@ from PIL import Image
 
 from app import ui
 from app.gallery import Gallery, Made, character_starts, gallery_work
-from app.jobs import JobStore, JobView
+from app.jobs import JobLimits, JobStore, JobView
 from app.palette import DIVERGING
 from app.provenance import read_provenance, sidecar_of
 from app.service import Service
@@ -356,11 +359,52 @@ def test_a_place_leads_to_alternatives_and_to_a_branch_beside_the_sample(service
     assert json.dumps(shown)
     job = made.job.branched(made.made, number, shown["choices"][1]["value"])
     work = gallery_work(lambda: job, "Branch", gallery.made)
-    branched = store.look("me", store.submit("me", complete.KIND, "", work), wait_s=60).result
+    view = store.look("me", store.submit("me", complete.KIND, "", work), wait_s=60)
+    branched = view.result
     assert [sample.title for sample in branched.made] == ["Sample", "Branch"]
     assert branched.made[1].made[number] == shown["choices"][1]["value"]
-    with pytest.raises(gr.Error, match="no longer kept"):
-        complete.found_sample(store, "you", "", made.id)
+    for visitor, job_id, name in [("you", view.id, made.id), ("me", "gone", made.id), ("me", view.id, "gone")]:
+        with pytest.raises(gr.Error, match="no longer kept"):
+            complete.found_sample(store, visitor, job_id, name)
+    assert complete.found_sample(store, "me", view.id, made.id)[0] is branched
+
+
+def test_branches_keep_the_samples_whose_job_is_forgotten(service):
+    with closing(JobStore(JobLimits(max_kept_of_owner=1))) as store:
+        gallery, paths = completed(store, service, form(text="The lamp", num_bytes=8, samples=2)), []
+        for number in range(3):
+            work = gallery_work(lambda job=gallery.made[0].job: job, f"Branch {number}", gallery.made)
+            paths += [made.path for made in gallery.made]
+            gallery = store.look("me", store.submit("me", complete.KIND, "", work), wait_s=60).result
+        assert [made.title for made in gallery.made][:3] == ["Sample 1", "Sample 2", "Branch 0 1"]
+        store.list("me")
+        assert not any(path.exists() for path in paths)  # the folders of all jobs but the last are gone
+        for card in cards.Display().results(gallery, is_running=False)["items"]:
+            assert [Path(file["file"]["path"]).exists() for file in card["files"]] == [True, True]
+        work = gallery_work(lambda: gallery.made[0].job, "Late", gallery.made)
+        shutil.rmtree(gallery.made[0].path.parent)
+        late = store.look("me", store.submit("me", complete.KIND, "", work), wait_s=60).result
+        assert [made.id for made in late.made[:2]] == [made.id for made in gallery.made[1:3]]
+
+
+def test_fields_that_were_emptied_have_their_defaults(service):
+    emptied = dict.fromkeys(("samples", "temperature", "top_p", "top_k", "seed", "num_bytes", "model"))
+    job = service.complete(**form(text="The lamp", **emptied))
+    assert job.settings == service.complete(**form(text="The lamp", seed=0)).settings
+
+
+def test_a_result_that_exceeds_the_form_is_brought_into_it_in_words(service, store, make_png):
+    path = completed(store, service, form(make_png(), temperature=1.5)).made[0].path
+    made = read_provenance(path)
+    settings = replace(made.settings, samples=1000, temperature=100, top_p=1e-6)
+    restored, changes = complete.settings_of(replace(made, model="gone", settings=settings), {"", "image32"})
+    assert restored == ["", 96, 8, 2, 0, 0.01, 3, "tiles", False]
+    assert changes == [
+        "there is no model gone here, so one is chosen by the content",
+        "samples is 8 instead of 1000",
+        "temperature is 2 instead of 100",
+        "top_p is 0.01 instead of 1e-06",
+    ]
 
 
 def test_a_card_shows_the_end_of_a_long_text(service, store):
@@ -382,7 +426,8 @@ def test_a_result_restores_its_settings_on_the_page_and_gives_the_same_bytes(ser
     settings = {"temperature": 0.7, "top_k": 9, "top_p": 0.9, "seed": 12, "samples": 2, "num_bytes": num_bytes}
     made = completed(store, service, form(path, **settings)).made[1]
     given = sidecar_of(made.path) if kind == "text" else made.path
-    restored = complete.settings_of(provenance := read_provenance(given))
+    restored, changes = complete.settings_of(provenance := read_provenance(given), {"image32", "audio", "text"})
+    assert not changes
     wanted = complete.request(complete.FROM_FILE, str(given), "", provenance.settings.keep_bytes, *restored)
     assert (wanted["seed"], wanted["temperature"], wanted["top_k"]) == (12, 0.7, 9)
     again = completed(store, service, wanted).made[1]

@@ -1,7 +1,7 @@
 """The Complete tab: keep the first part of a file or a typed text and let a model go on from there."""
 
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,8 @@ from app.views import cards, factory
 from core.errors import UserError
 
 KIND = "complete"
-MAX_SAMPLES = 8
+# The form's settings with bounds, in its order, narrower than those of the command line.
+BOUNDS = {"samples": (1, 8), "temperature": (0, 2), "top_k": (0, 256), "top_p": (0.01, 1)}
 FROM_FILE, FROM_TEXT = "A file", "Typed text"
 FRAMINGS = [("At its own size, in tiles", "tiles"), ("Scaled to the model's size", "fit")]
 ALL = -1  # as kept bytes: as many as suit the source
@@ -44,13 +45,14 @@ def build_tab(service: Service, store: JobStore, visitor: gr.BrowserState, arriv
                 sample_buttons(file, "complete")
             with gr.Column(visible=False, elem_classes="plain") as text_inputs:
                 text = gr.Textbox(label="Text to continue", lines=6, max_length=20_000, elem_id="complete-text")
-            samples = gr.Slider(1, MAX_SAMPLES, value=1, step=1, label="Samples", elem_id="complete-samples")
+            samples = gr.Slider(*BOUNDS["samples"], value=1, step=1, label="Samples", elem_id="complete-samples")
             num_bytes = gr.Number(
                 0, label="Bytes to make", info="0: all that is missing of a picture or a sound, 500 bytes of text",
                 precision=0, elem_id="complete-num-bytes",
             )  # fmt: skip
             with gr.Accordion("Model and sampling", open=False):
-                model = gr.Dropdown(model_choices(service), value="", label="Model", elem_id="complete-model")
+                models = model_choices(service)
+                model = gr.Dropdown(models, value="", label="Model", elem_id="complete-model")
                 framing = gr.Radio(
                     FRAMINGS, value="tiles", label="A picture larger than the model's",
                     info="Tiles read the rows above them, not their neighbours at the sides", elem_id="complete-framing",
@@ -59,15 +61,16 @@ def build_tab(service: Service, store: JobStore, visitor: gr.BrowserState, arriv
                     label="Upwards", info="Keep the bottom of a picture and make its top", elem_id="complete-upside-down"
                 )
                 temperature = gr.Slider(
-                    0, 2, value=1.0, step=0.05, label="Temperature", info="0 takes the likeliest byte, 1 the model's law",
-                    elem_id="complete-temperature",
+                    *BOUNDS["temperature"], value=1.0, step=0.05, label="Temperature",
+                    info="0 takes the likeliest byte, 1 the model's law", elem_id="complete-temperature",
                 )  # fmt: skip
                 top_k = gr.Slider(
-                    0, 256, value=0, step=1, label="Top-k", info="Only the k likeliest bytes; 0: all", elem_id="complete-top-k"
-                )
+                    *BOUNDS["top_k"], value=0, step=1, label="Top-k", info="Only the k likeliest bytes; 0: all",
+                    elem_id="complete-top-k",
+                )  # fmt: skip
                 top_p = gr.Slider(
-                    0.01, 1, value=1.0, step=0.01, label="Top-p", info="Only the likeliest bytes that reach this probability",
-                    elem_id="complete-top-p",
+                    *BOUNDS["top_p"], value=1.0, step=0.01, label="Top-p",
+                    info="Only the likeliest bytes that reach this probability", elem_id="complete-top-p",
                 )  # fmt: skip
                 with gr.Row(elem_classes="actions", equal_height=False):
                     seed = gr.Number(
@@ -97,11 +100,11 @@ def build_tab(service: Service, store: JobStore, visitor: gr.BrowserState, arriv
     def open_file(file: str | None, *settings: Any) -> list[Any]:
         """A new file; a result of ours brings its settings with it."""
         made = None if file is None else _provenance(file)
-        restored = list(settings) if made is None else settings_of(made)
+        restored, changes = (list(settings), []) if made is None else settings_of(made, {name for _, name in models})
         kept = ALL if made is None else made.settings.keep_bytes
         first = "" if made is None else made.settings.first_bytes
         value, words = preview(service, request(FROM_FILE, file, "", kept, *restored, first))
-        return [*restored, kept, first, value, words if made is None else f"{_says_origin(service, made)} {words}"]
+        return [*restored, kept, first, value, words if made is None else f"{_says_origin(service, made, changes)}{words}"]
 
     def move_cut(event: gr.EventData, *values: Any) -> list[Any]:
         values = list(values)
@@ -109,8 +112,8 @@ def build_tab(service: Service, store: JobStore, visitor: gr.BrowserState, arriv
         return [*replan(service, request(*values)), values[3]]
 
     def submit(visitor: str, *values: Any) -> tuple[Any, ...]:
-        wanted = request(*values)
         with refusals_shown():
+            wanted = request(*values)
             if wanted is None:
                 raise UserError("there is nothing to complete: drop a file, try a sample or type a text")
             job = service.complete(**wanted)  # so that a refusal is said at once
@@ -119,23 +122,24 @@ def build_tab(service: Service, store: JobStore, visitor: gr.BrowserState, arriv
         return job_id, job_id, NO_CHOICE
 
     def pick(visitor: str, job_id: str, event: gr.EventData) -> dict[str, Any]:
-        made = found_sample(store, visitor, job_id, event.id)
+        _, made = found_sample(store, visitor, job_id, event.id)
         number = made.number_at(event.place)
         if number is None:
             raise gr.Error("Nothing new was made there; pick a place behind the kept part.", print_exception=False)
         return choices_at(made, number)
 
     def step(visitor: str, job_id: str, event: gr.EventData) -> dict[str, Any]:
-        return choices_at(found_sample(store, visitor, job_id, event.id), int(event.number))
+        _, made = found_sample(store, visitor, job_id, event.id)
+        return choices_at(made, int(event.number))
 
     def branch(visitor: str, job_id: str, event: gr.EventData) -> tuple[Any, ...]:
-        view = store.look(visitor, job_id)
-        made = found_sample(store, visitor, job_id, event.id)
+        gallery, made = found_sample(store, visitor, job_id, event.id)
         with refusals_shown():
             job = made.job.branched(made.made, int(event.number), int(event.value))
-            earlier = (view.result or view.latest).made
             title = f"Branch at byte {int(event.number):,}"
-            job_id = store.submit(visitor, KIND, title, gallery_work(lambda: job, title, earlier))
+            job_id = store.submit(visitor, KIND, title, gallery_work(lambda: job, title, gallery.made))
+        if gallery.progress is not None:
+            gr.Info("What was being made goes on; the Jobs tab shows it.")
         return job_id, job_id, NO_CHOICE
 
     source.change(_show_inputs, source, [file_inputs, text_inputs], queue=False, **QUIET)
@@ -150,12 +154,12 @@ def build_tab(service: Service, store: JobStore, visitor: gr.BrowserState, arriv
     )  # fmt: skip
     prompt.cut(move_cut, form, [prompt, plan, keep], trigger_mode="always_last", **QUIET)
     new_seed.click(lambda: secrets.randbelow(2**31), None, seed, queue=False, **QUIET)
-    link.follow(new_display, [start, stop, results])
-    for submitted in (
-        start.click(submit, [visitor, *form], [*link.outputs, choices], **QUIET),
-        choices.branch(branch, link.inputs, [*link.outputs, choices], **QUIET),
-    ):
-        link.remember(submitted)
+    following = link.follow(new_display, [start, stop, results])
+    begun = start.click(submit, [visitor, *form], [*link.outputs, choices], cancels=[following], **QUIET)
+    branched = choices.branch(branch, link.inputs, [*link.outputs, choices], cancels=[following], **QUIET)
+    link.remember(begun)
+    link.remember(branched)
+    link.resume(branched)
     link.take_up(arrived)
     results.pick(pick, link.inputs, choices, **QUIET)
     choices.step(step, link.inputs, choices, **QUIET)
@@ -163,11 +167,12 @@ def build_tab(service: Service, store: JobStore, visitor: gr.BrowserState, arriv
 
 
 def request(
-    source: str, file: str | None, text: str, keep_bytes: int | None, model: str, num_bytes: int | None, samples: int,
-    temperature: float, top_k: int, top_p: float, seed: int | None, framing: str, upside_down: bool, first_bytes: str = "",
+    source: str, file: str | None, text: str | None, keep_bytes: int | None, model: str | None, num_bytes: int | None,
+    samples: int | None, temperature: float | None, top_k: int | None, top_p: float | None, seed: int | None, framing: str,
+    upside_down: bool, first_bytes: str = "",
 ) -> dict[str, Any] | None:  # fmt: skip
-    """The form as arguments of `Service.complete`; None while it has no source."""
-    given: dict[str, Any] = {"path": None, "text": text.encode()} if source == FROM_TEXT else {"path": file}
+    """The form as arguments of `Service.complete`; None while it has no source. A field that was emptied has its default."""
+    given: dict[str, Any] = {"path": None, "text": (text or "").encode()} if source == FROM_TEXT else {"path": file}
     if not (text if source == FROM_TEXT else file):
         return None
     if source == FROM_FILE and (made := _provenance(file)) is not None and made.text is not None:
@@ -176,10 +181,10 @@ def request(
         "keep_bytes": None if keep_bytes in (None, ALL) else int(keep_bytes),
         "model": model or None,
         "num_bytes": num_bytes or None,
-        "samples": int(samples),
-        "temperature": float(temperature),
-        "top_k": int(top_k) or None,
-        "top_p": float(top_p),
+        "samples": 1 if samples is None else int(samples),
+        "temperature": 1.0 if temperature is None else float(temperature),
+        "top_k": int(top_k or 0) or None,
+        "top_p": 1.0 if top_p is None else float(top_p),
         "seed": int(seed or 0),
         "framing": framing,
         "upside_down": upside_down,
@@ -221,10 +226,24 @@ def plan_in_words(job: CompletionJob) -> str:
     return "\n".join([sentence, *(f"{_capital(note)}." for note in job.notes)])
 
 
-def settings_of(made: Provenance) -> list[Any]:
-    """The values of the form's settings, in their order."""
+def settings_of(made: Provenance, models: Collection[str]) -> tuple[list[Any], list[str]]:
+    """The values of the form's settings, in their order, and in words those that had to change to fit the form.
+
+    Args:
+        models: the names that the form offers.
+    """
     s: CompletionSettings = made.settings
-    return [made.model, s.num_bytes, s.samples, s.temperature, s.top_k or 0, s.top_p, s.seed, s.framing, s.upside_down]
+    model, changes = made.model, []
+    if model not in models:
+        model = ""
+        changes.append(f"there is no model {made.model} here, so one is chosen by the content")
+    bounded = {"samples": s.samples, "temperature": s.temperature, "top_k": s.top_k or 0, "top_p": s.top_p}
+    for name, value in bounded.items():
+        lowest, highest = BOUNDS[name]
+        bounded[name] = min(max(value, lowest), highest)
+        if bounded[name] != value:
+            changes.append(f"{name} is {bounded[name]} instead of {value}")
+    return [model, s.num_bytes, *bounded.values(), s.seed, s.framing, s.upside_down], changes
 
 
 def new_display() -> Callable[[JobView], list[Any]]:
@@ -244,8 +263,8 @@ def new_display() -> Callable[[JobView], list[Any]]:
     return show
 
 
-def found_sample(store: JobStore, visitor: str, job_id: str, name: str) -> Made:
-    """A sample of a visitor's own gallery.
+def found_sample(store: JobStore, visitor: str, job_id: str, name: str) -> tuple[Gallery, Made]:
+    """A visitor's own gallery and a sample of it.
 
     Raises:
         gr.Error: if it is not kept any more.
@@ -256,9 +275,9 @@ def found_sample(store: JobStore, visitor: str, job_id: str, name: str) -> Made:
     except UnknownJobError:
         gallery = None
     made = None if gallery is None else gallery.find(name)
-    if made is None:
+    if gallery is None or made is None:
         raise gr.Error("This sample is no longer kept on the server; make it again.", print_exception=False)
-    return made
+    return gallery, made
 
 
 def choices_at(made: Made, number: int) -> dict[str, Any]:
@@ -283,7 +302,9 @@ def _provenance(file: str) -> Provenance | None:
         return None  # whoever opens it next says what is wrong
 
 
-def _says_origin(service: Service, made: Provenance) -> str:
+def _says_origin(service: Service, made: Provenance, changes: list[str]) -> str:
+    if changes:
+        return f"Settings restored as far as this form takes them, so the bytes may differ: {'; '.join(changes)}.\n"
     try:
         is_same = service.model_info(made.model).digest == made.model_sha256
     except (ValueError, OSError):

@@ -100,6 +100,11 @@ class JobLink:
         """Notes in the browser's tab the job that an event has submitted."""
         submitted.success(None, self.job, None, js=self._remember, **QUIET)
 
+    def resume(self, submitted: Any) -> None:
+        """Follows the tab's job again if an event that cancels its follower is refused."""
+        emptied = submitted.failure(lambda: "", None, self.now, **AT_ONCE)
+        emptied.then(lambda job_id: job_id, self.job, self.now, **AT_ONCE)
+
     def take_up(self, arrived: Any) -> None:
         """Finds the tab's job after `arrived`, an event after which the visitor is known."""
         recall = f"(visitor, job) => [visitor, sessionStorage.getItem('megabyte-{self.kind}') ?? '']"
@@ -117,9 +122,10 @@ class JobLink:
     def _remember(self) -> str:
         return f"(job) => {{ sessionStorage.setItem('megabyte-{self.kind}', job); }}"
 
-    def _find(self, visitor: str, job_id: str) -> tuple[str, str]:
+    def _find(self, visitor: str, job_id: str) -> tuple[Any, Any]:
         try:
             found = self.store.look(visitor, job_id).id
         except UnknownJobError:
-            found = self.store.left_alone(visitor, self.kind) or ""
-        return found, found
+            found = self.store.left_alone(visitor, self.kind)
+        # Without a find nothing is emptied: on a slow connection a job may have been submitted here meanwhile.
+        return (found, found) if found else (gr.skip(), gr.skip())
