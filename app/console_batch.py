@@ -1,8 +1,9 @@
 """A batch on the command line: its plan, its results as they come, and the table at the end."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from app.console import Report, emit, progress_bar
 
@@ -28,24 +29,42 @@ def plan_batch(batch: "Batch", report: Report) -> None:
 
 
 def make_batch(batch: "Batch", report: Report, *, is_summed: bool) -> None:
-    """Makes a batch and prints each result as it comes; at the end the table of all items if it is to be summed up."""
+    """Makes a batch and prints its results in their order; at the end the table of all items if it is to be summed up."""
     with progress_bar() as advance:
         states: dict[str, str] = {}  # of the rows met so far, by their stems
+        told: set[tuple[str, int]] = set()  # stems and numbers of the samples printed
         for row, progress in batch.run():
             before, states[row.stem] = states.get(row.stem), row.state
             if before is None:
                 report.notes(row.item.source, row.notes)
-                for facts in row.results:
+                for sample, facts in sorted(row.made.items()):
+                    told.add((row.stem, sample))
                     report.result(facts, f"{_made(facts)}  (made before)")
             if progress is not None:
                 advance(sum(row.done_bytes for row in batch.rows), sum(row.num_bytes for row in batch.rows))
-                if progress.completion is not None and progress.sample in row.made:
-                    facts = row.made[progress.sample]
-                    report.result(facts, _made(facts))
             if row.state == "failed" != before:
                 report.failure(row.item.source, row.says)
+            for facts in _next_in_order(takewhile(lambda row: row.stem in states, batch.rows), told):
+                report.result(facts, _made(facts))
     if is_summed:
         _sum_up(batch, report)
+
+
+def _next_in_order(rows: "Iterable[Row]", told: set[tuple[str, int]]) -> Iterator[dict[str, Any]]:
+    """The finished samples before which none is at work and that were not `told` yet; they are then.
+
+    Samples that are made side by side finish in any order.
+    """
+    for row in rows:
+        for sample, facts in sorted(row.made.items()):
+            if (row.stem, sample) in told:
+                continue
+            if sample and (row.stem, sample - 1) not in told and row.state != "failed":
+                return
+            told.add((row.stem, sample))
+            yield facts
+        if row.state in ("planned", "running"):
+            return
 
 
 def _sum_up(batch: "Batch", report: Report) -> None:
