@@ -33,11 +33,11 @@ def _text(name: str) -> Config:
     return _shipped(
         name,
         levels=(
-            LevelConfig(dim=448, num_layers=6, num_heads=7, patch_size=4),
-            LevelConfig(dim=320, num_layers=3, num_heads=5),
+            LevelConfig(dim=448, num_layers=7, num_heads=7, patch_size=2),
+            LevelConfig(dim=256, num_layers=2, num_heads=4),
         ),
         max_seq_len=8192,
-        dropout=0.05,
+        dropout=0.1,
         codec=TextCodecConfig(),
         batch_size=32,
         num_steps=4986,
@@ -54,6 +54,7 @@ def _image(name: str, side: int, batch_size: int, num_steps: int, dropout: float
         ),
         max_seq_len=3 * side * side,
         positions="both",
+        grid_width=side,
         dropout=dropout,
         codec=ImageCodecConfig(side=side, scan="raster"),
         batch_size=batch_size,
@@ -61,18 +62,19 @@ def _image(name: str, side: int, batch_size: int, num_steps: int, dropout: float
     )
 
 
-def _audio(name: str, encoding: str, dropout: float) -> Config:
+def _audio(name: str, encoding: str, widths: tuple[int, int], num_steps: int) -> Config:
+    global_dim, local_dim = widths
     return _shipped(
         name,
         levels=(
-            LevelConfig(dim=448, num_layers=6, num_heads=7, patch_size=4),
-            LevelConfig(dim=320, num_layers=3, num_heads=5, cross_patch=4),
+            LevelConfig(dim=global_dim, num_layers=6, num_heads=global_dim // 64, patch_size=4),
+            LevelConfig(dim=local_dim, num_layers=3, num_heads=local_dim // 64, cross_patch=4),
         ),
         max_seq_len=8192,
-        dropout=dropout,
+        dropout=0.1,
         codec=AudioCodecConfig(sample_rate=16000, encoding=encoding),
         batch_size=32,
-        num_steps=729,
+        num_steps=num_steps,
     )
 
 
@@ -86,6 +88,7 @@ def _shipped(
     batch_size: int,
     num_steps: int,
     positions: str = "rotary",
+    grid_width: int = 0,
 ) -> Config:
     """About 20 million parameters and everything that was found to pay."""
     return Config(
@@ -94,6 +97,7 @@ def _shipped(
             levels=levels,
             max_seq_len=max_seq_len,
             positions=positions,
+            grid_width=grid_width,
             unembedder="full",
             real_previous=True,
             activation="relu2",
@@ -169,8 +173,8 @@ _PRESETS: dict[str, Callable[[str], Config]] = {
     "text": _text,
     "image32": lambda name: _image(name, side=32, batch_size=80, num_steps=6563, dropout=0.0),
     "image64": lambda name: _image(name, side=64, batch_size=20, num_steps=3881, dropout=0.05),
-    "audio": lambda name: _audio(name, "mulaw8", dropout=0.1),
-    "audio-pcm16": lambda name: _audio(name, "pcm16be", dropout=0.1),
+    "audio": lambda name: _audio(name, "mulaw8", widths=(448, 320), num_steps=729),
+    "audio-pcm16": lambda name: _audio(name, "pcm16be", widths=(384, 256), num_steps=3000),
     "paper-text": _paper(
         global_model=LevelConfig(dim=2048, num_layers=14, num_heads=16, ffn_dim=9088, patch_size=8),
         local_model=LevelConfig(dim=1024, num_layers=18, num_heads=8, ffn_dim=5056),

@@ -7,6 +7,7 @@ import torch
 from core.law import SampleConfig, uniforms
 from core.likelihood import score
 from core.lockstep import Job, Lockstep
+from core.models.layers import attend
 from core.sample import Sampler, generate
 from tests.model_cases import CASES, CONTEXT, build, random_bytes
 
@@ -68,3 +69,10 @@ def test_a_seed_gives_the_same_bytes_beside_any_neighbours_on_the_gpu(engine, mo
     assert Sampler(model, b"", 1, SampleConfig()).engine == engine
     alone = generate(model, b"abc", 20, seed=5)[0]
     assert np.array_equal(alone, generate(model, [b"abc", b"other"], 20, seed=5, num_samples=3)[0])
+
+
+def test_compiled_attention_of_tiny_rows_equals_the_plain_one(tolerance):
+    generator = torch.Generator("cuda").manual_seed(0)
+    q, k, v = (torch.randn(40, 2, rows, 16, device="cuda", generator=generator) for rows in (4, 8, 8))
+    mask = torch.ones(4, 8, dtype=torch.bool, device="cuda").tril(4)
+    torch.testing.assert_close(torch.compile(attend)(q, k, v, mask), attend(q, k, v, mask), **tolerance[torch.float32])

@@ -23,6 +23,7 @@ _ACTIVATIONS = {"relu": F.relu, "relu2": lambda x: F.relu(x).square()}
 
 # Up to this row length, plain matrix products beat the fused attention kernels wherever those waste a tile on a row.
 _SHORT_ROW = 128
+_TINY_ROW = 8
 
 
 @dataclass(frozen=True)
@@ -57,13 +58,18 @@ class Slots:
 
 
 class Rotary(nn.Module):
-    """Rotary position embedding (arXiv 2104.09864) by slot: the tables that `rotate` takes."""
+    """Rotary position embedding (arXiv 2104.09864) by slot: the tables that `rotate` takes.
 
-    def __init__(self, head_dim: int, num_slots: int) -> None:
+    With a `grid_width` the slots are the cells of a picture: half of the angles turn with the row, half with the column.
+    """
+
+    def __init__(self, head_dim: int, num_slots: int, grid_width: int = 0) -> None:
         super().__init__()
-        # float64: at a million positions a float32 angle is wrong by more than 0.01 radian.
-        frequency = 10000.0 ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
-        angle = torch.arange(num_slots, dtype=torch.float64)[:, None] * frequency
+        slot = torch.arange(num_slots)
+        if grid_width:
+            angle = torch.cat([_angles(slot // grid_width, head_dim // 2), _angles(slot % grid_width, head_dim // 2)], dim=-1)
+        else:
+            angle = _angles(slot, head_dim)
         cos, sin = angle.cos(), angle.sin()
         self.register_buffer("cos", torch.cat((cos, cos), dim=-1).float(), persistent=False)
         self.register_buffer("sin", torch.cat((-sin, sin), dim=-1).float(), persistent=False)
@@ -74,6 +80,13 @@ class Rotary(nn.Module):
     def back(self, distance: int) -> "Rotation":
         """Moves keys that are already rotated `distance` slots towards the beginning; rotations add up."""
         return self.cos[distance], -self.sin[distance]
+
+
+def _angles(position: Tensor, dim: int) -> Tensor:
+    """Radians `(len(position), dim / 2)`."""
+    # float64: at a million positions a float32 angle is wrong by more than 0.01 radian.
+    frequency = 10000.0 ** -(torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+    return position.double()[:, None] * frequency
 
 
 Rotation = tuple[Tensor, Tensor]  # cosines and signed sines, both broadcastable to (..., C)
@@ -95,8 +108,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     if short_row and (q.is_cuda or q.dtype == torch.bfloat16):
         if mask is None:
             mask = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()
-        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
-        return scores.masked_fill(~mask, float("-inf")).softmax(dim=-1).to(v.dtype) @ v
+        q = q * q.shape[-1] ** -0.5
+        # Matrices of a few rows waste a GPU's matrix units; compiled, sums of products are one pass over the memory.
+        is_tiny = q.shape[-2] <= _TINY_ROW and torch.compiler.is_compiling()
+        scores = (q.unsqueeze(-2) * k.unsqueeze(-3)).sum(-1) if is_tiny else q @ k.transpose(-1, -2)
+        weights = scores.masked_fill(~mask, float("-inf")).softmax(dim=-1).to(v.dtype)
+        return (weights.unsqueeze(-1) * v.unsqueeze(-3)).sum(-2) if is_tiny else weights @ v
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
 
 
@@ -193,11 +210,11 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """The layers of one level and the norm after them."""
 
-    def __init__(self, config: LevelConfig, row_length: int, model: MegaByteConfig) -> None:
+    def __init__(self, config: LevelConfig, row_length: int, model: MegaByteConfig, grid_width: int = 0) -> None:
         super().__init__()
         self.memory = config.cross_patch
         self.row_length = row_length
-        self.rotary = Rotary(config.head_dim, self.memory + row_length) if model.is_rotary else None
+        self.rotary = Rotary(config.head_dim, self.memory + row_length, grid_width) if model.is_rotary else None
         self.blocks = nn.ModuleList(Block(config, model) for _ in range(config.num_layers))
         # For each layer what it reads: a times the layer before, b times the input of them all.
         self.residual_scalars = nn.Parameter(torch.empty(config.num_layers, 2)) if model.residual_scalars else None
