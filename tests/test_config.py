@@ -63,7 +63,7 @@ def test_what_does_not_fit_is_refused_with_the_reason(assignment, says):
         ("[" * 100_000, "not valid JSON"),
         ("[]", "must be a JSON object"),
         ("{}", "format_version=None"),
-        (TEXT.to_json().replace('"dropout": 0.05', '"dropout": 1' + "0" * 400), "dropout=.* must be a number"),
+        (TEXT.to_json().replace('"dropout": 0.1', '"dropout": 1' + "0" * 400), "dropout=.* must be a number"),
         (TEXT.to_json().replace('"dropout"', '"drop"'), "config.model.drop is not a known setting"),
         (TEXT.to_json().replace('"name"', '"nickname"'), "config.nickname is not a known setting"),
     ],
