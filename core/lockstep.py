@@ -5,8 +5,9 @@ stand, what is drawn from, and what was drawn are tensors, so a phase is the sam
 it is captured once as a CUDA graph, and the host only queues one graph per byte. It reads the bytes after every *round* of
 one or more patches.
 
-Rows share the place inside a patch and nothing else. A prompt's whole patches are read at once; what remains of it is
-forced upon the first bytes that its row makes. Between two rounds a row that is done takes the next job.
+Rows share the place inside a patch and nothing else. A prompt's whole patches are read at once, and once for all jobs that
+begin with them, into a cache from which the rows copy; what remains of it is forced upon the first bytes that its row makes.
+Between two rounds a row that is done takes the next job.
 
 The seed promise: matrix products always have the same shape, `num_rows`, so a row's numbers do not depend on its
 neighbours. The number of slots that attention reads follows the longest row; the slots beyond a row's own end get weight
@@ -18,18 +19,20 @@ zero, and adding zeros at the end of a sum changes no bit of it.
 import copy
 from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from math import log
 from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from core.cache import LevelCache
+from core.cache import Cache, LevelCache
 from core.config import NUM_BYTE_VALUES
 from core.law import Chunk, SampleConfig
+from core.likelihood import nats_to_bits
 from core.models import MegaByte
 from core.models.layers import Slots
 from core.models.megabyte import Level
@@ -46,6 +49,7 @@ _ATTENTION = {
 }
 
 _bf16_models: WeakKeyDictionary[MegaByte, tuple[tuple, MegaByte]] = WeakKeyDictionary()
+_idle: WeakKeyDictionary[MegaByte, "Lockstep"] = WeakKeyDictionary()  # by the model that was asked for, not its copy
 
 
 @dataclass
@@ -67,7 +71,7 @@ class Job:
 
 
 class Lockstep:
-    """B rows of a model and their cache.
+    """B rows of a model and their cache, for one run after another; `borrowed_lockstep` keeps it between them.
 
     Args:
         model: in the precision in which it is to run.
@@ -84,10 +88,13 @@ class Lockstep:
         self.num_rows = num_rows
         self.device = next(model.parameters()).device
         self.cache = model.new_cache(num_rows, cache_len)
+        # The newest prefix that was read for a new job: its whole patches, and one row that has read them.
+        self._prefix: bytes | None = None
+        self._after_prefix = model.new_cache(1, cache_len)
         self.patch_size = self.cache.patch_size
         self.positions_B = self._zeros(torch.int64)
         self._rows_B = torch.arange(num_rows, device=self.device)
-        self._has_filters = has_filters
+        self.has_filters = has_filters
         self._finest = torch.compile(self._finish_byte, dynamic=False) if compiled else self._finish_byte
         self.round_size = -(-_ROUND_BYTES // self.patch_size) * self.patch_size
         # What a round is made from, written by the host before it: numbers, given bytes (-1: none), and each row's law.
@@ -107,18 +114,20 @@ class Lockstep:
 
     @torch.inference_mode()
     def run(self, jobs: Sequence[Job]) -> Iterator[tuple[int, Chunk]]:
-        """(index of the job, its next bytes), round by round."""
-        waiting = deque(enumerate(jobs))
+        """(index of the job, its next bytes), round by round; jobs with one prefix begin one after another."""
+        waiting = deque(_by_prefix(jobs))
         rows: list[tuple[int, Job] | None] = [None] * self.num_rows
         positions = [0] * self.num_rows  # an idle row makes its first bytes over and over
         while waiting or any(rows):
             given_BR = np.full((self.num_rows, self.round_size), -1, dtype=np.int64)
             for row in range(self.num_rows):
-                is_full = rows[row] is not None and positions[row] == self.cache.max_seq_len
                 if rows[row] is None:
-                    rows[row], positions[row] = (waiting.popleft() if waiting else None), 0
-                if rows[row] is not None and (is_full or positions[row] == 0):
-                    positions[row] = self._read(row, rows[row][1], given_BR)
+                    positions[row] = 0
+                    if waiting:
+                        rows[row] = waiting.popleft()
+                        positions[row] = self._begin(row, rows[row][1], given_BR)
+                elif positions[row] == self.cache.max_seq_len:
+                    positions[row] = self._read(self.cache.rows(slice(row, row + 1)), self._context(rows[row][1])[0])
             num_bytes = min(self.round_size, self.cache.max_seq_len - max(positions))
             working = [(row, *found) for row, found in enumerate(rows) if found is not None]
             self._load(positions, given_BR, working, num_bytes)
@@ -152,17 +161,30 @@ class Lockstep:
 
     # --- What the host does between rounds ---
 
-    def _read(self, row: int, job: Job, given_BR: np.ndarray) -> int:
-        """Reads the whole patches of a job's history into a row and leaves the rest to be forced; the row's position."""
+    def _begin(self, row: int, job: Job, given_BR: np.ndarray) -> int:
+        """Has a row read the whole patches of a job's prefix and leaves the rest to be forced; the row's position."""
+        whole, rest = self._context(job)
+        if self._prefix != whole.tobytes():
+            self._prefix = None  # until it is read: an error or a closed run leaves it half read
+            self._read(self._after_prefix, whole)
+            self._prefix = whole.tobytes()
+        self.cache.rows(slice(row, row + 1)).copy_from(self._after_prefix)
+        given_BR[row, : len(rest)] = rest
+        return len(whole)
+
+    def _read(self, cache: Cache, whole: np.ndarray) -> int:
+        """Starts a cache of one row again from whole patches; their length."""
+        self.model.read_patches(torch.from_numpy(whole.astype(np.int64))[None].to(self.device), cache)
+        return len(whole)
+
+    def _context(self, job: Job) -> tuple[np.ndarray, np.ndarray]:
+        """What a row reads of a job's history, its half if it is too long: the whole patches, and the bytes after them."""
         history = job.history()
         if len(history) >= self.cache.max_seq_len:
             half = self.cache.max_seq_len // 2 // self.patch_size * self.patch_size
             history = history[len(history) - half :]
         num_whole = len(history) - len(history) % self.patch_size
-        byte_ids_BT = torch.from_numpy(history[:num_whole].astype(np.int64))[None].to(self.device)
-        self.model.read_patches(byte_ids_BT, self.cache.rows(slice(row, row + 1)))
-        given_BR[row, : len(history) - num_whole] = history[num_whole:]
-        return num_whole
+        return history[:num_whole], history[num_whole:]
 
     def _load(self, positions: list[int], given_BR: np.ndarray, working: list[tuple[int, int, Job]], num_bytes: int) -> None:
         uniforms_BR = np.zeros((self.num_rows, self.round_size))
@@ -283,11 +305,12 @@ class Lockstep:
         values_V = torch.arange(NUM_BYTE_VALUES, device=self.device)
         likeliest_B1 = torch.where(wide_BV == highest_B1, values_V, NUM_BYTE_VALUES).amin(1, keepdim=True)
         weights_BV = ((wide_BV - highest_B1) / self._temperature_B1).exp()  # not a number at 0, where nothing is drawn
-        if self._has_filters:
+        if self.has_filters:
             order_BV = logits_BV.argsort(dim=1, descending=True, stable=True)
             ranked_BV = weights_BV.gather(1, order_BV) * (values_V < self._top_k_B1)
             mass_BV = ranked_BV.cumsum(1)
-            is_kept_BV = (mass_BV - ranked_BV < self._top_p_B1 * mass_BV[:, -1:]) | (self._top_p_B1 == 1)
+            mass_before_BV = F.pad(mass_BV[:, :-1], (1, 0))
+            is_kept_BV = (mass_before_BV < self._top_p_B1 * mass_BV[:, -1:]) | (self._top_p_B1 == 1)
             weights_BV = torch.zeros_like(weights_BV).scatter(1, order_BV, ranked_BV * is_kept_BV)
         cumulated_BV = weights_BV.cumsum(1)
         drawn_B1 = (cumulated_BV <= uniforms_B1 * cumulated_BV[:, -1:]).sum(1, keepdim=True)
@@ -297,16 +320,33 @@ class Lockstep:
     @staticmethod
     def _surprisal(logits_BV: Tensor, chosen_B1: Tensor) -> Tensor:
         wide_BV = logits_BV.double()
-        return ((wide_BV.logsumexp(1, keepdim=True) - wide_BV.gather(1, chosen_B1)) / log(2)).float()
+        return nats_to_bits(wide_BV.logsumexp(1, keepdim=True) - wide_BV.gather(1, chosen_B1)).float()
 
     def _zeros(self, dtype: torch.dtype, *shape: int) -> Tensor:
         return torch.zeros(self.num_rows, *shape, dtype=dtype, device=self.device)
 
 
+@contextmanager
+def borrowed_lockstep(model: MegaByte, num_rows: int, cache_len: int, *, has_filters: bool) -> Iterator[Lockstep]:
+    """A lockstep of the model's bfloat16 copy for the time of the block, nobody else's meanwhile.
+
+    The newest one of each model is kept until its weights change, because its graphs take seconds to capture. One with
+    longer rows serves as well: their length changes no bit.
+    """
+    rounded = bf16_copy(model)
+    batch = _idle.pop(model, None)
+    wanted = rounded, num_rows, has_filters
+    if batch is None or (batch.model, batch.num_rows, batch.has_filters) != wanted or batch.cache.max_seq_len < cache_len:
+        batch = None  # before memory is taken for another one
+        batch = Lockstep(rounded, num_rows, cache_len, has_filters=has_filters)
+    try:
+        yield batch
+    finally:
+        _idle[model] = batch
+
+
 def bf16_copy(model: MegaByte) -> MegaByte:
-    """The model with its parameters rounded to bfloat16; tables of angles stay in float32. Kept while the model is."""
-    if all(parameter.dtype == torch.bfloat16 for parameter in model.parameters()):
-        return model
+    """A copy with its parameters rounded to bfloat16; tables of angles stay in float32. Kept while the model is."""
     now = fingerprint(model)
     known, rounded = _bf16_models.get(model, (None, None))
     if known != now:
@@ -318,3 +358,9 @@ def bf16_copy(model: MegaByte) -> MegaByte:
             pack_linears(level.transformer)
         _bf16_models[model] = now, rounded
     return rounded
+
+
+def _by_prefix(jobs: Sequence[Job]) -> list[tuple[int, Job]]:
+    """The jobs and their indices, those with the same prefix one after another."""
+    first: dict[bytes, int] = {}
+    return sorted(enumerate(jobs), key=lambda pair: first.setdefault(pair[1].prefix.tobytes(), pair[0]))

@@ -26,7 +26,7 @@ from core.config import ImageCodecConfig
 from core.errors import UserError
 from core.law import Chunk, SampleConfig, sampling_law, uniforms
 from core.likelihood import as_stream, engine_name
-from core.lockstep import Job, Lockstep, bf16_copy
+from core.lockstep import Job, borrowed_lockstep
 from core.models import ByteModel, MegaByte
 from core.rows import NativeRow, Row, TorchRow
 
@@ -247,6 +247,5 @@ def _in_lockstep(model: MegaByte, engine: str, requests: Sequence[Request]) -> I
     longest = max((len(job.prefix) + job.num_bytes for job in jobs), default=1)
     has_filters = any(job.config.top_k is not None or job.config.top_p < 1.0 for job in jobs)
     cache_len = min(model.config.max_seq_len, -(-longest // _CACHE_STEP) * _CACHE_STEP)
-    batch = Lockstep(bf16_copy(model), num_rows, cache_len, has_filters=has_filters)
-    with closing(batch.run(jobs)) as chunks:
+    with borrowed_lockstep(model, num_rows, cache_len, has_filters=has_filters) as batch, closing(batch.run(jobs)) as chunks:
         yield from chunks

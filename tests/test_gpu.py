@@ -51,7 +51,7 @@ def test_captured_graphs_give_the_logits_of_the_cpu(name, compiled, tolerance):
     given_BR = np.full((3, batch.round_size), -1)
     for row, position in enumerate(positions):
         prefix = byte_ids[row, :position].numpy().astype(np.uint8)
-        batch._read(row, Job(prefix, 1, SampleConfig(), uniforms(0, 0)), given_BR)
+        batch._begin(row, Job(prefix, 1, SampleConfig(), uniforms(0, 0)), given_BR)
     while max(positions) < CONTEXT:
         given_BR[:, :patch_size] = np.stack([byte_ids[row, p : p + patch_size].numpy() for row, p in enumerate(positions)])
         batch._load(positions, given_BR, [], patch_size)

@@ -1,13 +1,17 @@
 """Rows in lockstep: the model's own steps, the sampler's own bytes, and no trace of the neighbours."""
 
+import gc
+
 import numpy as np
 import pytest
 import torch
 
+from core import lockstep
 from core.config import LevelConfig, MegaByteConfig
 from core.law import SampleConfig, draw, sampling_law, surprisal, uniforms
 from core.likelihood import score
 from core.lockstep import Job, Lockstep, bf16_copy
+from core.models import MegaByte
 from core.sample import Request, Sampler, generate, stream_batch
 from tests.model_cases import CASES, CONTEXT, build, random_bytes
 
@@ -35,7 +39,7 @@ def test_logits_equal_the_model_s_steps_in_rows_of_unequal_length(name, toleranc
     batch = Lockstep(model, 3, CONTEXT)
     given_BR = np.full((3, batch.round_size), -1)
     for row, position in enumerate(positions):
-        batch._read(row, Job(byte_ids[row, :position].numpy().astype(np.uint8), 1, SampleConfig(), uniforms(0, 0)), given_BR)
+        batch._begin(row, Job(byte_ids[row, :position].numpy().astype(np.uint8), 1, SampleConfig(), uniforms(0, 0)), given_BR)
     with torch.no_grad():
         expected = model(byte_ids)
         while max(positions) < CONTEXT:
@@ -159,3 +163,61 @@ def test_a_long_neighbour_changes_no_bit(num_bytes, monkeypatch):
     alone = bits_of_first([own])
     for length in (700, 3001):
         assert np.array_equal(bits_of_first([own, request(length, 1)]), alone)
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """How often prefixes are read and engines made."""
+    counts = {"read": 0, "made": 0}
+
+    def counting(name, function):
+        def run(*args, **options):
+            counts[name] += 1
+            return function(*args, **options)
+
+        return run
+
+    monkeypatch.setenv("MEGABYTE_ENGINE", "torch-bf16")
+    monkeypatch.setattr(MegaByte, "read_patches", counting("read", MegaByte.read_patches))
+    monkeypatch.setattr(Lockstep, "__init__", counting("made", Lockstep.__init__))
+    return counts
+
+
+def test_a_shared_prefix_is_read_once(counted):
+    model = build(CASES["recipe_all"])
+    prefixes = [b"abcdefgh", b"ijklmnop"] * 20  # more than rows, and not one after another
+    made = generate(model, prefixes, 5, seed=1)
+    assert counted == {"read": 2, "made": 1}
+    assert np.array_equal(made[0], made[38])
+
+
+def test_an_engine_serves_one_completion_after_another(counted):
+    model = build(CASES["recipe_all"])
+    first = generate(model, b"abcdefgh", 5, seed=1)[0]
+    assert np.array_equal(first, generate(model, b"abcdefgh", 5, seed=1)[0])
+    assert counted == {"read": 1, "made": 1}
+    generate(model, b"abcdefgh", 5, top_k=3)
+    assert counted["made"] == 2
+    with torch.no_grad():
+        model.levels[0].pad.add_(1)
+    generate(model, b"abcdefgh", 5, top_k=3)
+    assert counted == {"read": 3, "made": 3}
+
+
+def test_completions_at_the_same_time_have_engines_of_their_own(counted):
+    model = build(CASES["recipe_all"])
+    config = SampleConfig(seed=1)
+    alone = [np.concatenate([c.byte_values for c in Sampler(model, b"ab", 60, config).stream(n)]) for n in (0, 1)]
+    streams = [Sampler(model, b"ab", 60, config).stream(n) for n in (0, 1)]
+    parts = [[chunk.byte_values for chunk in pair] for pair in zip(*streams, strict=True)]
+    assert counted["made"] == 2
+    assert all(np.array_equal(alone[n], np.concatenate([pair[n] for pair in parts])) for n in (0, 1))
+
+
+def test_an_engine_goes_with_its_model(counted):
+    model = build(CASES["recipe_all"])
+    generate(model, b"ab", 3)
+    kept = len(lockstep._idle)
+    del model
+    gc.collect()
+    assert len(lockstep._idle) == kept - 1
