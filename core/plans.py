@@ -359,11 +359,11 @@ def _single_changes(model: MegaByteConfig) -> list[tuple[str, MegaByteConfig]]:
 
 # FLOPs of each model. On two cores a plan is done in under an hour, on one H100 in about ten minutes.
 _PLANS: dict[str, tuple[Callable[[Size], list[Member]], dict[Size, float]]] = {
-    "text": (_comparison("text"), {"cpu": 3e13, "gpu": 3e15}),
-    "image32": (_comparison("image32"), {"cpu": 3e13, "gpu": 3e15}),
-    "image64": (_comparison("image64"), {"cpu": 3e13, "gpu": 3e15}),
-    "audio": (_comparison("audio"), {"cpu": 3e13, "gpu": 3e15}),
-    "scaling": (_scaling, {"cpu": 1e13, "gpu": 1e15}),
-    "ablation": (_ablation, {"cpu": 1.2e13, "gpu": 1.5e15}),
-    "ablation-recipe": (_ablation_recipe, {"cpu": 5e12, "gpu": 5e14}),
+    "text": (_comparison("text"), {"cpu": 1e13, "gpu": 1.5e15}),
+    "image32": (_comparison("image32"), {"cpu": 1e13, "gpu": 1.5e15}),
+    "image64": (_comparison("image64"), {"cpu": 1e13, "gpu": 1.5e15}),
+    "audio": (_comparison("audio"), {"cpu": 1e13, "gpu": 1.5e15}),
+    "scaling": (_scaling, {"cpu": 4e12, "gpu": 4e14}),
+    "ablation": (_ablation, {"cpu": 5e12, "gpu": 6e14}),
+    "ablation-recipe": (_ablation_recipe, {"cpu": 2e12, "gpu": 5e14}),
 }
