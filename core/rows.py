@@ -3,8 +3,7 @@
 A row is decoded at batch size 1, so no neighbour and no batch size can change a byte of it.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import threading
 from typing import Protocol
 from weakref import WeakKeyDictionary
 
@@ -19,8 +18,6 @@ from core.models import ByteModel, MegaByte
 from core.native import NativeDecoder
 
 _laid_out: WeakKeyDictionary[ByteModel, list[int]] = WeakKeyDictionary()  # where the matrices of laid out models are
-
-_NUM_THREADS = torch.get_num_threads()  # of all other work; not asked later, when another row may have lowered it
 
 
 class Row(Protocol):
@@ -89,7 +86,7 @@ class TorchRow:
 
     def draw(self, uniforms: np.ndarray, config: SampleConfig) -> Chunk:
         byte_values, bits = np.empty(len(uniforms), dtype=np.uint8), np.empty(len(uniforms), dtype=np.float32)
-        with torch.inference_mode(), _one_thread():
+        with torch.inference_mode(), _one_thread:
             for t, uniform in enumerate(uniforms):
                 # Appended no sooner than another byte is asked for: the last one of a full cache has no place in it.
                 if self._drawn is not None:
@@ -121,11 +118,28 @@ def _byte_ids(stream: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(stream.astype(np.int64))[None]
 
 
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Steps at batch 1 are too short to share: waking a second thread takes longer than its half of the work."""
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(_NUM_THREADS)
+class _OneThread:
+    """A context for steps at batch 1, too short to share: waking a second thread takes longer than its half of the work.
+
+    Rows may be inside at the same time; the first one notes the number of threads that each of them sets again.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._num_inside = 0
+        self._num_threads = 1  # of all other work
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._num_inside == 0:
+                self._num_threads = torch.get_num_threads()
+            self._num_inside += 1
+            torch.set_num_threads(1)
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._num_inside -= 1
+            torch.set_num_threads(self._num_threads)
+
+
+_one_thread = _OneThread()

@@ -1,6 +1,8 @@
 """Samples follow the law that was asked for and depend on seed and sample number alone."""
 
+import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -228,3 +230,40 @@ def test_samples_side_by_side_wait_until_their_prefix_is_read(monkeypatch):
         streams = [pool.submit(lambda n=n: [chunk.byte_values for chunk in slow.stream(n, alone=False)]) for n in range(2)]
     for stream, expected in zip(streams, alone, strict=True):
         np.testing.assert_array_equal(np.concatenate(stream.result()), expected)
+
+
+@pytest.fixture
+def three_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("three_threads")
+def test_the_number_of_threads_is_afterwards_what_it_was(monkeypatch):
+    monkeypatch.setenv("MEGABYTE_ENGINE", "torch")
+    model = build(CASES["exact"])
+    generate(model, b"ab", 5)
+    assert torch.get_num_threads() == 3
+
+    # Two rows at once, of which the second begins while the first is at work.
+    step, is_first_inside, is_second_inside = model.step, threading.Event(), threading.Event()
+
+    def wait_for_the_other(*arguments):
+        is_second_inside.set() if is_first_inside.is_set() else is_first_inside.set()
+        assert is_second_inside.wait(10)
+        return step(*arguments)
+
+    def made_in_a_thread() -> int:
+        generate(model, b"abcd", 3)  # whole patches, so the first step is that of a draw
+        return torch.get_num_threads()
+
+    monkeypatch.setattr(model, "step", wait_for_the_other)
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(made_in_a_thread)
+        assert is_first_inside.wait(10)
+        second = pool.submit(made_in_a_thread)
+        assert (first.result(), second.result()) == (3, 3)
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(torch.get_num_threads).result() == 3
