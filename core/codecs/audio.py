@@ -1,6 +1,5 @@
 """Sound as bytes: safe reading down to mono 16-bit samples, mu-law and PCM streams, resampling, WAV writing."""
 
-import io
 import math
 import os
 import re
@@ -15,7 +14,7 @@ import numpy as np
 import soundfile
 
 from core.codecs.comments import info_list
-from core.codecs.files import FileKind, atomic_file
+from core.codecs.files import FileKind, atomic_file, require_size
 from core.config import AudioCodecConfig
 from core.errors import UserError
 
@@ -29,7 +28,7 @@ _RIFF_SIZE_PLACE = 4
 _MAX_WAV_CHUNKS = 1000
 _OGG_HEADER_BYTES = 27  # before a page's segment lengths
 _MAX_OGG_PAGE_BYTES = _OGG_HEADER_BYTES + 255 + 255 * 255
-_MAX_UNFINISHED_BYTES = 256 * 2**20
+_MAX_OGG_BYTES = 64 * 2**20  # more than MAX_SECONDS at any rate; in a larger file the way to its last page is long
 _UNKNOWN_WAV_LENGTH = b"\xff\xff\xff\xff"
 _UNKNOWN_FRAMES = 2**62
 _CHUNK_NAME = re.compile(rb"[A-Za-z0-9 ]{4}")
@@ -78,10 +77,15 @@ def read_sound(file: BinaryIO, name: str, kind: FileKind, max_seconds: float = M
     Raises:
         UserError: if it is too long, or damaged so that nothing can be read.
     """
+    if kind.name == "ogg":
+        require_size(file, name, _MAX_OGG_BYTES)
     try:
         file, fraction = _check_wav(file) if kind.name == "wav" else (file, 1.0)
         with _ForwardSoundFile(file) as source:
             _require_readable(source, name)
+            # The length that a WAV file claims is true where its data is all there.
+            if kind.name == "wav" and fraction == 1.0:
+                _require_length(source.frames, source, name, max_seconds)
             sound = _read_samples(source, name, max_seconds)
             if kind.name == "flac" and 0 < source.frames < _UNKNOWN_FRAMES:
                 fraction = sound.samples.size / source.frames
@@ -252,6 +256,25 @@ class _ForwardSoundFile(soundfile.SoundFile):
         return False
 
 
+class _Replaced:
+    """An open file with some bytes replaced."""
+
+    def __init__(self, file: BinaryIO, place: int, content: bytes) -> None:
+        self.seek = file.seek
+        self.tell = file.tell
+        self._file = file
+        self._place = place
+        self._content = content
+
+    def read(self, size: int) -> bytes:
+        start = self.tell()
+        found = bytearray(self._file.read(size))
+        for place, value in enumerate(self._content, self._place - start):
+            if 0 <= place < len(found):
+                found[place] = value
+        return bytes(found)
+
+
 def _check_wav(file: BinaryIO) -> tuple[BinaryIO, float]:
     """A WAV file that can be read to its end, and how much of the sample data that its header promises is there."""
     size_format = ">4sI" if file.read(12).startswith(b"RIFX") else "<4sI"
@@ -268,8 +291,7 @@ def _check_wav(file: BinaryIO) -> tuple[BinaryIO, float]:
     file.seek(0)
     if is_unfinished:
         # A recorder that was killed never came back to fill in the length.
-        head = file.read(start)[:-4] + _UNKNOWN_WAV_LENGTH
-        return io.BytesIO(head + file.read(_MAX_UNFINISHED_BYTES)), 1.0
+        return _Replaced(file, start - 4, _UNKNOWN_WAV_LENGTH), 1.0
     return file, 1.0 if size in (0, 0xFFFFFFFF) else min(1.0, present / size)
 
 
@@ -292,15 +314,19 @@ def _require_readable(source: soundfile.SoundFile, name: str) -> None:
         raise UserError(f"{name} has {source.samplerate} Hz, 1 to {MAX_RATE_HZ} Hz are read; resample it")
 
 
+def _require_length(num_samples: int, source: soundfile.SoundFile, name: str, max_seconds: float) -> None:
+    max_samples = max_seconds * min(source.samplerate, _FULL_LENGTH_RATE_HZ)
+    if num_samples > max_samples:
+        seconds = max_samples / source.samplerate
+        raise UserError(f"{name} is longer than {seconds:.0f} s, the most that is read at its rate; cut it into parts")
+
+
 def _read_samples(source: soundfile.SoundFile, name: str, max_seconds: float) -> Sound:
     """The samples that can be read, counted while reading because headers lie about lengths."""
-    max_samples = max_seconds * min(source.samplerate, _FULL_LENGTH_RATE_HZ)
     blocks, num_samples, is_clipped = [], 0, False
     for block in _mono_blocks(source):
         num_samples += block.size
-        if num_samples > max_samples:
-            seconds = max_samples / source.samplerate
-            raise UserError(f"{name} is longer than {seconds:.0f} s, the most that is read at its rate; cut it into parts")
+        _require_length(num_samples, source, name, max_seconds)
         is_clipped = is_clipped or not bool((np.abs(block) <= 1.0).all())  # also True for what is not a number
         blocks.append(_to_int16(np.nan_to_num(block, posinf=1.0, neginf=-1.0) * 32768))
     notes = []
@@ -314,13 +340,16 @@ def _read_samples(source: soundfile.SoundFile, name: str, max_seconds: float) ->
 
 
 def _mono_blocks(source: soundfile.SoundFile) -> Iterator[np.ndarray]:
-    while True:
+    # A FLAC file is not read beyond its end: whatever lies behind it would be damage of the last block.
+    left = source.frames if source.format == "FLAC" and source.frames else _UNKNOWN_FRAMES
+    while left > 0:
         try:
-            frames = source.read(_BLOCK_FRAMES, dtype="float32", always_2d=True)
+            frames = source.read(min(left, _BLOCK_FRAMES), dtype="float32", always_2d=True)
         except soundfile.LibsndfileError:
             return
         if len(frames) == 0:
             return
+        left -= len(frames)
         yield frames.mean(axis=1)
 
 

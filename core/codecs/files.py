@@ -131,10 +131,15 @@ def require_size(file: BinaryIO, name: str, max_bytes: int) -> None:
         raise UserError(f"{name} has {num_bytes:,} bytes, at most {max_bytes:,} are read; cut it into parts")
 
 
-class ImpatientReader:
-    """An open file that ends in an error after too many reads.
+class TooManyReadsError(OSError):
+    """An `ImpatientReader` was read too often."""
 
-    Parsers that lost their way in a damaged file look for the next marker byte by byte, minutes long in a large one.
+
+class ImpatientReader:
+    """An open file that raises TooManyReadsError after too many reads.
+
+    Parsers that lost their way in a damaged file look for the next marker byte by byte, and some decoders read each pixel or
+    run by itself: minutes in a large file.
     """
 
     def __init__(self, file: BinaryIO, max_reads: int) -> None:
@@ -146,7 +151,7 @@ class ImpatientReader:
     def read(self, size: int = -1) -> bytes:
         self._reads_left -= 1
         if self._reads_left < 0:
-            raise OSError("too many reads")
+            raise TooManyReadsError
         return self._file.read(size)
 
 

@@ -2,6 +2,8 @@
 
 import contextlib
 import itertools
+import os
+import struct
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -12,15 +14,19 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from core.codecs.comments import png_info
-from core.codecs.files import FileKind, ImpatientReader, atomic_file, require_size
+from core.codecs.files import FileKind, ImpatientReader, TooManyReadsError, atomic_file, require_size
 from core.config import ImageCodecConfig
 from core.errors import UserError
 
 MAX_PIXELS = 40_000_000
+# Their decoders hold 19 and 12 bytes a pixel at once, others 7: so no picture takes more than 300 MB.
+MAX_WEBP_PIXELS = 14_000_000
+MAX_PROGRESSIVE_PIXELS = 22_000_000
 MAX_SIDE = 16_384
 MAX_FILE_BYTES = 256 * 2**20  # more than MAX_PIXELS of three 16-bit values
+MAX_WEBP_BYTES = 64 * 2**20  # read into memory as a whole, before its size is known
 _MAX_READS = 1_000_000
-_STRIP_PIXELS = 2**20  # pictures are converted in strips, so that only two copies of one are ever in memory
+_STRIP_PIXELS = 2**17  # pictures are converted in strips, so that only two copies of one are ever in memory
 _ORIENTATION_TAG = 0x0112
 OFFER = "score its raw bytes with --bytes file"
 
@@ -77,16 +83,9 @@ def read_picture(file: BinaryIO, name: str, kind: FileKind) -> Picture:
         DamagedPictureError: if the file is cut short or damaged.
         UserError: if the picture is too large.
     """
-    require_size(file, name, MAX_FILE_BYTES)
+    require_size(file, name, MAX_WEBP_BYTES if kind.name == "webp" else MAX_FILE_BYTES)
     with opened_image(file, name, kind) as image:
-        pixels, notes = load_rgb(image)
-        if getattr(image, "is_animated", False):
-            notes.append("first frame of several")
-        orientation = read_orientation(image)
-        if orientation in _TURNS:
-            pixels = np.ascontiguousarray(_TURNS[orientation](pixels))
-            notes.append("turned upright by its EXIF tag")
-        return Picture(pixels, tuple(notes))
+        return Picture(*load_rgb(image, is_turned=True))
 
 
 @contextlib.contextmanager
@@ -101,12 +100,16 @@ def opened_image(file: BinaryIO, name: str, kind: FileKind) -> Iterator[Image.Im
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with Image.open(ImpatientReader(file, _MAX_READS), formats=[kind.name.upper()]) as image:
-                require_pixels(*image.size, name)
+                require_pixels(*image.size, name, _max_pixels(image))
                 yield image
     except UserError:
         raise
     except Image.DecompressionBombError:
         raise UserError(_too_large(name, "far too many", MAX_PIXELS)) from None
+    except TooManyReadsError:
+        raise DamagedPictureError(
+            f"{name} is damaged, or packed so finely that reading it takes too long; save it as PNG, or {OFFER}"
+        ) from None
     # Decoders answer damage with whatever exception they ran into (OSError, SyntaxError, struct.error, IndexError ...).
     except Exception:
         raise DamagedPictureError(f"{name} is cut short or damaged, so no picture can be read from it; {OFFER}") from None
@@ -120,6 +123,20 @@ def require_pixels(width: int, height: int, name: str, max_pixels: int = MAX_PIX
     """
     if width * height > max_pixels or max(width, height) > MAX_SIDE:
         raise UserError(_too_large(name, f"{width}x{height}", max_pixels))
+
+
+def _max_pixels(image: Image.Image) -> int:
+    if image.format == "WEBP":
+        return MAX_WEBP_PIXELS
+    return MAX_PROGRESSIVE_PIXELS if image.format == "JPEG" and not _has_one_scan(image) else MAX_PIXELS
+
+
+def _has_one_scan(image: Image.Image) -> bool:
+    """Whether the first scan of an opened JPEG, which has just been read past, holds all of the picture."""
+    num_bytes, file = 6 + 2 * image.layers, image.fp
+    file.seek(-num_bytes, os.SEEK_CUR)
+    header = file.read(num_bytes)
+    return "progressive" not in image.info and header.startswith(struct.pack(">HB", num_bytes, image.layers))
 
 
 class ImageCodec:
@@ -283,13 +300,18 @@ _FRAMINGS: dict[Rule, Callable[[Picture, int], Picture]] = {
 }
 
 
-def load_rgb(image: Image.Image) -> tuple[np.ndarray, list[str]]:
-    """The pixels of an opened picture, uint8 (H, W, 3), and notes on how they came to be."""
+def load_rgb(image: Image.Image, is_turned: bool = False) -> tuple[np.ndarray, tuple[str, ...]]:
+    """The first frame of an opened picture, uint8 (H, W, 3), and notes on how it came to be.
+
+    `is_turned` puts it upright if its EXIF tag says that it is not.
+    """
     width, height = image.size
     is_16_bit = image.mode.startswith("I") or ";16" in str(image.tile)
-    # Exactly one load: Pillow may report damage on the first load of a file only.
+    # Exactly one load: Pillow may report damage on the first load of a file only, and the EXIF tag of a PNG loads it too.
     image.load()
-    pixels = np.empty((height, width, 3), np.uint8)
+    orientation = read_orientation(image) if is_turned else 1
+    turned = np.empty((width, height, 3) if orientation in _SIDEWAYS else (height, width, 3), np.uint8)
+    pixels = _TURNS_BACK[orientation](turned) if orientation in _TURNS_BACK else turned
     is_opaque = True
     rows = max(1, _STRIP_PIXELS // width)
     for top in range(0, height, rows):
@@ -299,18 +321,20 @@ def load_rgb(image: Image.Image) -> tuple[np.ndarray, list[str]]:
             # Pillow's own conversion of 16-bit grey cuts values off at 255.
             target[...] = np.rint(np.asarray(strip).astype(np.float32) / 257)[..., None]
         elif strip.has_transparency_data:
-            rgba = np.asarray(strip.convert("RGBA"))
-            target[...] = _over_white(rgba)
-            is_opaque = is_opaque and bool((rgba[..., 3] == 255).all())
+            rgba = strip.convert("RGBA")
+            alpha, ground = rgba.getchannel("A"), Image.new("RGB", strip.size, "white")
+            ground.paste(rgba.convert("RGB"), mask=alpha)
+            target[...] = np.asarray(ground)
+            is_opaque = is_opaque and alpha.getextrema()[0] == 255
         else:
             target[...] = np.asarray(strip.convert("RGB"))
-    notes = [] if is_opaque else ["alpha laid on white"]
-    return pixels, [*notes, "16 bits per value scaled to 8"] if is_16_bit else notes
-
-
-def _over_white(rgba: np.ndarray) -> np.ndarray:
-    colour, alpha = rgba[..., :3].astype(np.uint16), rgba[..., 3:].astype(np.uint16)
-    return (colour * alpha + 255 * (255 - alpha) + 127) // 255
+    notes = {
+        "alpha laid on white": not is_opaque,
+        "16 bits per value scaled to 8": is_16_bit,
+        "first frame of several": getattr(image, "is_animated", False),
+        "turned upright by its EXIF tag": orientation in _TURNS_BACK,
+    }
+    return turned, tuple(note for note, is_so in notes.items() if is_so)
 
 
 def read_orientation(image: Image.Image) -> int:
@@ -322,15 +346,17 @@ def read_orientation(image: Image.Image) -> int:
         return 1
 
 
-_TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {
+# A picture upright -> the same memory as it lies in the file, by the value of the EXIF tag.
+_TURNS_BACK: dict[int, Callable[[np.ndarray], np.ndarray]] = {
     2: np.fliplr,
     3: lambda pixels: np.rot90(pixels, 2),
     4: np.flipud,
     5: lambda pixels: pixels.swapaxes(0, 1),
-    6: lambda pixels: np.rot90(pixels, -1),
+    6: np.rot90,
     7: lambda pixels: np.rot90(pixels, 2).swapaxes(0, 1),
-    8: np.rot90,
+    8: lambda pixels: np.rot90(pixels, -1),
 }
+_SIDEWAYS = (5, 6, 7, 8)
 
 
 def _too_large(name: str, size: str, max_pixels: int) -> str:

@@ -237,7 +237,7 @@ def _decoded(mended: bytes | bytearray, name: str, kind: FileKind, known: np.nda
     with opened_image(io.BytesIO(mended), name, kind) as image:
         pixels, notes = load_rgb(image)
         if read_orientation(image) != 1:
-            notes.append("left as it is stored, not turned by its EXIF tag")
+            notes = (*notes, "left as it is stored, not turned by its EXIF tag")
     pixels[~known] = _UNKNOWN
     notes = (*notes, _says_how_far(known), *([note] if note else []))
     return Picture(pixels, notes, None if known.all() else known)

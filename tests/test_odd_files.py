@@ -1,0 +1,173 @@
+"""Odd and hostile files: each keeps its meaning or is refused in one plain sentence, in little time and memory."""
+
+import contextlib
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from odd_files import ROOT, exif, odd_files, picture, pixels, samples, sound, wav
+from PIL import Image
+
+from core.codecs import Picture, Raw, Sound, read_media, read_partial, shown
+from core.errors import UserError
+
+MAX_SECONDS = 2.0
+MAX_BYTES = 300e6  # beyond the program's own start
+NAMES = list(odd_files())
+LIBRARY_WORDS = re.compile(
+    r"PIL|Pillow|libsndfile|soundfile|numpy|Error|Exception|Traceback|errno|0x[0-9a-f]+|cannot identify|truncated|broken data"
+    r"|unrecognized|decoder|buffer|IDAT|IHDR|<.*>",
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("odd")
+    for name, file in odd_files().items():
+        (folder / name).write_bytes(file.content)
+    return folder
+
+
+def opened_in_a_process(paths: list[Path]) -> list[dict]:
+    """What becomes of files that a process of its own opens one after another, with the time and memory of each."""
+    command = [sys.executable, Path(__file__).with_name("odd_files.py"), *paths]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = done.stdout.splitlines()
+    return [{"name": path.name} | json.loads(line) for path, line in zip(paths, lines, strict=True)]
+
+
+def check_bounds(opened: dict, max_seconds: float = MAX_SECONDS, max_bytes: float = MAX_BYTES) -> None:
+    assert opened["kind"] in ("Picture", "Sound", "Raw", "UserError", "DamagedPictureError"), opened
+    assert opened["seconds"] < max_seconds, opened
+    assert opened["peak_bytes"] < max_bytes, opened
+    assert opened["events"] == [], opened
+
+
+def check_sentence(sentence: str, path: Path) -> None:
+    """One line that names the file, says what is wrong and what to do, in our own words."""
+    assert sentence.startswith(shown(path))
+    assert sentence.isprintable()
+    said = sentence.removeprefix(shown(path))
+    assert re.search(r"[;,] (\w+ )*(give|score|make|save|which|cut|resample|so)", said), sentence
+    assert not LIBRARY_WORDS.search(said), sentence
+
+
+def test_there_are_enough_of_them():
+    assert len(NAMES) >= 60
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_odd_file_keeps_its_meaning_or_is_refused_in_a_plain_sentence(folder, name):
+    file, path = odd_files()[name], folder / name
+    if isinstance(file.expected, str):
+        with pytest.raises(UserError, match=file.expected) as refusal:
+            read_media(path)
+        check_sentence(str(refusal.value), path)
+        return
+    media = read_media(path)
+    if isinstance(file.expected, bytes):
+        assert isinstance(media, Raw)
+        assert media.data.tobytes() == file.expected
+        return
+    values = media.pixels if isinstance(media, Picture) else media.samples
+    assert isinstance(media, Picture if file.expected.ndim == 3 else Sound)
+    assert values.shape == file.expected.shape
+    assert np.abs(values.astype(int) - file.expected.astype(int)).max() <= file.tolerance
+    assert file.notes in "; ".join(media.notes)
+
+
+def test_each_takes_little_time_and_memory_and_starts_nothing(folder):
+    for opened in opened_in_a_process([folder / name for name in NAMES]):
+        check_bounds(opened)
+        if "bomb" in opened["name"]:
+            check_bounds(opened, 1.0, 100e6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_each_takes_little_time_and_memory_in_a_new_process(folder, name):
+    [opened] = opened_in_a_process([folder / name])
+    check_bounds(opened)
+
+
+def test_only_listed_formats_are_tried(folder, monkeypatch):
+    tried = set()
+    really_open = Image.open
+
+    def open_image(file, formats=None):
+        tried.update(formats or ["any"])
+        return really_open(file, formats=formats)
+
+    monkeypatch.setattr(Image, "open", open_image)
+    for name in NAMES:
+        with contextlib.suppress(UserError):
+            read_media(folder / name)
+        with contextlib.suppress(UserError):
+            read_partial(folder / name)
+    assert tried == {"PNG", "WEBP", "JPEG", "BMP", "GIF", "PPM"}
+
+
+SPARSE_HEADS = {
+    "text": b"text",
+    "jpg": picture(pixels(), "JPEG"),
+    "gif": picture(pixels(), "GIF")[:-1],
+    "webp": picture(pixels(), "WEBP"),
+    "wav": wav(b"", claimed=2**30 - 44),
+    "unfinished.wav": wav(b"", claimed=0),
+    "flac": sound(samples(), format="FLAC")[:42],
+    "ogg": sound(samples() / 32768, format="OGG"),
+}
+
+
+def test_a_sparse_file_of_1_gb_is_refused_at_once(tmp_path):
+    paths = [tmp_path / name for name in SPARSE_HEADS]
+    for path, head in zip(paths, SPARSE_HEADS.values(), strict=True):
+        path.write_bytes(head)
+        os.truncate(path, 2**30)
+    for opened in opened_in_a_process(paths):
+        check_bounds(opened, 1.0, 50e6)
+        assert opened["kind"] == "UserError", opened
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "height"),
+    [("a.webp", {"lossless": True, "method": 0, "quality": 0}, 3800), ("a.jpg", {"progressive": True}, 4700)],
+)
+def test_kinds_whose_decoders_take_more_memory_have_lower_limits(tmp_path, name, options, height):
+    path = tmp_path / name
+    Image.new("L", (height, height)).save(path, **options)
+    with pytest.raises(UserError, match=f"{height}x{height} pixels"):
+        read_media(path)
+
+
+def largest(name: str) -> Image.Image:
+    """A noisy picture of as many pixels as its kind may have."""
+    height, width, num_channels = {
+        "webp": (3500, 4000, 4), "progressive.jpg": (4400, 5000, 4), "noise.png": (5000, 8000, 4), "sideways.jpg": (5000, 8000, 3)
+    }[name]  # fmt: skip
+    noise = np.random.default_rng(0).integers(0, 64, (height, width, num_channels), dtype=np.uint8)
+    noise += (np.arange(width, dtype=np.uint8) % 180)[:, None]
+    return Image.fromarray(noise, {3: "RGB", 4: "CMYK" if name.endswith("jpg") else "RGBA"}[num_channels])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("webp", {"format": "WEBP", "lossless": True, "method": 0, "quality": 0}),
+        ("progressive.jpg", {"quality": 90, "progressive": True}),
+        ("noise.png", {"compress_level": 1}),
+        ("sideways.jpg", {"quality": 90, "exif": exif(6)}),
+    ],
+)
+def test_the_largest_pictures_stay_within_the_bounds(tmp_path, name, options):
+    largest(name).save(tmp_path / name, **options)
+    [opened] = opened_in_a_process([tmp_path / name])
+    check_bounds(opened)
+    assert opened["kind"] == "Picture"
