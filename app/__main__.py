@@ -33,7 +33,7 @@ def run_ui(args: argparse.Namespace) -> int:
     from app import ui
     from app.service import Service
 
-    ui.launch(Service(), args.host, args.port, not args.no_browser)
+    ui.launch(Service(args.device), args.host, args.port, not args.no_browser)
     return 0
 
 
@@ -113,11 +113,11 @@ def run_bench(args: argparse.Namespace) -> int:
 def run_compare(args: argparse.Namespace) -> int:
     """Trains and scores the models of a plan, or goes on with that, and prints the table."""
     from app.comparing import compare_models
+    from core.distributed import usable_device
 
-    size = args.size or ("cpu" if args.device == "cpu" else "gpu")
-    found = compare_models(
-        args.plan, size, args.data, args.out, budget=args.budget, resume=args.resume, device=args.device, log=say
-    )
+    device = usable_device(args.device).type
+    size = args.size or ("cpu" if device == "cpu" else "gpu")
+    found = compare_models(args.plan, size, args.data, args.out, budget=args.budget, resume=args.resume, device=device, log=say)
     if args.json:
         for result in found.results:
             emit(json.dumps(result.to_dict()))
@@ -141,7 +141,7 @@ def _service(args: argparse.Namespace) -> "Service":
     """The service, after a look at the model asked for: what is wrong with it is said once, not for each file."""
     from app.service import Service
 
-    service = Service()
+    service = Service(args.device)
     if args.model:
         service.model_info(args.model)
     return service
@@ -180,6 +180,7 @@ def _add_ui(verbs: "argparse._SubParsersAction[Parser]") -> None:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
     parser.add_argument("--port", type=_port, default=7860, help="port to listen on (%(default)s)")
     parser.add_argument("--no-browser", action="store_true", help="do not open a browser")
+    _add_device(parser)
     parser.set_defaults(handler=run_ui)
 
 
@@ -192,7 +193,7 @@ def _add_train(verbs: "argparse._SubParsersAction[Parser]") -> None:
     parser.add_argument("--valid", required=True, nargs="+", type=Path, metavar="PATH", help="files or folders to validate on")
     parser.add_argument("--out", required=True, type=Path, metavar="RUN", help="folder of the run")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda (%(default)s)")
+    _add_device(parser)
     parser.add_argument(
         "--set", nargs="+", action="append", default=[], metavar="KEY=VALUE", help="replace settings, such as train.lr=1e-3"
     )
@@ -263,7 +264,7 @@ def _add_bench(verbs: "argparse._SubParsersAction[Parser]") -> None:
         "--length", type=_at_least_1, default=0, metavar="T", help="bytes of context (generate 2048, score 8192, train 1024)"
     )
     parser.add_argument("--engine", default="", metavar="NAME", help="that generates, as in MEGABYTE_ENGINE (the fastest)")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda (%(default)s)")
+    _add_device(parser)
     parser.add_argument("--rounds", type=_at_least_1, default=5, metavar="N", help="rounds that count (%(default)s)")
     parser.add_argument(
         "--most-seconds", type=_at_least_1, default=60, metavar="S", help="curve: leave out what would take longer (%(default)s)"
@@ -283,7 +284,7 @@ def _add_compare(verbs: "argparse._SubParsersAction[Parser]") -> None:
     parser.add_argument("--data", required=True, type=Path, metavar="ROOT", help="folder of the data sets, see the README")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder of the comparison")
     parser.add_argument("--resume", action="store_true", help="go on with the comparison in --out")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda (%(default)s)")
+    _add_device(parser)
     parser.add_argument("--size", choices=("cpu", "gpu"), help="sizes of the models (what fits the device)")
     parser.add_argument(
         "--budget", type=_positive, default=0.0, metavar="FLOPS", help="of each model, such as 1e14 (the plan's own)"
@@ -303,7 +304,12 @@ def _add_model(parser: "argparse._ActionsContainer") -> None:
     parser.add_argument("--model", metavar="NAME|DIR", help="a shipped model, or the folder of a run or an export")
 
 
+def _add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", default="auto", help="cpu, cuda, or auto: a GPU if there is one (%(default)s)")
+
+
 def _add_manners(parser: argparse.ArgumentParser) -> None:
+    _add_device(parser)
     parser.add_argument("--force", action="store_true", help="overwrite existing results")
     parser.add_argument("--resume", action="store_true", help="leave out what an earlier call has made in the same folder")
     parser.add_argument("--json", action="store_true", help="print one JSON object a result")

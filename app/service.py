@@ -47,7 +47,11 @@ class Service:
     write_completion = staticmethod(write_completion)
 
     def __init__(self, device: str = "cpu", *, weights: Path = WEIGHTS_FOLDER, runs: Path = Path("runs")) -> None:
-        """Loads nothing yet. Shipped models lie in `weights`, exports of local training in the folders of `runs`."""
+        """Loads nothing yet. Shipped models lie in `weights`, exports of local training in the folders of `runs`.
+
+        Raises:
+            UserError: if `device` (cpu, cuda, or auto for a GPU if there is one) is not there.
+        """
         self._store = ModelStore(device, weights, runs)
 
     def models(self) -> list[ModelInfo]:

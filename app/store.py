@@ -12,6 +12,7 @@ from app.turns import FairLock
 from core.checkpoint import WEIGHTS_FOLDER, load_checkpoint, load_model, resolve_model
 from core.codecs import Codec, Media, build_codec
 from core.config import AudioCodecConfig, CodecConfig, ImageCodecConfig
+from core.distributed import usable_device
 from core.errors import UserError
 from core.folder import MANIFEST_NAME
 from core.likelihood import scoring_engine
@@ -88,7 +89,7 @@ class ModelStore:
     """Shipped models in `weights`, local ones in `runs`, and any other by its folder."""
 
     def __init__(self, device: str, weights: Path = WEIGHTS_FOLDER, runs: Path = Path("runs")) -> None:
-        self._device = device
+        self._device = str(usable_device(device))
         self._weights = weights
         self._runs = runs
         self._loaded: dict[tuple[Path, str], LoadedModel] = {}

@@ -130,13 +130,12 @@ def _is_sharded(tensor: Tensor) -> bool:
 @contextlib.contextmanager
 def join_ranks(device: str) -> Iterator[Ranks]:
     """The ranks torchrun has started (RANK, WORLD_SIZE, LOCAL_RANK in the environment), or this process alone."""
-    num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    num_ranks, place = int(os.environ.get("WORLD_SIZE", "1")), usable_device(device)
     if num_ranks == 1:
-        yield Ranks(0, 1, usable_device(device))
+        yield Ranks(0, 1, place)
         return
-    place = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if device.startswith("cuda") else torch.device("cpu")
-    place = usable_device(str(place))
     if place.type == "cuda":
+        place = usable_device(f"cuda:{os.environ['LOCAL_RANK']}")
         torch.cuda.set_device(place)
     dist.init_process_group("cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo")
     try:
@@ -146,17 +145,19 @@ def join_ranks(device: str) -> Iterator[Ranks]:
 
 
 def usable_device(name: str) -> torch.device:
-    """The device of that name.
+    """The device of that name; "auto" is the GPU if there is one, else the CPU.
 
     Raises:
         UserError: if there is no such device on this machine.
     """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise UserError(f"--device {name} is not a device; use cpu or cuda") from None
+        raise UserError(f"--device {name} is not a device; use cpu, cuda or auto") from None
     if device.type not in ("cpu", "cuda"):
-        raise UserError(f"--device {name} is not supported; use cpu or cuda")
+        raise UserError(f"--device {name} is not supported; use cpu, cuda or auto")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"--device {name} is not there: this machine shows {torch.cuda.device_count()} CUDA devices; use cpu")
     return device

@@ -228,7 +228,8 @@ class Lockstep:
                         self._run(*phase)
                 torch.cuda.current_stream().wait_stream(stream)
                 self._graphs[phase] = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(self._graphs[phase], pool=pool):
+                # Other models may be at work in other threads.
+                with torch.cuda.graph(self._graphs[phase], pool=pool, capture_error_mode="thread_local"):
                     self._run(*phase)
             for tensor in (tensor for level_cache in self.cache.levels for tensor in level_cache.tensors()):
                 tensor.zero_()

@@ -78,6 +78,11 @@ class TestScore:
         _, [line, _], _ = cli("score", make_png(), "--bytes", "file", "--json")
         assert (json.loads(line)["scored_as"], json.loads(line)["model"]) == ("file", "text")
 
+    def test_a_device_that_is_not_there_is_refused_once(self, cli, make_text):
+        exit_code, out, err = cli("score", make_text(), make_text(), "--device", "quantum")
+        assert (exit_code, out) == (1, [])
+        assert err == ["error: --device quantum is not a device; use cpu, cuda or auto"]
+
     def test_what_does_not_fit_is_adapted_when_asked_and_that_is_said(self, cli, make_png, make_wav):
         files = [make_png(width=3), make_wav(sample_rate=22050)]
         exit_code, out, err = cli("score", *files)

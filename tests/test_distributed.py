@@ -12,7 +12,7 @@ import torch
 
 from core.checkpoint import load_checkpoint, load_train_state, step_folder
 from core.config import LevelConfig, MegaByteConfig
-from core.distributed import Ranks, join_ranks
+from core.distributed import Ranks, join_ranks, usable_device
 from core.errors import UserError
 from core.learner import Learner, MeanNll
 from core.models import build_model
@@ -112,6 +112,12 @@ def test_a_validation_of_the_averaged_weights_leaves_all_as_it_was():
     before = [tensor.clone() for tensor in tensors]
     learner.evaluate(np.zeros((3, SEQ_LEN), dtype=np.uint8), 2, (SEQ_LEN,))
     assert all(map(torch.equal, tensors, before))
+
+
+@pytest.mark.parametrize(("has_gpu", "kind"), [(False, "cpu"), (True, "cuda")])
+def test_the_device_is_a_gpu_if_there_is_one(has_gpu, kind, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    assert usable_device("auto").type == kind
 
 
 @pytest.mark.parametrize(

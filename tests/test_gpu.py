@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from app.service import Service
 from core.law import SampleConfig, uniforms
 from core.likelihood import score
 from core.lockstep import Job, Lockstep
@@ -14,6 +15,8 @@ from tests.model_cases import CASES, CONTEXT, build, random_bytes
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine"),
+    # What torch.compile's own parts warn of.
+    pytest.mark.filterwarnings("ignore:.*script_method.*:DeprecationWarning", "ignore:TensorFloat32"),
 ]
 
 
@@ -76,3 +79,13 @@ def test_compiled_attention_of_tiny_rows_equals_the_plain_one(tolerance):
     q, k, v = (torch.randn(40, 2, rows, 16, device="cuda", generator=generator) for rows in (4, 8, 8))
     mask = torch.ones(4, 8, dtype=torch.bool, device="cuda").tril(4)
     torch.testing.assert_close(torch.compile(attend)(q, k, v, mask), attend(q, k, v, mask), **tolerance[torch.float32])
+
+
+def test_the_app_works_on_the_gpu(tiny_models, tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"The lamp was lit. " * 20)
+    service = Service("auto", weights=tiny_models, runs=tiny_models / "no-runs")
+    assert service.score_file(tmp_path / "a.txt").engine == "cuda-bf16"
+    job = service.complete(tmp_path / "a.txt", num_bytes=40, samples=3, seed=1)
+    for _ in job.run():
+        pass
+    assert [result.engine for result in job.results] == ["cuda-bf16"] * 3
