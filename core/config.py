@@ -51,7 +51,6 @@ class MegaByteConfig:
     levels: tuple[LevelConfig, ...]
     max_seq_len: int  # context in bytes, a multiple of the coarsest patch
     positions: Literal["learned", "rotary", "both"] = "learned"  # learned vectors are added, rotary turns queries and keys
-    grid_width: int = 0  # coarsest elements in a row of a picture: rotary positions are then row and column; 0 is a sequence
     unembedder: Literal["slices", "full"] = "slices"  # "slices" is the paper's; "full" maps D to P * D_child at once
     real_previous: bool = False  # the real previous element at the start of a patch instead of the trainable pad
     activation: Literal["relu", "relu2"] = "relu"  # relu2 is its square (arXiv 2109.08668)
@@ -73,10 +72,6 @@ class MegaByteConfig:
             f"max_seq_len={self.max_seq_len} must be a positive multiple of the patch size {self.patch_size}",
         )
         _require(0.0 <= self.dropout < 1.0, f"dropout={self.dropout} must lie in [0, 1)")
-        _require(
-            self.grid_width == 0 or (self.grid_width > 0 and self.is_rotary and self.levels[0].head_dim % 4 == 0),
-            f"grid_width={self.grid_width} must be 0, or positive with rotary positions and a head_dim that is a multiple of 4",
-        )
         _require(self.logit_softcap >= 0.0, f"logit_softcap={self.logit_softcap} must not be negative; 0 turns it off")
         _require(self.levels[0].cross_patch == 0, "cross_patch on level 0 has no previous patch to attend to; set it to 0")
         _require(

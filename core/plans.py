@@ -343,10 +343,7 @@ def _single_changes(model: MegaByteConfig) -> list[tuple[str, MegaByteConfig]]:
     changes = []
     for option in fields(MegaByteConfig):
         if option.name not in _NO_OPTION and getattr(model, option.name) != option.default:
-            plain = {option.name: option.default}
-            if option.name == "positions":
-                plain["grid_width"] = 0  # a kind of rotary positions
-            changes.append((f"{option.name}={option.default}", replace(model, **plain)))
+            changes.append((f"{option.name}={option.default}", replace(model, **{option.name: option.default})))
     for index, level in enumerate(model.levels):
         for option in fields(LevelConfig):
             if option.name not in _NO_OPTION and getattr(level, option.name) != option.default:

@@ -54,7 +54,6 @@ def _image(name: str, side: int, batch_size: int, num_steps: int, dropout: float
         ),
         max_seq_len=3 * side * side,
         positions="both",
-        grid_width=side,
         dropout=dropout,
         codec=ImageCodecConfig(side=side, scan="raster"),
         batch_size=batch_size,
@@ -88,7 +87,6 @@ def _shipped(
     batch_size: int,
     num_steps: int,
     positions: str = "rotary",
-    grid_width: int = 0,
 ) -> Config:
     """About 20 million parameters and everything that was found to pay."""
     return Config(
@@ -97,7 +95,6 @@ def _shipped(
             levels=levels,
             max_seq_len=max_seq_len,
             positions=positions,
-            grid_width=grid_width,
             unembedder="full",
             real_previous=True,
             activation="relu2",

@@ -71,7 +71,6 @@ CASES: dict[str, MegaByteConfig] = {
     "qk_norm": two_level(qk_norm=True),
     "residual_scalars": two_level(residual_scalars=True),
     "softcap": two_level(logit_softcap=5.0),
-    "grid": two_level(positions="rotary", grid_width=3, local_cross_patch=2),
     "recipe": two_level(**RECIPE),
     "recipe_all": two_level(**ALL_OPTIONS, **RECIPE),
     "three_levels": three_level(),

@@ -196,8 +196,7 @@ def test_an_ablation_changes_one_option_at_a_time():
             training = {
                 f.name for f in dataclasses.fields(config.train) if getattr(config.train, f.name) != getattr(ours.train, f.name)
             }
-            options = fields - {"grid_width"} if "positions" in fields else fields
-            assert len(options) + len(training - {"lr"}) == 1
+            assert len(fields) + len(training - {"lr"}) == 1
 
 
 def test_an_unknown_plan_is_refused():

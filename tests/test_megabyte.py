@@ -7,7 +7,6 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from core.models import MegaByte, build_model
-from core.models.layers import Rotary, rotate
 from core.models.megabyte import Level
 from core.presets import preset, preset_names
 from tests.model_cases import CASES, CONTEXT, PATCH, build, naive_megabyte, random_bytes, two_level
@@ -239,16 +238,3 @@ def test_rows_out_of_phase_are_refused():
     model.prefill(random_bytes(1, 2), cache.rows(slice(1, 2)))
     with pytest.raises(ValueError, match="not at one place inside their patches"):
         model.step(random_bytes(2), cache)
-
-
-def test_rotary_positions_of_a_grid_are_row_and_column_differences():
-    rotary = Rotary(head_dim=8, num_slots=20, grid_width=5)
-    q, k = torch.randn(2, 8, generator=torch.Generator().manual_seed(0))
-
-    def product(query_cell: tuple[int, int], key_cell: tuple[int, int]) -> float:
-        query_slot, key_slot = (row * 5 + column for row, column in (query_cell, key_cell))
-        return float(rotate(q, rotary(query_slot)) @ rotate(k, rotary(key_slot)))
-
-    assert product((2, 3), (1, 1)) == pytest.approx(product((3, 4), (2, 2)), abs=1e-5)
-    assert product((2, 3), (1, 1)) != pytest.approx(product((2, 3), (1, 2)), abs=1e-2)
-    assert product((1, 0), (0, 4)) != pytest.approx(product((1, 1), (1, 0)), abs=1e-2)  # neighbours in the sequence alone

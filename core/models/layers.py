@@ -58,18 +58,13 @@ class Slots:
 
 
 class Rotary(nn.Module):
-    """Rotary position embedding (arXiv 2104.09864) by slot: the tables that `rotate` takes.
+    """Rotary position embedding (arXiv 2104.09864) by slot: the tables that `rotate` takes."""
 
-    With a `grid_width` the slots are the cells of a picture: half of the angles turn with the row, half with the column.
-    """
-
-    def __init__(self, head_dim: int, num_slots: int, grid_width: int = 0) -> None:
+    def __init__(self, head_dim: int, num_slots: int) -> None:
         super().__init__()
-        slot = torch.arange(num_slots)
-        if grid_width:
-            angle = torch.cat([_angles(slot // grid_width, head_dim // 2), _angles(slot % grid_width, head_dim // 2)], dim=-1)
-        else:
-            angle = _angles(slot, head_dim)
+        # float64: at a million positions a float32 angle is wrong by more than 0.01 radian.
+        frequency = 10000.0 ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+        angle = torch.arange(num_slots, dtype=torch.float64)[:, None] * frequency
         cos, sin = angle.cos(), angle.sin()
         self.register_buffer("cos", torch.cat((cos, cos), dim=-1).float(), persistent=False)
         self.register_buffer("sin", torch.cat((-sin, sin), dim=-1).float(), persistent=False)
@@ -80,13 +75,6 @@ class Rotary(nn.Module):
     def back(self, distance: int) -> "Rotation":
         """Moves keys that are already rotated `distance` slots towards the beginning; rotations add up."""
         return self.cos[distance], -self.sin[distance]
-
-
-def _angles(position: Tensor, dim: int) -> Tensor:
-    """Radians `(len(position), dim / 2)`."""
-    # float64: at a million positions a float32 angle is wrong by more than 0.01 radian.
-    frequency = 10000.0 ** -(torch.arange(0, dim, 2, dtype=torch.float64) / dim)
-    return position.double()[:, None] * frequency
 
 
 Rotation = tuple[Tensor, Tensor]  # cosines and signed sines, both broadcastable to (..., C)
@@ -210,11 +198,11 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """The layers of one level and the norm after them."""
 
-    def __init__(self, config: LevelConfig, row_length: int, model: MegaByteConfig, grid_width: int = 0) -> None:
+    def __init__(self, config: LevelConfig, row_length: int, model: MegaByteConfig) -> None:
         super().__init__()
         self.memory = config.cross_patch
         self.row_length = row_length
-        self.rotary = Rotary(config.head_dim, self.memory + row_length, grid_width) if model.is_rotary else None
+        self.rotary = Rotary(config.head_dim, self.memory + row_length) if model.is_rotary else None
         self.blocks = nn.ModuleList(Block(config, model) for _ in range(config.num_layers))
         # For each layer what it reads: a times the layer before, b times the input of them all.
         self.residual_scalars = nn.Parameter(torch.empty(config.num_layers, 2)) if model.residual_scalars else None

@@ -98,7 +98,7 @@ class Level(nn.Module):
         self.embedder = PatchEmbedder(own, self.span, config.max_seq_len if learned and self.is_top else 0)
         self.pad = nn.Parameter(torch.empty(own.dim))
         self.positions = nn.Parameter(torch.empty(self.row_length, own.dim)) if learned and not self.is_top else None
-        self.transformer = Transformer(own, self.row_length, config, config.grid_width if self.is_top else 0)
+        self.transformer = Transformer(own, self.row_length, config)
         children = config.levels[index + 1 : index + 2]
         self.unembedder = Unembedder(own, children[0].dim, config.unembedder) if children else nn.Identity()
 
