@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = [
     ["core.errors", "core.limits"],
     ["core.config", "core.distributed"],
-    ["core.arena", "core.cache", "core.codecs", "core.folder", "core.presets", "core.optim"],
+    ["core.arena", "core.cache", "core.codecs", "core.kernels", "core.folder", "core.presets", "core.optim"],
     ["core.models", "core.data", "core.run_folder"],
     ["core.checkpoint", "core.likelihood", "core.native"],
     ["core.law"],

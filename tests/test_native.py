@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from core import native
+from core import kernels, native
 from core.config import LevelConfig, MegaByteConfig
 from core.errors import UserError
 from core.law import draw, sampling_law, surprisal, uniforms
@@ -344,14 +344,14 @@ def test_without_a_working_compiler_torch_decodes(compiler, script):
     sampler = Sampler(model, b"ab", 10, SampleConfig())
     assert sampler.engine == "torch-fp32"
     assert sum(len(chunk.bits) for chunk in sampler.stream()) == 10
-    assert not [path for path in native.cache_folder().glob("*") if path.suffix == ".so"]
+    assert not [path for path in kernels.cache_folder().glob("*") if path.suffix == ".so"]
 
 
 @pytest.mark.usefixtures("engine")
 def test_a_damaged_library_is_not_used(compiler):
     path = os.environ["PATH"]
     compiler(f'PATH={path}; exec c++ "$@"')
-    native.build_library().write_bytes(b"damaged")
+    kernels.build_library(native._SOURCE).write_bytes(b"damaged")
     assert Sampler(rounded(CASES["exact"]), b"", 1, SampleConfig()).engine == "torch-fp32"
 
 
@@ -361,12 +361,12 @@ def test_the_library_is_built_once_for_a_source_a_compiler_and_a_processor(compi
     compiler(f'PATH={path}; [ "$1" = --version ] || echo built >> {count}; exec c++ "$@"')
     source = tmp_path / "decode.cpp"
     source.write_text("int answer() { return 1; }\n")
-    first = native.build_library(source)
-    assert native.build_library(source) == first
+    first = kernels.build_library(source)
+    assert kernels.build_library(source) == first
     assert count.read_text().split() == ["built"]
-    assert [entry.name for entry in native.cache_folder().iterdir()] == [first.name]
+    assert [entry.name for entry in kernels.cache_folder().iterdir()] == [first.name]
     source.write_text("int answer() { return 2; }\n")
-    assert native.build_library(source) != first
-    monkeypatch.setattr(native, "_processor", lambda: "another processor")
-    assert native.build_library(source) != first
+    assert kernels.build_library(source) != first
+    monkeypatch.setattr(kernels, "_processor", lambda: "another processor")
+    assert kernels.build_library(source) != first
     assert len(count.read_text().split()) == 3

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from core.cache import LevelCache
 from core.config import LevelConfig, MegaByteConfig
+from core.kernels.attention import attend_causally, can_attend
 
 _ACTIVATIONS = {"relu": F.relu, "relu2": lambda x: F.relu(x).square()}
 
@@ -102,6 +103,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         scores = (q.unsqueeze(-2) * k.unsqueeze(-3)).sum(-1) if is_tiny else q @ k.transpose(-1, -2)
         weights = scores.masked_fill(~mask, float("-inf")).softmax(dim=-1).to(v.dtype)
         return (weights.unsqueeze(-1) * v.unsqueeze(-3)).sum(-2) if is_tiny else weights @ v
+    if mask is None and q.shape == k.shape and not q.requires_grad and can_attend(q):
+        return attend_causally(q, k, v)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
 
 

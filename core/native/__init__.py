@@ -4,18 +4,12 @@ Every weight is read once per byte, so a byte costs what reading the weights cos
 computes in float32; only models whose matrices are exactly representable in bf16 are taken, which exported models are,
 so its logits differ from torch's by the order of summation alone. The bytes are drawn there as well.
 
-The library is built at first use if there is a compiler, and kept in `$XDG_CACHE_HOME/megabyte` (`~/.cache/megabyte`).
+The library is built at first use, see `core.kernels`.
 Without a compiler, on a GPU and for a model that is not supported `compile_model` gives None and torch does the work.
 """
 
 import ctypes
-import hashlib
-import logging
 import os
-import platform
-import shutil
-import subprocess
-import tempfile
 from ctypes import POINTER, Structure, byref, c_double, c_int64, c_void_p
 from functools import lru_cache
 from pathlib import Path
@@ -28,6 +22,7 @@ from torch import Tensor, nn
 from core.arena import Arena
 from core.cache import Cache
 from core.config import NUM_BYTE_VALUES
+from core.kernels import load_library
 from core.models import ByteModel, MegaByte
 from core.models.layers import Block
 from core.models.megabyte import Level
@@ -36,12 +31,8 @@ ENGINE_NAME = "native-bf16"
 INT8_ENGINE_NAME = "native-int8"
 
 _SOURCE = Path(__file__).with_name("decode.cpp")
-_FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd", "-pthread")
-_LINK_FLAGS = ("-shared", "-fPIC")
 _PANEL_ROWS = 64
 _LANES = 16
-
-_logger = logging.getLogger(__name__)
 
 # The newest decoder of each model, so that every completion does not pack the weights again.
 _decoders: WeakKeyDictionary[MegaByte, tuple[tuple, "NativeDecoder | None"]] = WeakKeyDictionary()
@@ -267,10 +258,8 @@ def fingerprint(model: MegaByte) -> tuple:
 @lru_cache(maxsize=1)
 def _library() -> ctypes.CDLL | None:
     """The built library, or None if this machine cannot build it; looked for once per process."""
-    try:
-        library = ctypes.CDLL(str(build_library()))
-    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
-        _logger.info("no native engine, torch decodes instead: %s", error)
+    library = load_library(_SOURCE)
+    if library is None:
         return None
     library.sequence_open.argtypes = (POINTER(_Model), POINTER(_State), c_int64)
     library.sequence_open.restype = c_void_p
@@ -281,54 +270,6 @@ def _library() -> ctypes.CDLL | None:
     library.sequence_close.argtypes = (c_void_p,)
     library.sequence_close.restype = None
     return library
-
-
-def build_library(source: Path = _SOURCE) -> Path:
-    """The shared library of a source file, from the cache folder or built into it.
-
-    Raises:
-        OSError: if there is no compiler or no place for the result.
-        RuntimeError: if the user has no home folder.
-        subprocess.SubprocessError: if the compiler fails.
-    """
-    compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
-        raise FileNotFoundError("there is no C++ compiler (c++, g++ or clang++)")
-    folder = cache_folder()
-    library = folder / f"decode-{_cache_key(compiler, source)}.so"
-    if library.exists():
-        return library
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    # Built beside its place and renamed: whoever looks meanwhile sees a whole library or none.
-    with tempfile.TemporaryDirectory(dir=folder) as temporary:
-        built = Path(temporary) / library.name
-        command = [compiler, *_FLAGS, str(source), *_LINK_FLAGS, "-o", str(built)]
-        subprocess.run(command, check=True, capture_output=True, timeout=120)
-        built.replace(library)
-    return library
-
-
-def cache_folder() -> Path:
-    """Where built libraries are kept, one folder per user."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megabyte"
-
-
-def _cache_key(compiler: str, source: Path) -> str:
-    """What the machine code depends on: source, compiler and its flags, processor."""
-    version = subprocess.run([compiler, "--version"], check=True, capture_output=True, timeout=30).stdout
-    sources = b"".join(path.read_bytes() for path in (source, *sorted(source.parent.glob("*.h"))))
-    parts = (sources, compiler.encode(), version, " ".join(_FLAGS + _LINK_FLAGS).encode(), _processor().encode())
-    return hashlib.sha256(b"\0".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()
-
-
-def _processor() -> str:
-    """What `-march=native` follows: the model of the processor and what it can do."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return f"{platform.machine()} {platform.processor()}"
-    names = ("vendor_id", "cpu family", "model", "flags", "Features", "CPU part")
-    return "\n".join(sorted({line for line in lines if line.partition(":")[0].strip() in names}))
 
 
 def _pointer(tensor: Tensor | None) -> int | None:

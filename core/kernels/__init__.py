@@ -1,0 +1,76 @@
+"""C++ that is built where it runs: at first use, if there is a compiler, and for the processor at hand.
+
+Libraries are kept in `$XDG_CACHE_HOME/megabyte` (`~/.cache/megabyte`) by source, compiler, its flags and processor.
+"""
+
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+_FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd", "-pthread")
+_LINK_FLAGS = ("-shared", "-fPIC")
+
+_logger = logging.getLogger(__name__)
+
+
+def load_library(source: Path) -> ctypes.CDLL | None:
+    """The library of a source file, or None if this machine cannot build it, where torch does the work."""
+    try:
+        return ctypes.CDLL(str(build_library(source)))
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+        _logger.info("no library of %s, torch does its work instead: %s", source.name, error)
+        return None
+
+
+def build_library(source: Path) -> Path:
+    """The shared library of a source file, from the cache folder or built into it.
+
+    Raises:
+        OSError: if there is no compiler or no place for the result.
+        RuntimeError: if the user has no home folder.
+        subprocess.SubprocessError: if the compiler fails.
+    """
+    compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        raise FileNotFoundError("there is no C++ compiler (c++, g++ or clang++)")
+    folder = cache_folder()
+    library = folder / f"{source.stem}-{_cache_key(compiler, source)}.so"
+    if library.exists():
+        return library
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    # Built beside its place and renamed: whoever looks meanwhile sees a whole library or none.
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        built = Path(temporary) / library.name
+        command = [compiler, *_FLAGS, str(source), *_LINK_FLAGS, "-o", str(built)]
+        subprocess.run(command, check=True, capture_output=True, timeout=120)
+        built.replace(library)
+    return library
+
+
+def cache_folder() -> Path:
+    """Where built libraries are kept, one folder per user."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megabyte"
+
+
+def _cache_key(compiler: str, source: Path) -> str:
+    """What the machine code depends on: source, compiler and its flags, processor."""
+    version = subprocess.run([compiler, "--version"], check=True, capture_output=True, timeout=30).stdout
+    sources = b"".join(path.read_bytes() for path in (source, *sorted(source.parent.glob("*.h"))))
+    parts = (sources, compiler.encode(), version, " ".join(_FLAGS + _LINK_FLAGS).encode(), _processor().encode())
+    return hashlib.sha256(b"\0".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()
+
+
+def _processor() -> str:
+    """What `-march=native` follows: the model of the processor and what it can do."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return f"{platform.machine()} {platform.processor()}"
+    names = ("vendor_id", "cpu family", "model", "flags", "Features", "CPU part")
+    return "\n".join(sorted({line for line in lines if line.partition(":")[0].strip() in names}))

@@ -1,0 +1,204 @@
+// Causal attention of long rows in bf16 with float32 sums, for heads of 64 channels: softmax(q k^T / 8) v without keeping
+// the scores (Dao et al., arXiv 2205.14135), by the processor's products of pairs of bf16.
+//
+// Keys and values are packed once, in blocks of 64: word c of key s holds channels 2c and 2c + 1, word d of a pair of
+// values holds channel d of both. Tiles of 6 rows and 64 columns stay in registers. A row's sums are taken in the order of
+// its keys and its weights depend on nothing behind it, whoever computes it and whatever comes later.
+
+#include <cstdint>
+
+#if defined(__AVX512BF16__) && defined(__AVX512F__)
+
+#include <immintrin.h>
+
+#include <algorithm>
+#include <atomic>
+#include <memory>
+#include <system_error>
+#include <thread>
+#include <vector>
+
+namespace {
+
+constexpr int64_t kChannels = 64, kBlock = 64, kDepth = 32;  // kDepth: pairs of channels, or of keys in a block
+constexpr int64_t kTile = 6, kRows = 96;                     // rows in registers; rows for which a block is fetched once
+constexpr int64_t kVectors = 4, kPacked = kDepth * kVectors;  // of a row of a tile; of a packed block
+constexpr float kScale = 0.125f * 1.44269504f;                // 1 / sqrt(C), and powers of 2 instead of e
+constexpr float kSlack = 8.0f;  // weights up to 2^8 are fine: the sums are rescaled only if a score exceeds that
+
+struct Tensor {
+  const uint16_t* data;
+  int64_t sequence, head, row;  // strides; channels are adjacent
+};
+
+struct Heads {
+  Tensor q, k, v;
+  uint16_t* out;  // (sequences, length, heads, 64)
+  int64_t num_sequences, num_heads, length;
+
+  int64_t num_blocks() const { return (length + kBlock - 1) / kBlock; }
+  const uint16_t* row(const Tensor& tensor, int64_t index, int64_t row) const {
+    return tensor.data + index / num_heads * tensor.sequence + index % num_heads * tensor.head + row * tensor.row;
+  }
+};
+
+using Block = __m512i[kPacked];
+
+void pack_block(const Heads& heads, int64_t index, int64_t block, uint32_t* keys, uint32_t* values) {
+  const int64_t first = block * kBlock, count = std::min(kBlock, heads.length - first);
+  std::fill(keys, keys + kBlock * kDepth, 0);
+  std::fill(values, values + kBlock * kDepth, 0);
+  for (int64_t s = 0; s < count; ++s) {
+    const uint32_t* key = reinterpret_cast<const uint32_t*>(heads.row(heads.k, index, first + s));
+    for (int64_t c = 0; c < kDepth; ++c) keys[c * kBlock + s] = key[c];
+    const uint16_t* value = heads.row(heads.v, index, first + s);
+    for (int64_t d = 0; d < kChannels; ++d) values[s / 2 * kChannels + d] |= uint32_t(value[d]) << (s % 2 * 16);
+  }
+}
+
+// sums += rows of pairs times a packed block.
+inline void multiply(const uint32_t* const* rows, const __m512i* block, __m512 (*target)[kVectors]) {
+  __m512 sums[kTile][kVectors];
+  std::copy(&target[0][0], &target[0][0] + kTile * kVectors, &sums[0][0]);
+  for (int64_t i = 0; i < kDepth; ++i) {
+    const __m512i* b = block + i * kVectors;
+#pragma GCC unroll 6
+    for (int64_t r = 0; r < kTile; ++r) {
+      const __m512bh a = (__m512bh)_mm512_set1_epi32(int32_t(rows[r][i]));
+#pragma GCC unroll 4
+      for (int64_t v = 0; v < kVectors; ++v) sums[r][v] = _mm512_dpbf16_ps(sums[r][v], a, (__m512bh)b[v]);
+    }
+  }
+  std::copy(&sums[0][0], &sums[0][0] + kTile * kVectors, &target[0][0]);
+}
+
+// 2^x to within 4e-6 of it, a small part of a bf16's rounding; 0 far below.
+inline __m512 power_of_two(__m512 x) {
+  x = _mm512_max_ps(x, _mm512_set1_ps(-200.0f));
+  const __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const __m512 rest = _mm512_sub_ps(x, whole);
+  __m512 p = _mm512_set1_ps(9.66636852e-3f);
+  for (float c : {5.59219758e-2f, 2.40223490e-1f, 6.93121045e-1f, 1.0f}) {
+    p = _mm512_fmadd_ps(p, rest, _mm512_set1_ps(c));
+  }
+  return _mm512_scalef_ps(p, whole);
+}
+
+// Rows [first, first + kRows) of one head.
+struct Rows {
+  alignas(64) __m512 sums[kRows][kVectors];
+  __m512 totals[kRows];
+  float highest[kRows];
+
+  void attend(const Heads& heads, int64_t index, int64_t first, const Block* keys, const Block* values) {
+    const int64_t count = std::min(kRows, heads.length - first);
+    std::fill(&sums[0][0], &sums[0][0] + kRows * kVectors, _mm512_setzero_ps());
+    std::fill(totals, totals + kRows, _mm512_setzero_ps());
+    std::fill(highest, highest + kRows, -1e30f);
+    for (int64_t block = 0; block * kBlock < first + count; ++block) {
+      for (int64_t r = 0; r < count; r += kTile) {
+        if (block * kBlock < first + r + kTile) attend_block(heads, index, first, r, count, block, keys[block], values[block]);
+      }
+    }
+    for (int64_t r = 0; r < count; ++r) {
+      const __m512 scale = _mm512_set1_ps(1.0f / _mm512_reduce_add_ps(totals[r]));
+      const int64_t sequence = index / heads.num_heads, head = index % heads.num_heads;
+      uint16_t* out = heads.out + ((sequence * heads.length + first + r) * heads.num_heads + head) * kChannels;
+      store(out, sums[r], scale);
+    }
+  }
+
+  // The tile of rows from `r` on against one block of keys. Rows behind the last are computed as the last and not kept.
+  void attend_block(const Heads& heads, int64_t index, int64_t first, int64_t r, int64_t count, int64_t block,
+                    const __m512i* keys, const __m512i* values) {
+    alignas(64) uint32_t weights[kTile][kDepth];  // pairs of bf16
+    const uint32_t *queries[kTile], *pairs[kTile];
+    for (int64_t i = 0; i < kTile; ++i) {
+      queries[i] = reinterpret_cast<const uint32_t*>(heads.row(heads.q, index, first + std::min(r + i, count - 1)));
+      pairs[i] = weights[i];
+    }
+    __m512 scores[kTile][kVectors] = {};
+    multiply(queries, keys, scores);
+    for (int64_t i = 0; i < kTile; ++i) weigh(first + r + i - block * kBlock, r + i, scores[i], weights[i]);
+    multiply(pairs, values, sums + r);
+  }
+
+  // Weights of a row from its scores; the first `last + 1` keys of the block are not behind it.
+  void weigh(int64_t last, int64_t row, __m512* scores, uint32_t* weights) {
+    __mmask16 seen[kVectors];
+    __m512 top = _mm512_set1_ps(-1e30f);
+    for (int64_t v = 0; v < kVectors; ++v) {
+      const int64_t num_seen = std::clamp<int64_t>(last + 1 - 16 * v, 0, 16);
+      seen[v] = __mmask16((1u << num_seen) - 1);
+      scores[v] = _mm512_mul_ps(scores[v], _mm512_set1_ps(kScale));
+      top = _mm512_mask_max_ps(top, seen[v], top, scores[v]);
+    }
+    if (const float found = _mm512_reduce_max_ps(top); found > highest[row] + kSlack) rescale(row, found);
+    for (int64_t v = 0; v < kVectors; ++v) {
+      const __m512 weight = power_of_two(_mm512_sub_ps(scores[v], _mm512_set1_ps(highest[row])));
+      scores[v] = _mm512_maskz_mov_ps(seen[v], weight);
+      totals[row] = _mm512_add_ps(totals[row], scores[v]);
+    }
+    store(weights, scores, _mm512_set1_ps(1.0f));
+  }
+
+  void rescale(int64_t row, float now) {
+    const __m512 scale = power_of_two(_mm512_set1_ps(highest[row] - now));
+    for (int64_t v = 0; v < kVectors; ++v) sums[row][v] = _mm512_mul_ps(sums[row][v], scale);
+    totals[row] = _mm512_mul_ps(totals[row], scale);
+    highest[row] = now;
+  }
+
+  static void store(void* target, const __m512* values, __m512 scale) {
+    for (int64_t v = 0; v < kVectors; v += 2) {
+      const __m512 low = _mm512_mul_ps(values[v], scale), high = _mm512_mul_ps(values[v + 1], scale);
+      _mm512_storeu_si512(static_cast<char*>(target) + 32 * v, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+    }
+  }
+};
+
+// work(i) for all i below count, by as many threads as can be had.
+template <class Work>
+void share(int64_t count, int64_t num_threads, Work work) {
+  std::atomic<int64_t> next{0};
+  const auto run = [&] {
+    for (int64_t i; (i = next.fetch_add(1)) < count;) work(i);
+  };
+  std::vector<std::thread> helpers;
+  try {
+    while (int64_t(helpers.size()) + 1 < std::min(num_threads, count)) helpers.emplace_back(run);
+  } catch (const std::system_error&) {
+  }
+  run();
+  for (std::thread& helper : helpers) helper.join();
+}
+
+}  // namespace
+
+extern "C" int64_t attention_is_supported() { return 1; }
+
+extern "C" void attend_causally(const Heads* heads, int64_t num_threads) {
+  const int64_t num_blocks = heads->num_blocks(), num_heads = heads->num_sequences * heads->num_heads;
+  const int64_t num_parts = (heads->length + kRows - 1) / kRows;
+  const std::unique_ptr<Block[]> packed(new Block[2 * num_heads * num_blocks]);
+  Block* keys = packed.get();
+  Block* values = keys + num_heads * num_blocks;
+  share(num_heads * num_blocks, num_threads, [&](int64_t i) {
+    pack_block(*heads, i / num_blocks, i % num_blocks, reinterpret_cast<uint32_t*>(keys[i]),
+               reinterpret_cast<uint32_t*>(values[i]));
+  });
+  // The longest parts first, so that the threads end together.
+  share(num_heads * num_parts, num_threads, [&](int64_t i) {
+    Rows rows;
+    const int64_t index = i % num_heads, part = num_parts - 1 - i / num_heads;
+    rows.attend(*heads, index, part * kRows, keys + index * num_blocks, values + index * num_blocks);
+  });
+}
+
+#else
+
+extern "C" int64_t attention_is_supported() { return 0; }
+
+extern "C" void attend_causally(const void*, int64_t) {}
+
+#endif

@@ -1,0 +1,86 @@
+"""The native attention: softmax(q k^T / 8) v, blind to what comes later, and torch's own where it cannot run."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from core.kernels import attention
+from core.kernels.attention import attend_causally, can_attend
+from core.models.layers import attend
+
+
+@pytest.fixture
+def kernel():
+    """Skips where there is no compiler, or no processor that multiplies bf16."""
+    if attention.library() is None:
+        pytest.skip("this machine cannot have the kernel")
+
+
+def queries_keys_values(num_sequences: int, num_heads: int, length: int, scale: float = 1.0) -> list[torch.Tensor]:
+    """Three `(N, H, L, 64)` as a layer has them: views of one tensor, the channels of a head adjacent."""
+    generator = torch.Generator().manual_seed(length)
+    joint = torch.randn(num_sequences, length, 3, num_heads, 64, generator=generator) * scale
+    return list(joint.bfloat16().permute(2, 0, 3, 1, 4))
+
+
+@pytest.mark.usefixtures("kernel")
+@pytest.mark.parametrize("length", [1, 2, 63, 64, 65, 97, 200, 517])
+@pytest.mark.parametrize("scale", [0.1, 1.0, 4.0])
+def test_it_is_as_near_to_float32_as_the_kernel_of_torch(length, scale):
+    q, k, v = queries_keys_values(2, 3, length, scale)
+    exact = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), is_causal=True)
+    reference = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    assert can_attend(q)
+    ours, theirs = ((found.float() - exact).square().mean().sqrt() for found in (attend_causally(q, k, v), reference))
+    assert ours <= 1.5 * theirs + 1e-7
+
+
+@pytest.mark.usefixtures("kernel")
+def test_scores_that_grow_along_the_row_and_large_ones_do_not_overflow():
+    q, k, v = queries_keys_values(1, 1, 300)
+    q, k = torch.full_like(q, 8.0), (torch.linspace(-8, 8, 300)[:, None] * torch.ones(64)).bfloat16()[None, None]
+    exact = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), is_causal=True)
+    torch.testing.assert_close(attend_causally(q, k, v).float(), exact, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.usefixtures("kernel")
+def test_what_comes_later_and_other_sequences_change_no_bit():
+    q, k, v = queries_keys_values(2, 2, 333)
+    whole = attend_causally(q, k, v)
+    for length in (1, 50, 64, 100, 332):
+        part = attend_causally(*(x[1:, :, :length] for x in (q, k, v)))
+        assert torch.equal(part, whole[1:, :, :length])
+
+
+@pytest.mark.usefixtures("kernel")
+def test_the_number_of_threads_changes_no_bit():
+    q, k, v = queries_keys_values(1, 3, 400)
+    before, found = torch.get_num_threads(), []
+    try:
+        for num_threads in (1, 2, 5):
+            torch.set_num_threads(num_threads)
+            found.append(attend_causally(q, k, v))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
+@pytest.mark.usefixtures("kernel")
+def test_layers_use_it_for_long_rows_without_a_backward_pass(monkeypatch):
+    calls = []
+    monkeypatch.setattr("core.models.layers.attend_causally", lambda *args: calls.append(1) or attend_causally(*args))
+    q, k, v = queries_keys_values(1, 2, 200)
+    attend(q, k, v, None)
+    assert len(calls) == 1
+    attend(q.requires_grad_(), k, v, None).sum().backward()
+    attend(q.detach().float(), k.float(), v.float(), None)
+    attend(*(x.detach()[..., :32] for x in (q, k, v)), None)
+    assert len(calls) == 1
+
+
+def test_without_the_kernel_torch_attends(monkeypatch):
+    monkeypatch.setattr(attention, "library", lambda: None)
+    q, k, v = queries_keys_values(1, 2, 200)
+    assert not can_attend(q)
+    torch.testing.assert_close(attend(q, k, v, None), F.scaled_dot_product_attention(q, k, v, is_causal=True))
