@@ -15,6 +15,7 @@ norms, logits and what follows are float32. On the shipped models this moves the
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from math import log
@@ -27,6 +28,7 @@ from torch import Tensor
 from core.config import ImageCodecConfig
 from core.errors import UserError
 from core.models import ByteModel
+from core.models.layers import before_layer
 from core.models.loss import nll, nll_of_logits
 
 # Small on a CPU: what one layer writes should still be in its cache when the next one reads it.
@@ -115,7 +117,8 @@ def score(
         strided: read everything twice, half a patch apart.
         counted: for each stream a bool mask `(T,)` of the bytes that enter its totals; None counts all.
         detailed: keep rank, entropy and the likeliest bytes too: 18 bytes a byte.
-        progress: called with the number of bytes done since the last call.
+        progress: called with the number of bytes done since the last call, before each layer of a model with 0; what it
+            raises ends the scoring.
 
     Raises:
         UserError: if a stream is no bytes, or window, hop or strided do not fit the model.
@@ -134,9 +137,10 @@ def score(
     measured = measures_of if detailed else _bits_alone
     for batch in _batches(todo, _BYTES_PER_BATCH.get(device.type, 1 << 13), only_equal_lengths):
         byte_ids_BT = _stack(arrays, batch).to(device)
-        found = measured(model, byte_ids_BT)
-        if strided:
-            second = measured(model, byte_ids_BT[:, model.config.patch_size // 2 :])
+        with _looking_up(progress):
+            found = measured(model, byte_ids_BT)
+            second = measured(model, byte_ids_BT[:, model.config.patch_size // 2 :]) if strided else None
+        if second is not None:
             found = {name: _take_first_halves(first, second[name], model) for name, first in found.items()}
         for name, values in found.items():
             num_unpredicted = byte_ids_BT.shape[1] - values.shape[1]
@@ -150,6 +154,16 @@ def score(
         _score(own, mask, window=window, hop=hop, strided=strided, engine=scoring_engine(model))
         for own, mask in zip(measures, masks, strict=True)
     ]
+
+
+@contextmanager
+def _looking_up(progress: Callable[[int], None] | None) -> Iterator[None]:
+    """Inside the block `progress` is called before each layer."""
+    token = before_layer.set(progress and (lambda: progress(0)))
+    try:
+        yield
+    finally:
+        before_layer.reset(token)
 
 
 def as_stream(values: np.ndarray | bytes) -> np.ndarray:

@@ -113,6 +113,23 @@ def test_progress_reports_every_byte():
     assert sum(done) == 57
 
 
+def test_progress_is_called_before_each_layer_and_can_end_a_window():
+    model, steps = build(CASES["exact"]), []
+    num_layers = sum(level.num_layers for level in model.config.levels)
+    score(model, stream_of(CONTEXT), progress=steps.append)
+    assert steps == [0] * num_layers + [CONTEXT]
+
+    def stop(num_bytes: int) -> None:
+        steps.append(num_bytes)
+        raise InterruptedError
+
+    steps.clear()
+    with pytest.raises(InterruptedError):
+        score(model, stream_of(CONTEXT), progress=stop)
+    score(model, stream_of(CONTEXT))  # nothing of it is left
+    assert steps == [0]
+
+
 @pytest.mark.parametrize("stream", [np.array([300, 1]), np.array([0.5]), np.zeros((2, 2), np.uint8), "text", [1, 2]])
 def test_a_stream_that_is_no_bytes_is_refused(stream):
     with pytest.raises(UserError, match="must be bytes or a one-dimensional uint8 array"):

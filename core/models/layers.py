@@ -7,6 +7,8 @@ a row also attends to the last r elements of the row before it.
 
 # Shapes: B batch, K rows, L elements of a row, D width, H heads, C channels per head, S = r + L slots, r memory.
 
+from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
 
@@ -25,6 +27,9 @@ _ACTIVATIONS = {"relu": F.relu, "relu2": lambda x: F.relu(x).square()}
 # Up to this row length, plain matrix products beat the fused attention kernels wherever those waste a tile on a row.
 _SHORT_ROW = 128
 _TINY_ROW = 8
+
+# What the thread that runs a forward pass calls before each layer; if it raises, the pass ends. A pass can take seconds.
+before_layer: ContextVar[Callable[[], None] | None] = ContextVar("before_layer", default=None)
 
 
 @dataclass(frozen=True)
@@ -218,7 +223,10 @@ class Transformer(nn.Module):
         """
         rotation = self.rotary and self.rotary(slice(0, self.memory + x_BKLD.shape[2]))
         input_BKLD = x_BKLD
+        look_up = None if torch.compiler.is_compiling() else before_layer.get()
         for layer, block in enumerate(self.blocks):
+            if look_up is not None:
+                look_up()
             run = partial(checkpoint, block, use_reentrant=False) if recompute else block
             x_BKLD = run(self._mixed(x_BKLD, input_BKLD, layer), rotation, cache, layer)
         return self.norm(x_BKLD)
