@@ -381,8 +381,10 @@ def _leave(number: int, _frame: object) -> NoReturn:
 
 if __name__ == "__main__":
     # Read when torch is imported: threads that wait must sleep. Spinning ones take the processor from other programs and from
-    # each other; on two busy cores everything took 5 to 10 times as long.
+    # each other; on two busy cores everything took 5 to 10 times as long. For the first tenth of a millisecond they may spin:
+    # waking one up after each of the many short operations of decoding takes longer than the operation.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     for _number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(_number, _leave)
     for _stream in (sys.stdout, sys.stderr):
