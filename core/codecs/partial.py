@@ -62,7 +62,7 @@ def read_picture_part(file: BinaryIO, name: str, kind: FileKind) -> Picture:
     except _NothingThereError as error:
         raise UserError(f"{name} is cut short or damaged, {error}; {OFFER}") from None
     # Header fields of a damaged file lie anywhere and say anything.
-    except (struct.error, ValueError, IndexError) as error:
+    except (struct.error, ValueError, IndexError, ZeroDivisionError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{name} is cut short or damaged, so no part of the picture can be read from it; {OFFER}") from None
