@@ -9,6 +9,7 @@ A comparison that was killed goes on with the run at hand; finished models are n
 """
 
 import dataclasses
+import hashlib
 import json
 import math
 from collections.abc import Callable
@@ -56,8 +57,8 @@ def compare(
     budget = budget or plan.budget
     for member in plan.members:
         for pattern in (member.split.train, member.split.valid, member.split.test):
-            _matching(root, pattern)
-    _claim(out, {"plan": plan.name, "size": plan.size, "budget": budget, "device": device}, resume)
+            matching(root, pattern)
+    _claim(out, {"plan": plan.name, "size": plan.size, "budget": budget, "device": device, "models": _digest(plan)}, resume)
     results = []
     for number, member in enumerate(plan.members, start=1):
         saved = out / member.name / "result.json"
@@ -113,9 +114,9 @@ def _train_and_score(member: Member, budget: float, root: Path, out: Path, devic
     split = member.split
     flops_per_byte = flops_per_predicted_byte(build_model(member.config), member.config)
     config, run = with_budget(member.config, flops_per_byte, budget), out / member.name
-    train_paths, valid_paths = _matching(root, split.train), _matching(root, split.valid)
+    train_paths, valid_paths = matching(root, split.train), matching(root, split.valid)
     codec = build_codec(config.codec)
-    test = build_shards(_matching(root, split.test), codec, out / "data", log)
+    test = build_shards(matching(root, split.test), codec, out / "data", log)
     data = build_shards(train_paths, codec, out / "data", log)
     if num_shared := shared_items(test, data, by_line=config.codec.modality == "text"):
         log(f"{num_shared} items of {split.test} are in {split.train} as well: its figures will look better than they are")
@@ -135,7 +136,7 @@ def _train_and_score(member: Member, budget: float, root: Path, out: Path, devic
         seconds=metrics[-1]["seconds"],
         device=device,
         basic=_measure(model, items),
-        sliding=_measure(model, items, **options) if (options := _sliding_options(model)) else None,
+        sliding=_measure(model, items, **options) if (options := sliding_options(model)) else None,
         num_words=sum(len(item.tobytes().split()) for item in items) if split.segment_bytes else 0,
         curve=[
             (_BACKWARD * flops_per_byte * line["bytes_seen"], line["valid_bits_per_byte"])
@@ -168,7 +169,7 @@ def _measure(model: ByteModel, items: list[np.ndarray], **options: Any) -> Measu
     )
 
 
-def _sliding_options(model: ByteModel) -> dict[str, Any]:
+def sliding_options(model: ByteModel) -> dict[str, Any]:
     """Windows that overlap by half, read twice half a patch apart where the patch is even; nothing for whole pictures.
 
     Nothing for a Perceiver AR either: its windows overlap in the basic protocol already.
@@ -179,7 +180,7 @@ def _sliding_options(model: ByteModel) -> dict[str, Any]:
     return {"hop": context // 2 // patch_size * patch_size, "strided": patch_size % 2 == 0}
 
 
-def _matching(root: Path, pattern: str) -> list[Path]:
+def matching(root: Path, pattern: str) -> list[Path]:
     """The files and folders below `root` that a name of a split stands for.
 
     Raises:
@@ -188,6 +189,11 @@ def _matching(root: Path, pattern: str) -> list[Path]:
     if found := sorted(root.glob(pattern)):
         return found
     raise UserError(f"{root / pattern} is missing; lay out the data as the README says, below the folder given with --data")
+
+
+def _digest(plan: Plan) -> str:
+    """Of all that the plan says of its models and their data: it may have changed since a comparison was begun."""
+    return hashlib.sha256(repr(plan.members).encode()).hexdigest()[:16]
 
 
 def _claim(out: Path, facts: dict[str, Any], resume: bool) -> None:

@@ -158,4 +158,5 @@ def _rate(measurement: Measurement | None) -> str:
 
 
 def _perplexity(result: Result, measurement: Measurement | None) -> str:
-    return "-" if measurement is None else f"{result.word_perplexity(measurement):.4g}"
+    perplexity = measurement and result.word_perplexity(measurement)
+    return "-" if perplexity is None else f"{perplexity:.4g}"

@@ -78,7 +78,8 @@ def plan_names() -> list[str]:
     return list(_PLANS)
 
 
-def _split(modality: str, size: Size) -> Split:
+def split_of(modality: str, size: Size) -> Split:
+    """The data of text, image32, image64 or audio in a size."""
     on_gpu = size == "gpu"
     if modality == "text":
         return Split(
@@ -124,7 +125,7 @@ def _member(
     return Member(
         group=group or modality,
         config=Config(name=name, model=model, codec=codec or shipped.codec, train=train),
-        split=_split(modality, size),
+        split=split_of(modality, size),
     )
 
 

@@ -12,7 +12,7 @@ from app.comparing import compare_models
 from core import plans
 from core.codecs import build_codec
 from core.compare import flops_per_predicted_byte
-from core.comparison import Measurement, Result, ratio_error
+from core.comparison import Measurement, Result, ratio_error, table
 from core.config import LevelConfig, MegaByteConfig, PerceiverArConfig, TextCodecConfig
 from core.data import build_shards, shared_items
 from core.errors import UserError
@@ -92,6 +92,34 @@ def test_tables_json_and_plot_say_the_same(tiny_plan, root, tmp_path):
     assert f"{perplexity:.4g}" in markdown
     with Image.open(tmp_path / "out" / "plot.png") as plot:
         assert len(plot.convert("RGB").getcolors(1 << 20)) > 5
+
+
+def test_a_table_of_texts_and_pictures_leaves_the_words_of_pictures_out():
+    text = Result(
+        name="one",
+        group="text",
+        num_parameters=1,
+        flops_per_byte=1.0,
+        training_flops=1.0,
+        bytes_seen=1,
+        seconds=1.0,
+        device="cpu",
+        basic=Measurement(item_bits=[80.0], item_bytes=[10], window=1, hop=1, strided=False),
+        sliding=None,
+        num_words=2,
+        curve=[],
+    )
+    _, row_of_text, row_of_pictures = table([text, dataclasses.replace(text, group="pictures", num_words=0)])
+    assert row_of_text[-2:] == [f"{2.0**40:.4g}", "-"]
+    assert row_of_pictures[-2:] == ["-", "-"]
+
+
+def test_a_plan_that_has_changed_since_is_not_resumed(tiny_plan, root, tmp_path, monkeypatch):
+    run(root, tmp_path / "out")
+    changed = [dataclasses.replace(tiny_plan.members[0], config=tiny_config()), *tiny_plan.members[1:]]
+    monkeypatch.setitem(plans._PLANS, "tiny", (lambda size: changed, {"cpu": BUDGET, "gpu": BUDGET}))
+    with pytest.raises(UserError, match="was begun with models"):
+        run(root, tmp_path / "out", resume=True)
 
 
 def test_a_killed_comparison_goes_on_and_ends_with_the_same_figures(tiny_plan, root, tmp_path, monkeypatch):
