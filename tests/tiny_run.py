@@ -5,11 +5,15 @@ import json
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from core.config import Config, LevelConfig, MegaByteConfig, TextCodecConfig, TrainConfig
+from core.distributed import Ranks
 from core.train import TrainResult, train
 
 SEQ_LEN = 32
+
+ALONE = Ranks(0, 1, torch.device("cpu"))
 
 TINY_MODEL = MegaByteConfig(
     levels=(

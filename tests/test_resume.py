@@ -1,0 +1,110 @@
+"""A run that is stopped, killed or crashed goes on as if it had not been."""
+
+import os
+import signal
+
+import pytest
+
+from core.checkpoint import step_folder
+from core.config import MegaByteConfig
+from core.errors import UserError
+from core.run_folder import StopSignals, claim_run
+from tests.tiny_run import SEQ_LEN, TINY_MODEL, digests, metrics, run_tiny, tiny_config
+
+
+def stop_when(step: int, action):
+    """A log function that acts once, when the validation of `step` is reported."""
+
+    def log(line: str) -> None:
+        if line.startswith(f"step {step}:"):
+            action()
+
+    return log
+
+
+def crash() -> None:
+    raise OSError("pulled plug")
+
+
+@pytest.mark.parametrize(("number", "error"), [(signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)])
+def test_a_signal_saves_the_next_step_and_the_resumed_run_is_bit_identical(tmp_path, number, error):
+    run_tiny(tmp_path, "unbroken")
+    with pytest.raises(error) as caught:
+        run_tiny(tmp_path, "stopped", log=stop_when(6, lambda: os.kill(os.getpid(), number)))
+    if error is SystemExit:
+        assert caught.value.code == 143
+    assert step_folder(tmp_path / "stopped", 7).is_dir()
+    run_tiny(tmp_path, "stopped", resume=True)
+    assert metrics(tmp_path / "stopped") == metrics(tmp_path / "unbroken")
+    assert digests(tmp_path / "stopped" / "export") == digests(tmp_path / "unbroken" / "export")
+    last = "checkpoints/step-00000012"
+    assert digests(tmp_path / "stopped" / last) == digests(tmp_path / "unbroken" / last)
+
+
+def test_a_crash_between_checkpoints_loses_only_the_steps_since_the_last_one(tmp_path):
+    run_tiny(tmp_path, "unbroken")
+    with pytest.raises(OSError, match="pulled plug"):
+        run_tiny(tmp_path, "crashed", log=stop_when(6, crash))
+    lines = []
+    run_tiny(tmp_path, "crashed", resume=True, log=lines.append)
+    assert "step-00000004" in lines[0]
+    assert metrics(tmp_path / "crashed") == metrics(tmp_path / "unbroken")
+    last = "checkpoints/step-00000012"
+    assert digests(tmp_path / "crashed" / last) == digests(tmp_path / "unbroken" / last)
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_again(tmp_path):
+    run_tiny(tmp_path, "unbroken")
+    with pytest.raises(OSError, match="pulled plug"):
+        run_tiny(tmp_path, "crashed", tiny_config(checkpoint_every=100), log=stop_when(6, crash))
+    run_tiny(tmp_path, "crashed", resume=True)
+    assert metrics(tmp_path / "crashed") == metrics(tmp_path / "unbroken")
+
+
+def test_a_finished_run_resumes_to_the_same_result(tmp_path):
+    assert run_tiny(tmp_path) == run_tiny(tmp_path, resume=True)
+
+
+def test_after_the_first_signal_the_next_one_ends_the_process_as_usual():
+    before = signal.getsignal(signal.SIGTERM)
+    with StopSignals() as stop:
+        assert signal.getsignal(signal.SIGTERM) != before
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.received == signal.SIGTERM
+        assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_folder_in_use_is_refused_with_the_process_named_and_a_stale_claim_is_taken_over(tmp_path):
+    claim, process = claim_run(tmp_path / "run", resume=False), f"process {os.getpid()}"
+    with claim, pytest.raises(UserError, match=process), claim_run(tmp_path / "run", resume=False):
+        pass
+    (tmp_path / "run" / "pid").write_text("1\n")
+    with claim_run(tmp_path / "run", resume=False):
+        assert (tmp_path / "run" / "pid").read_text() == f"{os.getpid()}\n"
+
+
+def test_resuming_nothing_is_refused(tmp_path):
+    with pytest.raises(UserError, match="no training run to resume"):
+        run_tiny(tmp_path, resume=True)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("change", [{"seed": 1}, {"batch_size": 8}, {"seq_len": 16}, {"ema_decay": 0.0}])
+def test_resuming_with_other_data_order_or_average_is_refused(tmp_path, change):
+    run_tiny(tmp_path)
+    with pytest.raises(UserError, match=f"train.{next(iter(change))}="):
+        run_tiny(tmp_path, config=tiny_config(**change), resume=True)
+
+
+def test_resuming_another_model_is_refused(tmp_path):
+    run_tiny(tmp_path)
+    other = MegaByteConfig(levels=TINY_MODEL.levels[1:], max_seq_len=SEQ_LEN)
+    with pytest.raises(UserError, match="another model"):
+        run_tiny(tmp_path, config=tiny_config(other), resume=True)
+
+
+def test_a_run_may_go_on_for_longer(tmp_path):
+    run_tiny(tmp_path)
+    result = run_tiny(tmp_path, config=tiny_config(num_steps=15), resume=True)
+    assert result.steps == 15
+    assert [line["step"] for line in metrics(tmp_path / "run")] == list(range(1, 16))
