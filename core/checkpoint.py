@@ -35,6 +35,7 @@ class TrainState:
     bytes_seen: int
     seconds: float  # spent training, over all starts
     best_bits_per_byte: float | None  # on the validation data; None before the first evaluation
+    unvalidated: dict[str, float] | None = None  # the step's metrics, if its validation was put off by a signal
     tensors: dict[str, Tensor] = field(default_factory=dict)  # optimizer moments, averaged weights, generator states
 
     @property

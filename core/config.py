@@ -223,7 +223,7 @@ class TrainConfig:
     num_steps: int = 1000
     seq_len: int = 0  # bytes of one training sequence; 0 stands for the model's context
     batch_size: int = 16  # sequences of one optimizer step, over all ranks
-    micro_batch_size: int = 0  # sequences of one forward pass on one rank; 0 stands for batch_size / ranks
+    micro_batch_size: int = 0  # sequences of one forward pass on one rank; 0 stands for all, on a CPU for few
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon moves the matrices inside layers, adamw the rest
     lr: float = 1e-3  # of adamw
     muon_lr: float = 0.02  # of muon

@@ -1,7 +1,7 @@
 """What a run learns with: its loss, the model, the optimizer, the averaged weights and the counters, saved as one."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -54,6 +54,7 @@ class Learner:
         self.bytes_seen = 0
         self.seconds = 0.0
         self.best_bits_per_byte: float | None = None
+        self.unvalidated: dict[str, float] | None = None
         self._config = config
         self._ranks = ranks
 
@@ -63,13 +64,20 @@ class Learner:
         return self.weights if self.average is None else self.average
 
     @torch.no_grad()
-    def evaluate(self, windows: np.ndarray, batch_size: int, lengths: tuple[int, ...]) -> float:
-        """Bits per byte of the evaluated weights: sums over all windows and ranks, divided once.
+    def evaluate(
+        self,
+        windows: np.ndarray,
+        batch_size: int,
+        lengths: tuple[int, ...],
+        is_given_up: Callable[[], bool] = lambda: False,
+    ) -> float | None:
+        """Bits per byte of the evaluated weights: sums over all windows and ranks, divided once. None if given up.
 
         Args:
             windows: All ranks' windows, uint8 (n, seq_len); each rank takes its share of them.
             batch_size: Windows of one forward pass on one rank.
             lengths: Bytes of each window that are read, one forward pass for each; the bytes that it predicts count.
+            is_given_up: Asked before each pass; all ranks must give the same answer.
         """
         device, num_ranks = self._ranks.device, self._ranks.num_ranks
         # As many windows for every rank, for together they gather sharded weights; those read a second time do not count.
@@ -84,11 +92,15 @@ class Learner:
                 batch = torch.from_numpy(windows[indices % len(windows)])
                 num_counted = int((indices < len(windows)).sum())
                 for length in lengths:
+                    if is_given_up():
+                        break
                     byte_ids = batch[:, :length].to(device).long()
                     nats = nll_of_batch(byte_ids)[:num_counted]
                     sums[0] += nats.sum()
                     sums[1] += nats.numel()
         self.model.train(was_training)
+        if is_given_up():
+            return None
         nats, num_bytes = self._ranks.sum(sums).tolist()
         return nats_to_bits(nats / num_bytes)
 
@@ -102,6 +114,23 @@ class Learner:
         if self.average is not None:
             update_average(self.average, self.weights, average_decay(self.step, self._config.ema_decay))
         self.step += 1
+
+    def abandon_step(self, random_states: dict[str, Tensor]) -> None:
+        """Forgets the gradients of a step that was begun, and the random numbers drawn since `random_states` were taken."""
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+        self._set_random_states(random_states)
+
+    def random_states(self) -> dict[str, Tensor]:
+        """The states of the generators that dropout draws from."""
+        states = {"cpu": torch.get_rng_state()}
+        if self._ranks.device.type == "cuda":
+            states["cuda"] = torch.cuda.get_rng_state(self._ranks.device)
+        return states
+
+    def _set_random_states(self, states: dict[str, Tensor]) -> None:
+        for kind, state in states.items():
+            torch.cuda.set_rng_state(state, self._ranks.device) if kind == "cuda" else torch.set_rng_state(state)
 
     @contextlib.contextmanager
     def _evaluated_weights_in_use(self) -> Iterator[None]:
@@ -123,7 +152,7 @@ class Learner:
         tensors = dict(self._optimizer_tensors())
         tensors |= {f"average.{name}": tensor for name, tensor in (self.average or {}).items()}
         tensors = dict(self._ranks.collect(tensors))
-        for kind, generator_state in _generator_states(self._ranks.device).items():
+        for kind, generator_state in self.random_states().items():
             for rank, gathered in enumerate(self._ranks.gather(generator_state)):
                 tensors[f"random.{kind}.{rank}"] = gathered
         return TrainState(
@@ -131,6 +160,7 @@ class Learner:
             bytes_seen=self.bytes_seen,
             seconds=self.seconds,
             best_bits_per_byte=self.best_bits_per_byte,
+            unvalidated=self.unvalidated,
             tensors=tensors,
         )
 
@@ -153,12 +183,11 @@ class Learner:
                 tensor.copy_(share_of(saved_average[name], tensor))
         except KeyError as error:
             raise UserError(f"{checkpoint.folder / 'state.safetensors'} lacks {error}; start a new run instead") from None
-        for kind in _generator_states(device):
-            # Absent if the run goes on with more ranks or on another device; the fresh seed stands then.
-            if (saved := state.tensors.get(f"random.{kind}.{self._ranks.rank}")) is not None:
-                torch.cuda.set_rng_state(saved, device) if kind == "cuda" else torch.set_rng_state(saved)
+        # Absent if the run goes on with more ranks or on another device; the fresh seed stands then.
+        keys = {kind: f"random.{kind}.{self._ranks.rank}" for kind in self.random_states()}
+        self._set_random_states({kind: state.tensors[key] for kind, key in keys.items() if key in state.tensors})
         self.step, self.bytes_seen, self.seconds = state.step, state.bytes_seen, state.seconds
-        self.best_bits_per_byte = state.best_bits_per_byte
+        self.best_bits_per_byte, self.unvalidated = state.best_bits_per_byte, state.unvalidated
 
     def _optimizer_tensors(self) -> dict[str, Tensor]:
         return {
@@ -178,10 +207,3 @@ class Learner:
 def _autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
     """Matrix products in bf16 where the run asks for it; weights, norms, logits and the loss stay float32."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
-
-
-def _generator_states(device: torch.device) -> dict[str, Tensor]:
-    states = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        states["cuda"] = torch.cuda.get_rng_state(device)
-    return states

@@ -26,6 +26,8 @@ from core.run_folder import StopSignals, claim_run
 
 logger = logging.getLogger(__name__)
 
+_CPU_BYTES = 1 << 14  # of one forward pass on a CPU, unless the settings say: more are no faster, take memory and delay a stop
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainResult:
@@ -51,8 +53,8 @@ def train(
     """Trains a model in the folder `out`; `out`/export always holds the weights with the best validation so far.
 
     The data's bytes are kept in `data_cache`, which runs may share; without it in the folder of the run.
-    Under torchrun every rank calls this with the same arguments. Ctrl-C or SIGTERM saves a checkpoint after the step at
-    hand, then ends the program with exit code 130 or 143.
+    Under torchrun every rank calls this with the same arguments. Ctrl-C or SIGTERM ends the forward and backward pass at
+    hand (of several ranks the step), saves a checkpoint and ends the program with exit code 130 or 143.
 
     Raises:
         UserError: if the data, the folder or the settings cannot be used, or the loss stops being a finite number.
@@ -87,8 +89,9 @@ class _Run:
         self.data_names = ", ".join(Path(path).name for path in data_paths)
         self.seq_len = settings.seq_len or config.model.max_seq_len
         self.bytes_per_step = settings.batch_size * config.model.num_predicted(self.seq_len)
-        self.micro_batch_size = micro_batch_size(settings, ranks.num_ranks)
         self.is_on_gpu = ranks.device.type == "cuda"
+        most = settings.batch_size if self.is_on_gpu else max(1, _CPU_BYTES // self.seq_len)
+        self.micro_batch_size = micro_batch_size(settings, ranks.num_ranks, most)
 
         codec = build_codec(config.codec)
         data, valid = ranks.first_rank_first(
@@ -139,41 +142,43 @@ class _Run:
         learner.model.train()
 
         with self.new_report() as report:
+            if learner.unvalidated is not None:
+                self.finish_step(learner.unvalidated, report, stop, is_evaluating=True, is_reporting=True, is_saving=True)
             for batch in batches:
                 lr_fraction = learning_rate_fraction(learner.step, settings)
-                loss = self.accumulate_gradients(objective, batch)
+                random_states = learner.random_states()
+                loss = self.accumulate_gradients(objective, batch, stop)
+                if loss is None:
+                    learner.abandon_step(random_states)
+                    if learner.step:
+                        require_finite(guard, settings)
+                        self.note_progress(report)
+                        self.save()
+                    stop.leave()
                 grad_norm = whole(nn.utils.clip_grad_norm_(learner.model.parameters(), settings.grad_clip))
                 learner.update(guard.watch(learner.step, loss, grad_norm), lr_fraction)
                 report.advance()
 
                 step, is_last = learner.step, learner.step == settings.num_steps
-                is_stopping = ranks.any(stop.received is not None)
                 is_evaluating = is_last or step % settings.eval_every == 0
                 is_reporting = is_evaluating or step % settings.log_every == 0
-                is_saving = is_last or is_stopping or step % settings.checkpoint_every == 0
+                is_saving = is_last or step % settings.checkpoint_every == 0 or ranks.any(stop.received is not None)
                 if not (is_reporting or is_saving):
                     continue
 
                 # Only from here on does the host wait for the device.
                 require_finite(guard, settings)
-                learner.bytes_seen, learner.seconds = step * self.bytes_per_step, report.seconds
-                bytes_per_s = report.bytes_per_s()
-                valid_bits_per_byte = self.evaluate() if is_evaluating else None
-                if is_reporting:
-                    report.write(
-                        step=step,
-                        loss_nats=loss.item(),
-                        valid_bits_per_byte=valid_bits_per_byte,
-                        lr=settings.lr * lr_fraction,
-                        grad_norm=grad_norm.item(),
-                        bytes_seen=learner.bytes_seen,
-                        bytes_per_s=bytes_per_s,
-                        seconds=learner.seconds,
-                    )
-                if is_saving:
-                    self.save()
-                if is_stopping:
-                    stop.leave()
+                self.note_progress(report)
+                line = {
+                    "step": step,
+                    "loss_nats": loss.item(),
+                    "lr": settings.lr * lr_fraction,
+                    "grad_norm": grad_norm.item(),
+                    "bytes_seen": learner.bytes_seen,
+                    "bytes_per_s": report.bytes_per_s(),
+                    "seconds": learner.seconds,
+                }
+                self.finish_step(line, report, stop, is_evaluating=is_evaluating, is_reporting=is_reporting, is_saving=is_saving)
                 report.restart_clock()
 
         return TrainResult(
@@ -193,11 +198,45 @@ class _Run:
             speaks=self.ranks.is_first,
         )
 
-    def accumulate_gradients(self, objective: nn.Module, batch: Tensor) -> Tensor:
-        """Leaves the gradient of the whole batch in the parameters; the mean loss over all ranks, still on the device."""
+    def finish_step(
+        self,
+        line: dict[str, float],
+        report: Report,
+        stop: StopSignals,
+        *,
+        is_evaluating: bool,
+        is_reporting: bool,
+        is_saving: bool,
+    ) -> None:
+        """Validates, reports and saves; ends the program if a signal asks for it, which puts off a validation at hand."""
+        bits_per_byte = self.evaluate(stop) if is_evaluating else None
+        is_put_off = is_evaluating and bits_per_byte is None
+        self.learner.unvalidated = line if is_put_off else None
+        if is_reporting and not is_put_off:
+            report.write(**line, valid_bits_per_byte=bits_per_byte)
+        is_stopping = self.ranks.any(stop.received is not None)
+        if is_saving or is_stopping:
+            self.save()
+        if is_stopping:
+            stop.leave()
+
+    def note_progress(self, report: Report) -> None:
+        self.learner.bytes_seen, self.learner.seconds = self.learner.step * self.bytes_per_step, report.seconds
+
+    def is_given_up(self, stop: StopSignals) -> bool:
+        """Whether to leave in the middle of something. Several ranks, which wait for each other, do so only between steps."""
+        return stop.received is not None and self.ranks.num_ranks == 1
+
+    def accumulate_gradients(self, objective: nn.Module, batch: Tensor, stop: StopSignals) -> Tensor | None:
+        """Leaves the gradient of the whole batch in the parameters; the mean loss over all ranks, still on the device.
+
+        None if it was given up.
+        """
         micro_batches = batch.split(self.micro_batch_size)
         total = torch.zeros((), device=self.ranks.device)
         for index, micro_batch in enumerate(micro_batches):
+            if self.is_given_up(stop):
+                return None
             byte_ids = micro_batch.to(self.ranks.device, non_blocking=True).long()
             is_last = index == len(micro_batches) - 1
             with nullcontext() if is_last else keep_gradients_local(objective):
@@ -206,10 +245,12 @@ class _Run:
             total += loss.detach()
         return self.ranks.sum(total) / self.ranks.num_ranks
 
-    def evaluate(self) -> float:
-        """Validates the weights, and exports them if they are the best so far."""
+    def evaluate(self, stop: StopSignals) -> float | None:
+        """Validates the weights, and exports them if they are the best so far. None if it was given up."""
         learner = self.learner
-        bits_per_byte = learner.evaluate(self.windows, self.micro_batch_size, self.lengths)
+        bits_per_byte = learner.evaluate(self.windows, self.micro_batch_size, self.lengths, lambda: self.is_given_up(stop))
+        if bits_per_byte is None:
+            return None
         self.log(f"step {learner.step}: {bits_per_byte:.4f} bits/byte on the validation data")
         best = learner.best_bits_per_byte
         is_best = best is None or bits_per_byte < best or not (self.out / "export" / MANIFEST_NAME).exists()
@@ -264,13 +305,14 @@ def lengths_read(config: Config) -> tuple[int, ...]:
     return tuple(range(num_predicted, seq_len + 1, num_predicted)) if config.codec.modality == "image" else (seq_len,)
 
 
-def micro_batch_size(settings: TrainConfig, num_ranks: int) -> int:
-    """Sequences of one forward pass on one rank.
+def micro_batch_size(settings: TrainConfig, num_ranks: int, most: int) -> int:
+    """Sequences of one forward pass on one rank; at most `most` where the settings leave it open.
 
     Raises:
         UserError: if the batch does not divide into ranks and micro-batches of equal size; a mean of their means would be wrong.
     """
-    size = settings.micro_batch_size or max(1, settings.batch_size // num_ranks)
+    share = max(1, settings.batch_size // num_ranks)
+    size = settings.micro_batch_size or next(n for n in range(min(share, most), 0, -1) if share % n == 0)
     if settings.batch_size % (size * num_ranks):
         raise UserError(
             f"batch_size={settings.batch_size} must be a multiple of micro_batch_size={size} times {num_ranks} processes"

@@ -2,12 +2,14 @@
 
 import os
 import signal
+from pathlib import Path
 
 import pytest
 
-from core.checkpoint import step_folder
+from core.checkpoint import step_folder, step_folders
 from core.config import MegaByteConfig
 from core.errors import UserError
+from core.learner import Nll
 from core.run_folder import StopSignals, claim_run
 from tests.tiny_run import SEQ_LEN, TINY_MODEL, digests, metrics, run_tiny, tiny_config
 
@@ -26,19 +28,48 @@ def crash() -> None:
     raise OSError("pulled plug")
 
 
+def require_same_end(run: Path, unbroken: Path) -> None:
+    """Both finished with the same metrics, weights and state, to the last bit."""
+    assert metrics(run) == metrics(unbroken)
+    for folder in ("export", "checkpoints/step-00000012"):
+        assert digests(run / folder) == digests(unbroken / folder)
+
+
 @pytest.mark.parametrize(("number", "error"), [(signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)])
-def test_a_signal_saves_the_next_step_and_the_resumed_run_is_bit_identical(tmp_path, number, error):
+def test_a_signal_saves_the_step_at_hand_and_the_resumed_run_is_bit_identical(tmp_path, number, error):
     run_tiny(tmp_path, "unbroken")
     with pytest.raises(error) as caught:
         run_tiny(tmp_path, "stopped", log=stop_when(6, lambda: os.kill(os.getpid(), number)))
     if error is SystemExit:
         assert caught.value.code == 143
-    assert step_folder(tmp_path / "stopped", 7).is_dir()
+    assert step_folder(tmp_path / "stopped", 6).is_dir()
     run_tiny(tmp_path, "stopped", resume=True)
-    assert metrics(tmp_path / "stopped") == metrics(tmp_path / "unbroken")
-    assert digests(tmp_path / "stopped" / "export") == digests(tmp_path / "unbroken" / "export")
-    last = "checkpoints/step-00000012"
-    assert digests(tmp_path / "stopped" / last) == digests(tmp_path / "unbroken" / last)
+    require_same_end(tmp_path / "stopped", tmp_path / "unbroken")
+
+
+# Two forward passes a step, three a validation, which comes after steps 6 and 12.
+@pytest.mark.parametrize(
+    ("num_passes", "saved"), [(1, None), (2, 1), (7, 3), (8, 4), (13, 6), (14, 6), (15, 6), (16, 6), (28, 12)]
+)
+def test_a_signal_between_two_passes_gives_up_the_step_or_the_validation_and_nothing_is_lost(
+    tmp_path, monkeypatch, num_passes, saved
+):
+    run_tiny(tmp_path, "unbroken")
+    passes, forward = iter(range(1, 1000)), Nll.forward
+
+    def stopped_forward(self, byte_ids):
+        if next(passes) == num_passes:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return forward(self, byte_ids)
+
+    monkeypatch.setattr(Nll, "forward", stopped_forward)
+    with pytest.raises(SystemExit):
+        run_tiny(tmp_path, "stopped")
+    assert next(passes) == num_passes + 1  # no other pass was made
+    found = [folder.name for folder in step_folders(tmp_path / "stopped")]
+    assert found[-1:] == ([] if saved is None else [f"step-{saved:08d}"])
+    run_tiny(tmp_path, "stopped", resume=True)
+    require_same_end(tmp_path / "stopped", tmp_path / "unbroken")
 
 
 def test_a_crash_between_checkpoints_loses_only_the_steps_since_the_last_one(tmp_path):
@@ -48,9 +79,7 @@ def test_a_crash_between_checkpoints_loses_only_the_steps_since_the_last_one(tmp
     lines = []
     run_tiny(tmp_path, "crashed", resume=True, log=lines.append)
     assert "step-00000004" in lines[0]
-    assert metrics(tmp_path / "crashed") == metrics(tmp_path / "unbroken")
-    last = "checkpoints/step-00000012"
-    assert digests(tmp_path / "crashed" / last) == digests(tmp_path / "unbroken" / last)
+    require_same_end(tmp_path / "crashed", tmp_path / "unbroken")
 
 
 def test_a_run_killed_before_its_first_checkpoint_starts_again(tmp_path):

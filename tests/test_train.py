@@ -204,9 +204,9 @@ def test_validating_on_the_training_data_is_said(tmp_path):
 
 
 def test_batches_that_do_not_divide_are_refused():
-    assert micro_batch_size(TrainConfig(batch_size=8), num_ranks=2) == 4
+    assert [micro_batch_size(TrainConfig(batch_size=12), 2, most) for most in (1, 4, 5, 100)] == [1, 3, 3, 6]
     with pytest.raises(UserError, match="batch_size=8 must be a multiple of micro_batch_size=3 times 2"):
-        micro_batch_size(TrainConfig(batch_size=8, micro_batch_size=3), num_ranks=2)
+        micro_batch_size(TrainConfig(batch_size=8, micro_batch_size=3), num_ranks=2, most=8)
 
 
 def test_checkpointed_activations_change_no_step(tmp_path):
