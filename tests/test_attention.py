@@ -69,7 +69,7 @@ def test_the_number_of_threads_changes_no_bit():
 @pytest.mark.usefixtures("kernel")
 def test_layers_use_it_for_long_rows_without_a_backward_pass(monkeypatch):
     calls = []
-    monkeypatch.setattr("core.models.layers.attend_causally", lambda *args: calls.append(1) or attend_causally(*args))
+    monkeypatch.setattr("core.kernels.attention.attend_causally", lambda *args: calls.append(1) or attend_causally(*args))
     q, k, v = queries_keys_values(1, 2, 200)
     attend(q, k, v, None)
     assert len(calls) == 1
@@ -84,3 +84,29 @@ def test_without_the_kernel_torch_attends(monkeypatch):
     q, k, v = queries_keys_values(1, 2, 200)
     assert not can_attend(q)
     torch.testing.assert_close(attend(q, k, v, None), F.scaled_dot_product_attention(q, k, v, is_causal=True))
+
+
+def steps(num_slots: int, seen: list[int]) -> list[torch.Tensor]:
+    """Queries, keys and values of a cache with two heads, and a mask that shows row b its first `seen[b]` slots."""
+    generator = torch.Generator().manual_seed(num_slots)
+    q, k, v = (torch.randn(len(seen), 2, n, 64, generator=generator).bfloat16() for n in (1, num_slots, num_slots))
+    hidden = torch.arange(num_slots) >= torch.tensor(seen)[:, None]
+    return [q * 3, k, v, torch.zeros(len(seen), num_slots).masked_fill(hidden, float("-inf")).bfloat16()[:, None, None]]
+
+
+@pytest.mark.usefixtures("kernel")
+@pytest.mark.parametrize("num_slots", [1, 15, 16, 17, 300, 2500])
+def test_one_query_attends_to_the_slots_that_the_mask_shows(num_slots):
+    q, k, v, mask = steps(num_slots, [num_slots, 1, (num_slots + 1) // 2])
+    exact = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=mask.float())
+    torch.testing.assert_close(attention.attend_to_slots(q, k, v, mask).float(), exact, rtol=0.01, atol=0.002)
+    exact = F.scaled_dot_product_attention(q.float(), k.float(), v.float())
+    torch.testing.assert_close(attention.attend_to_slots(q, k, v, None).float(), exact, rtol=0.01, atol=0.002)
+
+
+@pytest.mark.usefixtures("kernel")
+def test_masked_slots_are_not_read_and_more_of_them_change_no_bit():
+    q, k, v, mask = steps(2500, [70, 33])
+    expected = attention.attend_to_slots(q, k[:, :, :70], v[:, :, :70], mask[..., :70])
+    k[:, :, 70:], v[:, :, 70:] = float("nan"), float("nan")
+    assert torch.equal(attention.attend_to_slots(q, k, v, mask), expected)

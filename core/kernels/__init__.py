@@ -11,24 +11,28 @@ import platform
 import shutil
 import subprocess
 import tempfile
+import threading
 from pathlib import Path
 
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd", "-pthread")
 _LINK_FLAGS = ("-shared", "-fPIC")
 
+_building = threading.Lock()  # whoever needs a library that is being built waits for it
+
 _logger = logging.getLogger(__name__)
 
 
-def load_library(source: Path) -> ctypes.CDLL | None:
+def load_library(source: Path, *flags: str) -> ctypes.CDLL | None:
     """The library of a source file, or None if this machine cannot build it, where torch does the work."""
     try:
-        return ctypes.CDLL(str(build_library(source)))
+        with _building:
+            return ctypes.CDLL(str(build_library(source, *flags)))
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         _logger.info("no library of %s, torch does its work instead: %s", source.name, error)
         return None
 
 
-def build_library(source: Path) -> Path:
+def build_library(source: Path, *flags: str) -> Path:
     """The shared library of a source file, from the cache folder or built into it.
 
     Raises:
@@ -40,14 +44,14 @@ def build_library(source: Path) -> Path:
     if compiler is None:
         raise FileNotFoundError("there is no C++ compiler (c++, g++ or clang++)")
     folder = cache_folder()
-    library = folder / f"{source.stem}-{_cache_key(compiler, source)}.so"
+    library = folder / f"{source.stem}-{_cache_key(compiler, source, flags)}.so"
     if library.exists():
         return library
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     # Built beside its place and renamed: whoever looks meanwhile sees a whole library or none.
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         built = Path(temporary) / library.name
-        command = [compiler, *_FLAGS, str(source), *_LINK_FLAGS, "-o", str(built)]
+        command = [compiler, *_FLAGS, *flags, str(source), *_LINK_FLAGS, "-o", str(built)]
         subprocess.run(command, check=True, capture_output=True, timeout=120)
         built.replace(library)
     return library
@@ -58,11 +62,11 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megabyte"
 
 
-def _cache_key(compiler: str, source: Path) -> str:
+def _cache_key(compiler: str, source: Path, flags: tuple[str, ...]) -> str:
     """What the machine code depends on: source, compiler and its flags, processor."""
     version = subprocess.run([compiler, "--version"], check=True, capture_output=True, timeout=30).stdout
     sources = b"".join(path.read_bytes() for path in (source, *sorted(source.parent.glob("*.h"))))
-    parts = (sources, compiler.encode(), version, " ".join(_FLAGS + _LINK_FLAGS).encode(), _processor().encode())
+    parts = (sources, compiler.encode(), version, " ".join((*_FLAGS, *flags, *_LINK_FLAGS)).encode(), _processor().encode())
     return hashlib.sha256(b"\0".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()
 
 

@@ -1,7 +1,7 @@
-// Causal attention of long rows in bf16 with float32 sums, for heads of 64 channels: softmax(q k^T / 8) v without keeping
-// the scores (Dao et al., arXiv 2205.14135), by the processor's products of pairs of bf16.
+// Attention in bf16 with float32 sums, for heads of 64 channels: softmax(q k^T / 8) v by the processor's products of pairs
+// of bf16; of whole rows, causally, and of single queries with the slots of a cache.
 //
-// Keys and values are packed once, in blocks of 64: word c of key s holds channels 2c and 2c + 1, word d of a pair of
+// Whole rows do not keep their scores (Dao et al., arXiv 2205.14135). Keys and values are packed once, in blocks of 64: word c of key s holds channels 2c and 2c + 1, word d of a pair of
 // values holds channel d of both. Tiles of 6 rows and 64 columns stay in registers. A row's sums are taken in the order of
 // its keys and its weights depend on nothing behind it, whoever computes it and whatever comes later.
 
@@ -12,10 +12,7 @@
 #include <immintrin.h>
 
 #include <algorithm>
-#include <atomic>
 #include <memory>
-#include <system_error>
-#include <thread>
 #include <vector>
 
 namespace {
@@ -24,7 +21,9 @@ constexpr int64_t kChannels = 64, kBlock = 64, kDepth = 32;  // kDepth: pairs of
 constexpr int64_t kTile = 6, kRows = 96;                     // rows in registers; rows for which a block is fetched once
 constexpr int64_t kVectors = 4, kPacked = kDepth * kVectors;  // of a row of a tile; of a packed block
 constexpr float kScale = 0.125f * 1.44269504f;                // 1 / sqrt(C), and powers of 2 instead of e
-constexpr float kSlack = 8.0f;  // weights up to 2^8 are fine: the sums are rescaled only if a score exceeds that
+constexpr float kSlack = 32.0f;  // weights up to 2^6 are fine: the sums are rescaled only if a score exceeds that
+constexpr int64_t kWorthSharing = 4096;  // slots of all heads, a quarter of a megabyte each of keys and values
+constexpr float kNever = -1e30f;  // a score without weight
 
 struct Tensor {
   const uint16_t* data;
@@ -74,7 +73,6 @@ inline void multiply(const uint32_t* const* rows, const __m512i* block, __m512 (
 
 // 2^x to within 4e-6 of it, a small part of a bf16's rounding; 0 far below.
 inline __m512 power_of_two(__m512 x) {
-  x = _mm512_max_ps(x, _mm512_set1_ps(-200.0f));
   const __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   const __m512 rest = _mm512_sub_ps(x, whole);
   __m512 p = _mm512_set1_ps(9.66636852e-3f);
@@ -94,7 +92,7 @@ struct Rows {
     const int64_t count = std::min(kRows, heads.length - first);
     std::fill(&sums[0][0], &sums[0][0] + kRows * kVectors, _mm512_setzero_ps());
     std::fill(totals, totals + kRows, _mm512_setzero_ps());
-    std::fill(highest, highest + kRows, -1e30f);
+    std::fill(highest, highest + kRows, kNever);
     for (int64_t block = 0; block * kBlock < first + count; ++block) {
       for (int64_t r = 0; r < count; r += kTile) {
         if (block * kBlock < first + r + kTile) attend_block(heads, index, first, r, count, block, keys[block], values[block]);
@@ -125,25 +123,24 @@ struct Rows {
 
   // Weights of a row from its scores; the first `last + 1` keys of the block are not behind it.
   void weigh(int64_t last, int64_t row, __m512* scores, uint32_t* weights) {
-    __mmask16 seen[kVectors];
-    __m512 top = _mm512_set1_ps(-1e30f);
-    for (int64_t v = 0; v < kVectors; ++v) {
-      const int64_t num_seen = std::clamp<int64_t>(last + 1 - 16 * v, 0, 16);
-      seen[v] = __mmask16((1u << num_seen) - 1);
-      scores[v] = _mm512_mul_ps(scores[v], _mm512_set1_ps(kScale));
-      top = _mm512_mask_max_ps(top, seen[v], top, scores[v]);
+    if (last + 1 < kBlock) {
+      for (int64_t v = 0; v < kVectors; ++v) {
+        const int64_t num_seen = std::clamp<int64_t>(last + 1 - 16 * v, 0, 16);
+        scores[v] = _mm512_mask_mov_ps(_mm512_set1_ps(kNever), __mmask16((1u << num_seen) - 1), scores[v]);
+      }
     }
-    if (const float found = _mm512_reduce_max_ps(top); found > highest[row] + kSlack) rescale(row, found);
+    const __m512 top = _mm512_max_ps(_mm512_max_ps(scores[0], scores[1]), _mm512_max_ps(scores[2], scores[3]));
+    if (_mm512_cmp_ps_mask(top, _mm512_set1_ps(highest[row] + kSlack), _CMP_GT_OQ)) rescale(row, _mm512_reduce_max_ps(top));
+    const __m512 scale = _mm512_set1_ps(kScale), zero = _mm512_set1_ps(highest[row] * kScale);
     for (int64_t v = 0; v < kVectors; ++v) {
-      const __m512 weight = power_of_two(_mm512_sub_ps(scores[v], _mm512_set1_ps(highest[row])));
-      scores[v] = _mm512_maskz_mov_ps(seen[v], weight);
+      scores[v] = power_of_two(_mm512_fmsub_ps(scores[v], scale, zero));
       totals[row] = _mm512_add_ps(totals[row], scores[v]);
     }
     store(weights, scores, _mm512_set1_ps(1.0f));
   }
 
   void rescale(int64_t row, float now) {
-    const __m512 scale = power_of_two(_mm512_set1_ps(highest[row] - now));
+    const __m512 scale = power_of_two(_mm512_set1_ps((highest[row] - now) * kScale));
     for (int64_t v = 0; v < kVectors; ++v) sums[row][v] = _mm512_mul_ps(sums[row][v], scale);
     totals[row] = _mm512_mul_ps(totals[row], scale);
     highest[row] = now;
@@ -157,20 +154,61 @@ struct Rows {
   }
 };
 
-// work(i) for all i below count, by as many threads as can be had.
-template <class Work>
-void share(int64_t count, int64_t num_threads, Work work) {
-  std::atomic<int64_t> next{0};
-  const auto run = [&] {
-    for (int64_t i; (i = next.fetch_add(1)) < count;) work(i);
-  };
-  std::vector<std::thread> helpers;
-  try {
-    while (int64_t(helpers.size()) + 1 < std::min(num_threads, count)) helpers.emplace_back(run);
-  } catch (const std::system_error&) {
+// One query of each head against the slots of its cache; a head's bits depend on no other's and on no masked slot.
+struct Steps {
+  Tensor q, keys, values;  // `row` is the stride of a slot
+  const uint16_t* mask;    // bf16 (sequences, slots): 0, or minus infinity for a slot that is not attended to; null for none
+  int64_t mask_stride;
+  uint16_t* out;  // (sequences, heads, 64)
+  int64_t num_sequences, num_heads, num_slots;
+};
+
+inline __m512i channels(const uint16_t* row, int64_t half) { return _mm512_loadu_si512(row + 32 * half); }
+inline __m512 even(__m512i pairs) { return (__m512)_mm512_slli_epi32(pairs, 16); }
+inline __m512 odd(__m512i pairs) { return (__m512)_mm512_and_si512(pairs, _mm512_set1_epi32(int32_t(0xffff0000u))); }
+
+void attend_once(const Steps& steps, int64_t index, float* weights) {
+  const int64_t sequence = index / steps.num_heads, head = index % steps.num_heads;
+  const auto start = [&](const Tensor& tensor) { return tensor.data + sequence * tensor.sequence + head * tensor.head; };
+  const uint16_t *query = start(steps.q), *keys = start(steps.keys), *values = start(steps.values);
+  const uint16_t* mask = steps.mask == nullptr ? nullptr : steps.mask + sequence * steps.mask_stride;
+  const __m512bh q0 = (__m512bh)channels(query, 0), q1 = (__m512bh)channels(query, 1);
+  float highest = kNever;
+  for (int64_t s = 0; s < steps.num_slots; ++s) {
+    weights[s] = kNever;
+    if (mask != nullptr && mask[s] != 0) continue;
+    const uint16_t* key = keys + s * steps.keys.row;
+    const __m512 first = _mm512_dpbf16_ps(_mm512_setzero_ps(), (__m512bh)channels(key, 0), q0);
+    weights[s] = _mm512_reduce_add_ps(_mm512_dpbf16_ps(first, (__m512bh)channels(key, 1), q1));
+    highest = std::max(highest, weights[s]);
   }
-  run();
-  for (std::thread& helper : helpers) helper.join();
+  __m512 sums[kVectors] = {};
+  float total = 0;
+  for (int64_t s = 0; s < steps.num_slots; s += 16) {
+    const int64_t count = std::min<int64_t>(16, steps.num_slots - s);
+    const __m512 scores = _mm512_mask_loadu_ps(_mm512_set1_ps(kNever), __mmask16((1u << count) - 1), weights + s);
+    alignas(64) float block[16];
+    _mm512_store_ps(block, power_of_two(_mm512_mul_ps(_mm512_sub_ps(scores, _mm512_set1_ps(highest)), _mm512_set1_ps(kScale))));
+    for (int64_t i = 0; i < count; ++i) {
+      if (block[i] == 0) continue;
+      const __m512 weight = _mm512_set1_ps(block[i]);
+      const __m512i low = channels(values + (s + i) * steps.values.row, 0), high = channels(values + (s + i) * steps.values.row, 1);
+      sums[0] = _mm512_fmadd_ps(weight, even(low), sums[0]);
+      sums[1] = _mm512_fmadd_ps(weight, odd(low), sums[1]);
+      sums[2] = _mm512_fmadd_ps(weight, even(high), sums[2]);
+      sums[3] = _mm512_fmadd_ps(weight, odd(high), sums[3]);
+      total += block[i];
+    }
+  }
+  uint16_t* out = steps.out + index * kChannels;
+  for (int64_t half = 0; half < 2; ++half) {
+    const __m512 scale = _mm512_set1_ps(1.0f / total);
+    const __m512i evens = (__m512i)_mm512_mul_ps(sums[2 * half], scale), odds = (__m512i)_mm512_mul_ps(sums[2 * half + 1], scale);
+    // The two halves of a word again, each rounded to the nearest bf16.
+    const __m256i rounded_evens = (__m256i)_mm512_cvtneps_pbh((__m512)evens), rounded_odds = (__m256i)_mm512_cvtneps_pbh((__m512)odds);
+    const __m512i words = _mm512_or_si512(_mm512_cvtepu16_epi32(rounded_evens), _mm512_slli_epi32(_mm512_cvtepu16_epi32(rounded_odds), 16));
+    _mm512_storeu_si512(out + 32 * half, words);
+  }
 }
 
 }  // namespace
@@ -183,16 +221,29 @@ extern "C" void attend_causally(const Heads* heads, int64_t num_threads) {
   const std::unique_ptr<Block[]> packed(new Block[2 * num_heads * num_blocks]);
   Block* keys = packed.get();
   Block* values = keys + num_heads * num_blocks;
-  share(num_heads * num_blocks, num_threads, [&](int64_t i) {
+#pragma omp parallel for num_threads(num_threads)
+  for (int64_t i = 0; i < num_heads * num_blocks; ++i) {
     pack_block(*heads, i / num_blocks, i % num_blocks, reinterpret_cast<uint32_t*>(keys[i]),
                reinterpret_cast<uint32_t*>(values[i]));
-  });
+  }
   // The longest parts first, so that the threads end together.
-  share(num_heads * num_parts, num_threads, [&](int64_t i) {
+#pragma omp parallel for schedule(dynamic) num_threads(num_threads)
+  for (int64_t i = 0; i < num_heads * num_parts; ++i) {
     Rows rows;
     const int64_t index = i % num_heads, part = num_parts - 1 - i / num_heads;
     rows.attend(*heads, index, part * kRows, keys + index * num_blocks, values + index * num_blocks);
-  });
+  }
+}
+
+extern "C" void attend_to_slots(const Steps* steps, int64_t num_threads) {
+  const int64_t num_heads = steps->num_sequences * steps->num_heads;
+  const bool is_long = num_heads * steps->num_slots > kWorthSharing;
+#pragma omp parallel num_threads(num_threads) if (is_long)
+  {
+    std::vector<float> weights(steps->num_slots);
+#pragma omp for
+    for (int64_t i = 0; i < num_heads; ++i) attend_once(*steps, i, weights.data());
+  }
 }
 
 #else
@@ -200,5 +251,6 @@ extern "C" void attend_causally(const Heads* heads, int64_t num_threads) {
 extern "C" int64_t attention_is_supported() { return 0; }
 
 extern "C" void attend_causally(const void*, int64_t) {}
+extern "C" void attend_to_slots(const void*, int64_t) {}
 
 #endif

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from core.cache import LevelCache
 from core.config import LevelConfig, MegaByteConfig
-from core.kernels.attention import attend_causally, can_attend
+from core.kernels import attention as kernel
 
 _ACTIVATIONS = {"relu": F.relu, "relu2": lambda x: F.relu(x).square()}
 
@@ -108,17 +108,19 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         scores = (q.unsqueeze(-2) * k.unsqueeze(-3)).sum(-1) if is_tiny else q @ k.transpose(-1, -2)
         weights = scores.masked_fill(~mask, float("-inf")).softmax(dim=-1).to(v.dtype)
         return (weights.unsqueeze(-1) * v.unsqueeze(-3)).sum(-2) if is_tiny else weights @ v
-    if mask is None and q.shape == k.shape and not q.requires_grad and can_attend(q):
-        return attend_causally(q, k, v)
+    if mask is None and q.shape == k.shape and not q.requires_grad and kernel.can_attend(q):
+        return kernel.attend_causally(q, k, v)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
 
 
 def attend_to_slots(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None) -> Tensor:
-    """Attention of one bfloat16 query `(B, H, 1, C)` to S slots by matrix products; the mask is added to the scores.
+    """Attention of one bfloat16 query `(B, H, 1, C)` to S slots on a CPU; the mask is added to the scores.
 
-    The CPU's fused kernel packs all keys and values anew for its one query, and takes 4 to 5 times as long. These products
-    and this softmax add up the slots in their order, so masked slots at the end change no bit.
+    Torch's fused kernel packs all keys and values anew for its one query, and takes 4 to 5 times as long as products. These
+    and this softmax add up the slots in their order, as our kernel does, so masked slots at the end change no bit.
     """
+    if (attn_mask is None or attn_mask.dtype == q.dtype) and kernel.can_attend(q):
+        return kernel.attend_to_slots(q, k, v, attn_mask)
     scores = ((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)).float()
     if attn_mask is not None:
         scores = scores + attn_mask if attn_mask.is_floating_point() else scores.masked_fill(~attn_mask, float("-inf"))
