@@ -3,6 +3,7 @@
 import os
 import socket
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from app.tabs import batch, complete, jobs, likelihood
 from app.tabs.following import QUIET, greet, remember_tab, visitor_state
 from app.tabs.sources import SAMPLES_FOLDER
 from app.views import factory
+from core import native
 from core.errors import UserError
 
 MAX_FILE_SIZE = "64mb"
@@ -47,6 +49,7 @@ def launch(service: Service, host: str = "127.0.0.1", port: int = 7860, open_bro
     _, url, _ = page.launch(
         server_name=host, server_port=port, inbrowser=open_browser, quiet=True, prevent_thread_lock=True, **launch_options()
     )
+    threading.Thread(target=native.build, name="build", daemon=True).start()
     print(f"The page is at {url} (Ctrl-C ends it)", file=sys.stderr, flush=True)
     try:
         page.block_thread()

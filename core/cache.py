@@ -60,12 +60,15 @@ class Cache:
         levels: one `LevelCache` per level, coarsest first.
         patch_bytes_BP: the bytes of the newest coarsest patch; the phase says how many belong to the open one.
         positions_B: bytes read so far by each row, int64 on the host: which levels wake must not wait for a device.
+        woken_B: where each row was last predicted from, int64 on the host, -1 for nowhere: to predict a byte again must not
+            move a finished patch into a level's memory again.
         max_seq_len: bytes that fit.
     """
 
     levels: list[LevelCache]
     patch_bytes_BP: Tensor
     positions_B: Tensor
+    woken_B: Tensor
     max_seq_len: int
 
     @property
@@ -104,6 +107,7 @@ class Cache:
             levels=[level.rows(rows) for level in self.levels],
             patch_bytes_BP=self.patch_bytes_BP[rows],
             positions_B=self.positions_B[rows],
+            woken_B=self.woken_B[rows],
             max_seq_len=self.max_seq_len,
         )
 
@@ -114,10 +118,12 @@ class Cache:
                 target.copy_(source)
         self.patch_bytes_BP.copy_(other.patch_bytes_BP)
         self.positions_B.copy_(other.positions_B)
+        self.woken_B.copy_(other.woken_B)
 
     def reset(self) -> None:
         """Back to the empty sequence. Stale keys may stay: no slot is read before it is written."""
         self.positions_B.zero_()
+        self.woken_B.fill_(-1)
         for level in self.levels:
             for tail in level.conv_tails:
                 tail.zero_()

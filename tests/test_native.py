@@ -254,6 +254,26 @@ def test_drawn_bytes_are_those_of_the_python_law(name):
 
 
 @pytest.mark.usefixtures("engine")
+@pytest.mark.parametrize("name", SUPPORTED)
+@pytest.mark.parametrize("stepped", [False, True], ids=["prefilled", "stepped"])
+def test_bytes_may_be_drawn_where_one_was_predicted_already(name, stepped):
+    """A finished patch that fills the whole memory must not be moved into it twice."""
+    model = rounded(SUPPORTED[name])
+    decoder, context, patch_size = native.compile_model(model), model.config.max_seq_len, model.config.patch_size
+    prefix, noise = random_bytes(2 * patch_size), uniforms(1, 2).random(2 * patch_size)
+    caches = [model.new_cache(1, context) for _ in range(2)]
+    model.read_patches(prefix[None], caches[0])
+    model.prefill(prefix[None, : len(prefix) - stepped], caches[1])
+    sequences = [decoder.sequence(cache) for cache in caches]
+    if stepped:
+        sequences[1].step(int(prefix[-1]))
+    nothing = np.zeros(0, dtype=np.uint8)
+    wanted, found = (sequence.draw(nothing, noise, temperature=1.0, top_k=None, top_p=1.0) for sequence in sequences)
+    assert np.array_equal(found[0], wanted[0])
+    np.testing.assert_allclose(found[1], wanted[1], **LOGITS)
+
+
+@pytest.mark.usefixtures("engine")
 def test_a_second_thread_changes_no_bit():
     # Wide enough that every part of a step is shared; many rounds, so that the helper comes early, late and not at all.
     levels = (
@@ -370,3 +390,14 @@ def test_the_library_is_built_once_for_a_source_a_compiler_and_a_processor(compi
     monkeypatch.setattr(kernels, "_processor", lambda: "another processor")
     assert kernels.build_library(source) != first
     assert len(count.read_text().split()) == 3
+
+
+@pytest.mark.usefixtures("engine")
+def test_what_is_built_in_the_background_is_built_once(compiler, tmp_path, monkeypatch):
+    path, count = os.environ["PATH"], tmp_path / "count"
+    compiler(f'PATH={path}; [ "$1" = --version ] || echo built >> {count}; sleep 0.1; exec c++ "$@"')
+    monkeypatch.setattr(native.attention, "library", lambda: None)
+    with ThreadPoolExecutor(2) as threads:
+        list(threads.map(lambda _: native.build(), range(2)))
+    assert native.compile_model(rounded(SUPPORTED["exact"])) is not None
+    assert count.read_text().split() == ["built"]

@@ -135,7 +135,7 @@ class Level(nn.Module):
     def step(self, cache: Cache, level_cache: LevelCache, positions: list[int]) -> Tensor:
         """What the element that begins at `positions` (of all rows, with one phase) says to its children `(B, P, D_child)`."""
         in_row = max(positions) // self.span % self.row_length
-        if not self.is_top and in_row == 0 and max(positions) > 0:
+        if not self.is_top and in_row == 0 and max(positions) > 0 and cache.woken_B.tolist() != positions:
             self.transformer.begin_row(level_cache)
         x_BD = self._element_before(cache, level_cache, positions, in_row)
         if self.positions is not None:
@@ -360,6 +360,7 @@ class MegaByte(nn.Module):
             levels=[level.new_cache(batch_size, max_seq_len, device) for level in self.levels],
             patch_bytes_BP=torch.zeros(batch_size, patch_size, dtype=torch.int64, device=device),
             positions_B=torch.zeros(batch_size, dtype=torch.int64),
+            woken_B=torch.full((batch_size,), -1),
             max_seq_len=max_seq_len,
         )
 
@@ -397,6 +398,7 @@ class MegaByte(nn.Module):
             to_children_BLD = level.step(cache, level_cache, positions)
             if child_cache is not None:
                 child_cache.from_parent_BLD.copy_(to_children_BLD)
+        cache.woken_B.copy_(cache.positions_B)
         return self.to_logits(to_children_BLD[:, 0])
 
     def to_logits(self, h: Tensor) -> Tensor:

@@ -202,6 +202,7 @@ class PerceiverAr(nn.Module):
             # All bytes read so far: latents are computed again from them. The whole sequence is one patch.
             patch_bytes_BP=torch.zeros(batch_size, max_seq_len, dtype=torch.int64, device=device),
             positions_B=torch.zeros(batch_size, dtype=torch.int64),
+            woken_B=torch.full((batch_size,), -1),
             max_seq_len=max_seq_len,
         )
 

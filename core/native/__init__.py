@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from core.arena import Arena
 from core.cache import Cache
 from core.config import NUM_BYTE_VALUES
-from core.kernels import load_library
+from core.kernels import attention, load_library
 from core.models import ByteModel, MegaByte
 from core.models.layers import Block
 from core.models.megabyte import Level
@@ -166,6 +166,7 @@ class NativeSequence:
             ),
             patch_bytes=_pointer(cache.patch_bytes_BP),
             position=_pointer(cache.positions_B),
+            woken=_pointer(cache.woken_B),
             logits=self._logits_V.ctypes.data,
         )
         self._handle = library.sequence_open(byref(decoder.structure), byref(state), has_helper)
@@ -191,7 +192,7 @@ class NativeSequence:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Appends bytes; they, uint8 `(n,)`, and their surprisals in bits, float32 `(n,)`.
 
-        The cache has read whole patches or drawn before: what `prefill` predicted after them is predicted again here.
+        What `prefill` or `step` predicted before is predicted again here.
 
         Args:
             forced: the first bytes, taken as given, uint8.
@@ -253,6 +254,12 @@ def _is_exact_in_bf16(model: MegaByte) -> bool:
 def fingerprint(model: MegaByte) -> tuple:
     """Changes when a weight is replaced or written to."""
     return tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in model.parameters())
+
+
+def build() -> None:
+    """Builds what is built at first use, so that no completion and no score has to wait for it."""
+    _library()
+    attention.library()
 
 
 @lru_cache(maxsize=1)
@@ -333,6 +340,7 @@ class _State(Structure):
         ("levels", _LevelState * 2),
         ("patch_bytes", c_void_p),
         ("position", c_void_p),
+        ("woken", c_void_p),
         ("logits", c_void_p),
     ]
 

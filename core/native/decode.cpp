@@ -80,6 +80,7 @@ struct Sequence {
   void predict() {
     if (*state.position % model.patch_size == 0) step_level(0);
     if (model.num_levels == 2) step_level(1);
+    *state.woken = *state.position;
     float* logits = state.logits;
     product(model.head, scratch.normed.data(), [=](int64_t row, float value) { logits[row] = value; });
     if (const float cap = float(model.logit_softcap); cap > 0) {
@@ -108,7 +109,7 @@ struct Sequence {
     const LevelState& kept = state.levels[index];
     const bool is_top = index == 0;
     const int64_t in_row = *state.position / level.span % level.row_length;
-    if (!is_top && in_row == 0 && *state.position > 0) begin_row(level, kept);
+    if (!is_top && in_row == 0 && *state.position > 0 && *state.woken != *state.position) begin_row(level, kept);
     embed(level, is_top, in_row);
     add(level.row_positions, in_row, level.dim);
     add(kept.from_parent, in_row, level.dim);

@@ -64,6 +64,7 @@ struct State {
   LevelState levels[2];
   int64_t* patch_bytes;  // (patch_size)
   int64_t* position;     // bytes read so far
+  int64_t* woken;        // the position last predicted from
   float* logits;         // (256), of the next byte
 };
 
