@@ -31,7 +31,8 @@ from core.presets import preset
 
 CUDA = torch.device("cuda")
 ROUNDS = 3
-WAYS = ("eager", "compiled")
+WAYS = ("eager", "compiled", "fused")
+_KERNELS = {"eager": {}, "compiled": {"compiled": True}, "fused": {"fused": True}}
 # The byte Transformer of 350M parameters of the paper's section 6.2.
 FLAT = MegaByteConfig(levels=(LevelConfig(dim=1024, num_layers=24, num_heads=16, ffn_dim=5056),), max_seq_len=8192)
 
@@ -46,14 +47,14 @@ def generate(options: argparse.Namespace) -> Iterator[Case]:
         model = bf16_model(own)
         for batch_size in options.batch_sizes:
             what = f"paper-generation, {way}"
-            yield what, partial(generation, what, model, batch_size, own.max_seq_len, way == "compiled")
+            yield what, partial(generation, what, model, batch_size, own.max_seq_len, way)
             if options.profile:
-                yield f"{what}, profile", partial(profile, model, batch_size, way == "compiled")
+                yield f"{what}, profile", partial(profile, model, batch_size, way)
         del model
     model = bf16_model(FLAT)
-    yield "flat 350M", partial(generation, "flat 350M", model, 1, FLAT.max_seq_len, False)
+    yield "flat 350M", partial(generation, "flat 350M", model, 1, FLAT.max_seq_len, "eager")
     # The first quarter only, the cheapest one: a whole sample at 16 rows takes long.
-    yield "flat 350M", partial(generation, "flat 350M, 1st quarter", model, 16, FLAT.max_seq_len // 4, False)
+    yield "flat 350M", partial(generation, "flat 350M, 1st quarter", model, 16, FLAT.max_seq_len // 4, "eager")
 
 
 def bf16_model(config: MegaByteConfig) -> MegaByte:
@@ -62,10 +63,10 @@ def bf16_model(config: MegaByteConfig) -> MegaByte:
         return MegaByte(config).bfloat16().eval()
 
 
-def generation(name: str, model: MegaByte, batch_size: int, num_bytes: int, is_compiled: bool) -> Facts:
+def generation(name: str, model: MegaByte, batch_size: int, num_bytes: int, way: str) -> Facts:
     torch.cuda.reset_peak_memory_stats()
     started = time.perf_counter()
-    batch = Lockstep(model, batch_size, model.config.max_seq_len, has_filters=False, compiled=is_compiled)
+    batch = Lockstep(model, batch_size, model.config.max_seq_len, has_filters=False, **_KERNELS[way])
     torch.cuda.synchronize()
     ready = time.perf_counter()
     jobs = [Job(np.zeros(0, np.uint8), num_bytes, SampleConfig(), uniforms(0, number)) for number in range(batch_size)]
@@ -84,10 +85,10 @@ def generation(name: str, model: MegaByte, batch_size: int, num_bytes: int, is_c
     }
 
 
-def profile(model: MegaByte, batch_size: int, is_compiled: bool) -> Facts:
+def profile(model: MegaByte, batch_size: int, way: str) -> Facts:
     """Prints the kernels of some rounds in the middle of the context."""
     middle = model.config.max_seq_len // 2
-    batch = Lockstep(model, batch_size, model.config.max_seq_len, has_filters=False, compiled=is_compiled)
+    batch = Lockstep(model, batch_size, model.config.max_seq_len, has_filters=False, **_KERNELS[way])
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as found, torch.inference_mode():
         started = time.perf_counter()
         for start in range(middle, middle + 8 * batch.round_size, batch.round_size):
