@@ -86,6 +86,18 @@ class Cache:
         tensors = [self.patch_bytes_BP, *(tensor for level in self.levels for tensor in level.tensors())]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
+    def require_room(self, byte_ids_BT: Tensor) -> None:
+        """Refuses to start with sequences that do not fit, or after which no byte could be made.
+
+        Raises:
+            ValueError: if B is not the cache's, or no room is left for a byte after them.
+        """
+        num_rows, num_bytes = byte_ids_BT.shape
+        if num_rows != self.batch_size:
+            raise ValueError(f"{num_rows} sequences given for a cache of {self.batch_size}")
+        if num_bytes >= self.max_seq_len:
+            raise ValueError(f"{num_bytes} bytes leave no room in a cache of {self.max_seq_len}; keep fewer of them")
+
     def append(self, byte_ids_B: Tensor) -> None:
         """Takes in the next byte of every row.
 

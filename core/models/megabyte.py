@@ -304,10 +304,7 @@ class MegaByte(nn.Module):
             ValueError: if B is not the cache's, or no room is left for a byte after them.
         """
         num_bytes = byte_ids_BT.shape[1]
-        if len(byte_ids_BT) != cache.batch_size:
-            raise ValueError(f"{len(byte_ids_BT)} sequences given for a cache of {cache.batch_size}")
-        if num_bytes >= cache.max_seq_len:
-            raise ValueError(f"{num_bytes} bytes leave no room in a cache of {cache.max_seq_len}; keep fewer of them")
+        cache.require_room(byte_ids_BT)
         num_whole = num_bytes - num_bytes % self.config.patch_size
         self.read_patches(byte_ids_BT[:, :num_whole], cache)
         logits_BV = self._predict(cache)
