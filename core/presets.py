@@ -61,7 +61,7 @@ def _image(name: str, side: int, batch_size: int, num_steps: int, dropout: float
     )
 
 
-def _audio(name: str, encoding: str, widths: tuple[int, int], num_steps: int) -> Config:
+def _audio(name: str, encoding: str, widths: tuple[int, int], num_steps: int, dropout: float) -> Config:
     global_dim, local_dim = widths
     return _shipped(
         name,
@@ -70,7 +70,7 @@ def _audio(name: str, encoding: str, widths: tuple[int, int], num_steps: int) ->
             LevelConfig(dim=local_dim, num_layers=3, num_heads=local_dim // 64, cross_patch=4),
         ),
         max_seq_len=8192,
-        dropout=0.1,
+        dropout=dropout,
         codec=AudioCodecConfig(sample_rate=16000, encoding=encoding),
         batch_size=32,
         num_steps=num_steps,
@@ -170,8 +170,8 @@ _PRESETS: dict[str, Callable[[str], Config]] = {
     "text": _text,
     "image32": lambda name: _image(name, side=32, batch_size=80, num_steps=6563, dropout=0.0),
     "image64": lambda name: _image(name, side=64, batch_size=20, num_steps=3881, dropout=0.05),
-    "audio": lambda name: _audio(name, "mulaw8", widths=(448, 320), num_steps=729),
-    "audio-pcm16": lambda name: _audio(name, "pcm16be", widths=(384, 256), num_steps=3000),
+    "audio": lambda name: _audio(name, "mulaw8", widths=(448, 320), num_steps=729, dropout=0.1),
+    "audio-pcm16": lambda name: _audio(name, "pcm16be", widths=(384, 256), num_steps=4500, dropout=0.15),
     "paper-text": _paper(
         global_model=LevelConfig(dim=2048, num_layers=14, num_heads=16, ffn_dim=9088, patch_size=8),
         local_model=LevelConfig(dim=1024, num_layers=18, num_heads=8, ffn_dim=5056),
