@@ -4,16 +4,43 @@ import pytest
 import torch
 from torch import nn
 
-from core.models.packed import PackedLinear, pack_linears
+from core.kernels import linear as kernel
+from core.models.packed import BlockedLinear, PackedLinear, pack_linears
 
 
-@pytest.mark.parametrize("shape", [(16, 24), (1, 24), (2, 3, 5, 24)])
+@pytest.fixture(params=[PackedLinear, BlockedLinear])
+def packed(request):
+    """The layer of 128 inputs that is to be tested, and how it is made; skips where this machine lacks it."""
+
+    def build(bias: bool) -> tuple[nn.Module, nn.Module]:
+        num_outputs = 192 if request.param is BlockedLinear else 40
+        model = nn.Sequential(nn.Linear(128, num_outputs, bias=bias), nn.ReLU()).bfloat16().requires_grad_(False)
+        plain = model[0]
+        pack_linears(model)
+        if not isinstance(model[0], request.param):
+            pytest.skip(f"this machine has no {request.param.__name__}")
+        return plain, model[0]
+
+    return build
+
+
+@pytest.mark.parametrize("shape", [(16, 128), (1, 128), (2, 3, 5, 128), (200, 128), (0, 128)])
 @pytest.mark.parametrize("bias", [True, False])
-def test_equal_the_plain_layer(shape, bias):
-    model = nn.Sequential(nn.Linear(24, 40, bias=bias), nn.ReLU()).bfloat16().requires_grad_(False)
+def test_equal_the_plain_layer(packed, shape, bias):
+    plain, layer = packed(bias)
     x = torch.randn(shape, dtype=torch.bfloat16)
-    expected = model(x)
+    torch.testing.assert_close(layer(x), plain(x), rtol=2**-7, atol=2**-8)
+
+
+def test_a_row_of_a_blocked_layer_does_not_depend_on_the_others(packed):
+    _, layer = packed(True)
+    if isinstance(layer, BlockedLinear):
+        x = torch.randn(50, 128, dtype=torch.bfloat16)
+        assert all(torch.equal(layer(x[row : row + 1])[0], layer(x)[row]) for row in range(50))
+
+
+def test_without_the_kernel_onednn_multiplies(monkeypatch):
+    monkeypatch.setattr(kernel, "library", lambda: None)
+    model = nn.Sequential(nn.Linear(128, 64)).bfloat16()
     pack_linears(model)
-    if not isinstance(model[0], PackedLinear):
-        pytest.skip("torch has no bfloat16 products of oneDNN here")
-    torch.testing.assert_close(model(x), expected, rtol=2**-7, atol=2**-8)
+    assert not isinstance(model[0], BlockedLinear)

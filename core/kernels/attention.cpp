@@ -1,26 +1,25 @@
 // Attention in bf16 with float32 sums, for heads of 64 channels: softmax(q k^T / 8) v by the processor's products of pairs
 // of bf16; of whole rows, causally, and of single queries with the slots of a cache.
 //
-// Whole rows do not keep their scores (Dao et al., arXiv 2205.14135). Keys and values are packed once, in blocks of 64: word c of key s holds channels 2c and 2c + 1, word d of a pair of
-// values holds channel d of both. Tiles of 6 rows and 64 columns stay in registers. A row's sums are taken in the order of
-// its keys and its weights depend on nothing behind it, whoever computes it and whatever comes later.
+// Whole rows do not keep their scores (Dao et al., arXiv 2205.14135). Their keys and values are packed once, in blocks of 64.
+// A row's sums are taken in the order of its keys and its weights depend on nothing behind it, whoever computes it and
+// whatever comes later.
 
 #include <cstdint>
 
 #if defined(__AVX512BF16__) && defined(__AVX512F__)
 
-#include <immintrin.h>
-
 #include <algorithm>
 #include <memory>
 #include <vector>
 
+#include "tiles.h"
+
 namespace {
 
-constexpr int64_t kChannels = 64, kBlock = 64, kDepth = 32;  // kDepth: pairs of channels, or of keys in a block
-constexpr int64_t kTile = 6, kRows = 96;                     // rows in registers; rows for which a block is fetched once
-constexpr int64_t kVectors = 4, kPacked = kDepth * kVectors;  // of a row of a tile; of a packed block
-constexpr float kScale = 0.125f * 1.44269504f;                // 1 / sqrt(C), and powers of 2 instead of e
+constexpr int64_t kChannels = 64;
+constexpr int64_t kRows = 96;  // for which a block is fetched once
+constexpr float kScale = 0.125f * 1.44269504f;  // 1 / sqrt(C), and powers of 2 instead of e
 constexpr float kSlack = 32.0f;  // weights up to 2^6 are fine: the sums are rescaled only if a score exceeds that
 constexpr int64_t kWorthSharing = 4096;  // slots of all heads, a quarter of a megabyte each of keys and values
 constexpr float kNever = -1e30f;  // a score without weight
@@ -41,8 +40,6 @@ struct Heads {
   }
 };
 
-using Block = __m512i[kPacked];
-
 void pack_block(const Heads& heads, int64_t index, int64_t block, uint32_t* keys, uint32_t* values) {
   const int64_t first = block * kBlock, count = std::min(kBlock, heads.length - first);
   std::fill(keys, keys + kBlock * kDepth, 0);
@@ -53,22 +50,6 @@ void pack_block(const Heads& heads, int64_t index, int64_t block, uint32_t* keys
     const uint16_t* value = heads.row(heads.v, index, first + s);
     for (int64_t d = 0; d < kChannels; ++d) values[s / 2 * kChannels + d] |= uint32_t(value[d]) << (s % 2 * 16);
   }
-}
-
-// sums += rows of pairs times a packed block.
-inline void multiply(const uint32_t* const* rows, const __m512i* block, __m512 (*target)[kVectors]) {
-  __m512 sums[kTile][kVectors];
-  std::copy(&target[0][0], &target[0][0] + kTile * kVectors, &sums[0][0]);
-  for (int64_t i = 0; i < kDepth; ++i) {
-    const __m512i* b = block + i * kVectors;
-#pragma GCC unroll 6
-    for (int64_t r = 0; r < kTile; ++r) {
-      const __m512bh a = (__m512bh)_mm512_set1_epi32(int32_t(rows[r][i]));
-#pragma GCC unroll 4
-      for (int64_t v = 0; v < kVectors; ++v) sums[r][v] = _mm512_dpbf16_ps(sums[r][v], a, (__m512bh)b[v]);
-    }
-  }
-  std::copy(&sums[0][0], &sums[0][0] + kTile * kVectors, &target[0][0]);
 }
 
 // 2^x to within 4e-6 of it, a small part of a bf16's rounding; 0 far below.
@@ -144,13 +125,6 @@ struct Rows {
     for (int64_t v = 0; v < kVectors; ++v) sums[row][v] = _mm512_mul_ps(sums[row][v], scale);
     totals[row] = _mm512_mul_ps(totals[row], scale);
     highest[row] = now;
-  }
-
-  static void store(void* target, const __m512* values, __m512 scale) {
-    for (int64_t v = 0; v < kVectors; v += 2) {
-      const __m512 low = _mm512_mul_ps(values[v], scale), high = _mm512_mul_ps(values[v + 1], scale);
-      _mm512_storeu_si512(static_cast<char*>(target) + 32 * v, (__m512i)_mm512_cvtne2ps_pbh(high, low));
-    }
   }
 };
 
