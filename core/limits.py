@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+from core.kernels import read as native
+
 # (rows, columns, inner) of matrix products as models make them, and larger ones; the fastest counts.
 _MATMULS = {
     "cpu": [(2048, 2048, 2048), (8192, 1024, 256), (8192, 256, 1024), (8192, 2048, 512)],
@@ -43,8 +45,15 @@ def seconds_to_read(parts: Sequence[tuple[float, int]], device: torch.device) ->
             for _ in range(times):
                 look(block)
 
+    def read_natively() -> None:
+        for block, times in blocks:
+            native.read(block, times)
+
     looks = (torch.sum, torch.amax, lambda block: block.view(torch.float32).sum())
-    return min(_seconds_of(partial(read, look), device) for look in looks)
+    ways = [partial(read, look) for look in looks]
+    if device.type == "cpu" and native.library() is not None:
+        ways.append(read_natively)
+    return min(_seconds_of(way, device) for way in ways)
 
 
 def _seconds_of(work: Callable[[], object], device: torch.device) -> float:

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -14,6 +15,7 @@ from core.bench import bench, bytes_read_per_patch, flat_counterpart, generation
 from core.config import LevelConfig, MegaByteConfig
 from core.curve import Point, best_points, cost_curve, fitted_exponent
 from core.errors import UserError
+from core.kernels import read
 from core.limits import PeakMemory, matmul_rate, seconds_to_read
 from core.models import MegaByte
 from core.presets import preset
@@ -96,6 +98,15 @@ def test_presets_are_widened_to_the_length_asked_for():
 def test_the_limits_of_this_machine_are_positive_and_twice_the_memory_takes_longer():
     assert matmul_rate(CPU, torch.float32) > 1e8
     assert seconds_to_read([(1 << 26, 1)], CPU) < seconds_to_read([(1 << 26, 4)], CPU)
+
+
+def test_every_word_is_read_as_often_as_asked():
+    if read.library() is None:
+        pytest.skip("there is no C++ compiler")
+    words = torch.from_numpy(np.random.default_rng(0).integers(0, 2**62, 1003))
+    expected = int(np.bitwise_xor.reduce(words.numpy()))
+    assert [read.read(words[:0]), read.read(words), read.read(words, 3)] == [0, expected, expected]
+    assert read.read(words, 2) == int(np.bitwise_xor.reduce(words.numpy()[960:]))  # the rest is read once
 
 
 def test_peak_memory_sees_what_was_allocated():

@@ -12,9 +12,10 @@ ROOT = Path(__file__).parents[1]
 
 # Each module may import modules of lower lines, and of its own line within the same package (`core.codecs.*`, ...).
 LAYERS = [
-    ["core.errors", "core.limits"],
+    ["core.errors", "core.kernels"],
+    ["core.limits"],
     ["core.config", "core.distributed"],
-    ["core.arena", "core.cache", "core.codecs", "core.kernels", "core.folder", "core.presets", "core.optim"],
+    ["core.arena", "core.cache", "core.codecs", "core.folder", "core.presets", "core.optim"],
     ["core.models", "core.data", "core.run_folder"],
     ["core.checkpoint", "core.likelihood", "core.native"],
     ["core.law"],
