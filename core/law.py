@@ -1,6 +1,6 @@
 """The law from which a byte is drawn: temperature, top-k, top-p, and one random stream per sample.
 
-Everything here is float64 and exact to its rounding; `core/native/law.h` and `core/batch.py` compute the same law.
+Everything here is float64 and exact to its rounding; `core/native/law.h` and `core/lockstep.py` compute the same law.
 """
 
 from dataclasses import dataclass

@@ -196,7 +196,7 @@ class NativeSequence:
 
         Args:
             forced: the first bytes, taken as given, uint8.
-            uniforms: float64, one for each further byte, which is drawn as `core.sample.draw` does.
+            uniforms: float64, one for each further byte, which is drawn as `core.law.draw` does.
 
         Raises:
             ValueError: if the cache has no room for them.

@@ -1,4 +1,4 @@
-// Choosing a byte from logits: `sampling_law`, `draw` and `surprisal` of core/sample.py, in float64 as there.
+// Choosing a byte from logits: `sampling_law`, `draw` and `surprisal` of core/law.py, in float64 as there.
 
 #pragma once
 
