@@ -20,12 +20,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from core import bench
 from core.bench import engine_of_samples, flat_counterpart, random_model, random_stream, widened
-from core.learner import MeanNll
 from core.likelihood import score
 from core.limits import timed
 from core.presets import preset
-from core.sample import Request, SampleConfig, stream_batch
 
 CPU = torch.device("cpu")
 PATCH = 8
@@ -54,7 +53,6 @@ def peer(num_bytes: int) -> nn.Module:
 
 def generate(rounds: int) -> dict[str, Any]:
     """One byte at a context of 2048: their loop runs the whole model for it, ours steps."""
-    prefix = random_stream(CONTEXT - 128)
     own, other = random_model(preset("bench-tiny").model, CPU), peer(CONTEXT)
     flat = random_model(flat_counterpart(own.config), CPU)
     byte_ids = torch.from_numpy(random_stream(CONTEXT - 1)).long()[None]
@@ -64,21 +62,12 @@ def generate(rounds: int) -> dict[str, Any]:
             return 1, timed(lambda: F.softmax(other(byte_ids)[:, -1], -1).multinomial(1), CPU)
 
     def ours(model: nn.Module, engine: str, batch_size: int) -> Work:
-        requests = [Request(prefix, 128, SampleConfig(), number) for number in range(batch_size)]
+        with engine_of_samples(engine):
+            case = bench.generation("", model, batch_size, CONTEXT)
 
         def run() -> tuple[int, float]:
             with engine_of_samples(engine):
-                chunks = stream_batch(model, requests)
-                for _ in range(batch_size):  # one of each: then all have read the prefix
-                    next(chunks)
-                made = 0
-
-                def rest() -> None:
-                    nonlocal made
-                    made = sum(len(chunk.byte_values) for _, chunk in chunks)
-
-                seconds = timed(rest, CPU)
-                return made, seconds
+                return case.run()
 
         return run
 
@@ -118,9 +107,9 @@ def scoring(rounds: int) -> dict[str, Any]:
     rates = in_turns(
         {
             "peer fp32": theirs,
-            "ours": lambda: (length, timed(lambda: score(own, stream), CPU)),
+            "ours": bench.scoring("", own, 1, length).run,
             "ours strided": lambda: (length, timed(lambda: score(own, stream, strided=True), CPU)),
-            "flat": lambda: (length, timed(lambda: score(flat, stream), CPU)),
+            "flat": bench.scoring("", flat, 1, length).run,
         },
         rounds,
     )
@@ -142,10 +131,9 @@ def training(rounds: int) -> dict[str, Any]:
     own, flat = random_model(config, CPU).train(), random_model(flat_counterpart(config), CPU).train()
     works: dict[str, Work] = {}
     for length in (1024, 8192):
-        byte_ids = torch.from_numpy(random_stream(8192)).long().view(-1, length)
-        other = peer(length).train()
-        for name, model in (("peer", other), ("ours", own), ("flat", flat)):
-            works[f"{name}, T = {length}"] = _training_step(model, byte_ids, is_peer=name == "peer")
+        works[f"peer, T = {length}"] = _peer_step(peer(length).train(), length)
+        works[f"ours, T = {length}"] = bench.training("", own, 0, length).run
+        works[f"flat, T = {length}"] = bench.training("", flat, 0, length).run
     rates = in_turns(works, rounds)
     return {
         "what": "train, bf16 autocast",
@@ -158,16 +146,14 @@ def training(rounds: int) -> dict[str, Any]:
     }
 
 
-def _training_step(model: nn.Module, byte_ids: torch.Tensor, is_peer: bool) -> Work:
-    objective = None if is_peer else MeanNll(model, "bf16")
+def _peer_step(model: nn.Module, length: int) -> Work:
+    """As `core.bench.training`: forward and backward of 8192 bytes in sequences of `length`."""
+    byte_ids = torch.from_numpy(random_stream(8192)).long().view(-1, length)
 
     def step() -> None:
         model.zero_grad(set_to_none=True)
-        if is_peer:
-            with torch.autocast("cpu", torch.bfloat16):
-                loss = model(byte_ids, return_loss=True)
-        else:
-            loss = objective(byte_ids)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(byte_ids, return_loss=True)
         loss.backward()
 
     return lambda: (byte_ids.numel(), timed(step, CPU))
