@@ -1,8 +1,10 @@
 """A collection of odd pictures, sounds and texts, each made here with what is to become of it; and files that only claim to be.
 
-`python tests/odd_files.py PATH...` opens files as a process of its own and prints what became of each, with its time and memory.
+`python tests/odd_files.py PATH...` opens files in a process of its own, damaged ones once more as far as they
+reach, and prints what became of each, with its time and memory.
 """
 
+import contextlib
 import io
 import json
 import os
@@ -261,6 +263,11 @@ def damaged_pictures() -> dict[str, OddFile]:
         "too-long.png": OddFile(claiming(16385, 1), "16385x1 pixels"),
         "profile-bomb.png": OddFile(
             png(b"", 8, 8, 8, 2, png_chunk(b"iCCP", b"a\0\0" + rows + zlib.compress(bytes(32 << 20), 1))), "damaged"),
+        "depth-bomb.png": OddFile(claiming(5000, 3000, 255, 6), "damaged"),
+        "depth-bomb.bmp": OddFile(bmp(bytes(64), 8192, width=5000, height=3000), "damaged"),
+        "mostly-missing.png": OddFile(claiming(5000, 3000, 16, 6), "damaged"),
+        "mostly-missing.bmp": OddFile(bmp(bytes(64), 32, width=5000, height=3000), "damaged"),
+        "mostly-missing.ppm": OddFile(b"P6 5000 3000 255\n" + bytes(100), "damaged"),
         "only-a-start.jpg": OddFile(b"\xff\xd8\xff\xe0", "damaged"),
         "cut.jpg": OddFile(jpeg[: len(jpeg) // 2], "cut short or damaged"),
         "bomb.jpg": OddFile(bytes(frame), "pixels"),
@@ -411,7 +418,9 @@ def main(paths: list[str]) -> None:
     sys.path.insert(0, str(ROOT))
     import torch
 
-    from core.codecs import read_media
+    from core.codecs import read_media, read_partial
+    from core.codecs.image import DamagedPictureError
+    from core.errors import UserError
     from core.limits import PeakMemory
 
     memory, events = PeakMemory(torch.device("cpu")), []
@@ -428,6 +437,10 @@ def main(paths: list[str]) -> None:
         started = time.perf_counter()
         try:
             kind, said = type(read_media(path)).__name__, ""
+        except DamagedPictureError as error:
+            kind, said = "UserError", str(error)
+            with contextlib.suppress(UserError):
+                read_partial(path)
         except Exception as error:
             kind, said = type(error).__name__, str(error)
         seconds = time.perf_counter() - started

@@ -28,7 +28,7 @@ from core.codecs.image import (
 )
 from core.errors import UserError
 
-MAX_CUT_JPEG_PIXELS = 16_000_000  # two of them are in memory at once
+MAX_CUT_PIXELS = 16_000_000  # a mended file and its picture are in memory at once, of a JPEG two pictures
 _PIECE_BYTES = 1 << 16
 _HEAD_BYTES = 1 << 14  # before the pixels of a BMP or PPM
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -74,7 +74,9 @@ def _read_png(file: BinaryIO, name: str, kind: FileKind) -> Picture:
     if tag != b"IHDR" or len(header) != 13:
         raise _NothingThereError("and ends before it says its size")
     width, height, depth, colour, _, _, interlace = struct.unpack(">IIBBBBB", header)
-    require_pixels(width, height, name)
+    require_pixels(width, height, name, MAX_CUT_PIXELS)
+    if depth not in (1, 2, 4, 8, 16):
+        raise ValueError("there is no such depth")
     if interlace:
         raise _NothingThereError("and interlaced, so its rows are not there one after another")
     bits = depth * _PNG_CHANNELS.get(colour, 0)
@@ -88,8 +90,9 @@ def _read_png(file: BinaryIO, name: str, kind: FileKind) -> Picture:
             kept.append(_png_chunk(tag, content))
     num_rows, rest = divmod(rows.num_bytes, row_bytes)
     num_known = num_rows * width + min(width, max(0, rest - 1) * 8 // max(1, bits))
+    known = _first_known(num_known, width, height)
     mended = [_PNG_SIGNATURE, _png_chunk(b"IHDR", header), *kept, _png_chunk(b"IDAT", rows.finish()), _png_chunk(b"IEND", b"")]
-    return _decoded(b"".join(mended), name, kind, _first_known(num_known, width, height))
+    return _decoded(b"".join(mended), name, kind, known)
 
 
 class _Rows:
@@ -147,7 +150,9 @@ def _read_bmp(file: BinaryIO, name: str, kind: FileKind) -> Picture:
         compression = 0
     else:
         width, height, _, bits, compression = struct.unpack_from("<iiHHI", head, 18)
-    require_pixels(abs(width), abs(height), name)
+    require_pixels(abs(width), abs(height), name, MAX_CUT_PIXELS)
+    if bits not in (1, 4, 8, 16, 24, 32):
+        raise ValueError("there is no such depth")
     if compression not in (0, 3, 6):
         raise _NothingThereError("and packed in runs, so its rows cannot be counted")
     row_bytes = (width * bits + 31) // 32 * 4
@@ -162,7 +167,7 @@ def _read_ppm(file: BinaryIO, name: str, kind: FileKind) -> Picture:
     if header is None:
         raise _NothingThereError("and ends before it says its size")
     width, height, largest = map(int, header.groups()[1:])
-    require_pixels(width, height, name)
+    require_pixels(width, height, name, MAX_CUT_PIXELS)
     bits = (8 if largest < 256 else 16) * (3 if header[1] == b"6" else 1)
     row_bytes = width * bits // 8
     known = _known_of_rows(_size(file) - header.end(), row_bytes, bits, width, height)
@@ -172,7 +177,7 @@ def _read_ppm(file: BinaryIO, name: str, kind: FileKind) -> Picture:
 def _read_jpeg(file: BinaryIO, name: str, kind: FileKind) -> Picture:
     content = file.read()
     width, height, sampling, is_coarse = _jpeg_frame(content)
-    require_pixels(width, height, name, MAX_CUT_JPEG_PIXELS)
+    require_pixels(width, height, name, MAX_CUT_PIXELS)
     content = content.removesuffix(b"\xff")
     noise = bytes(np.random.default_rng(0).integers(1, 255, _PIECE_BYTES, dtype=np.uint8))
     mended = content + _END_OF_JPEG
@@ -187,6 +192,8 @@ def _read_jpeg(file: BinaryIO, name: str, kind: FileKind) -> Picture:
         noisy = content[:-_DOUBTED_BYTES].removesuffix(b"\xff") + noise + _END_OF_JPEG
         num_equal = _num_equal_rows(mended, noisy, name, kind)
         known[: max(0, (num_equal + smoothed) // reach * reach - smoothed)] = True
+        if not known.any():
+            raise _NothingThereError("and ends before its first pixel")
         note = "a JPEG, so the last rows that are there are as good as could be made out"
     return _decoded(mended, name, kind, known, note)
 
@@ -232,13 +239,11 @@ _MENDERS = {"png": _read_png, "bmp": _read_bmp, "ppm": _read_ppm, "jpeg": _read_
 
 
 def _decoded(mended: bytes | bytearray, name: str, kind: FileKind, known: np.ndarray, note: str | None = None) -> Picture:
-    if not known.any():
-        raise _NothingThereError("and ends before its first pixel")
     with opened_image(io.BytesIO(mended), name, kind) as image:
         pixels, notes = load_rgb(image)
         if read_orientation(image) != 1:
             notes = (*notes, "left as it is stored, not turned by its EXIF tag")
-    pixels[~known] = _UNKNOWN
+    np.copyto(pixels, np.uint8(_UNKNOWN), where=~known[..., None])
     notes = (*notes, _says_how_far(known), *([note] if note else []))
     return Picture(pixels, notes, None if known.all() else known)
 
@@ -255,7 +260,11 @@ def _says_how_far(known: np.ndarray) -> str:
 
 
 def _first_known(num_known: int, width: int, height: int) -> np.ndarray:
-    return (np.arange(height)[:, None] * width + np.arange(width)) < num_known
+    if num_known <= 0:
+        raise _NothingThereError("and ends before its first pixel")
+    known = np.zeros((height, width), bool)
+    known.reshape(-1)[:num_known] = True
+    return known
 
 
 def _known_of_rows(num_bytes: int, row_bytes: int, bits: int, width: int, height: int) -> np.ndarray:
