@@ -1,6 +1,5 @@
 """The command line: `python -m app VERB`. Results go to stdout, progress and notes to stderr.
 
-Exit codes: 0 all done, 1 something failed, 2 wrong usage, 130 and 143 ended by Ctrl-C and by SIGTERM.
 `--help` and wrong usage are answered at once: what takes seconds to import is imported by the verb that needs it.
 """
 
@@ -27,6 +26,8 @@ from core.plans import plan_names
 
 if TYPE_CHECKING:
     from app.service import FileScore, ModelInfo, ScoreTotal, Service
+
+EXIT_CODES = "Exit codes: 0 all done, 1 something failed, 2 wrong usage, 130 and 143 ended by Ctrl-C and by SIGTERM."
 
 
 def run_ui(args: argparse.Namespace) -> int:
@@ -350,7 +351,8 @@ class Parser(argparse.ArgumentParser):
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     """The verb's handler and its settings; leaves with exit code 2 on wrong usage."""
-    parser = Parser(prog="python -m app", description="Byte-level likelihood and generation for pictures, sound and text.")
+    description = "Byte-level likelihood and generation for pictures, sound and text."
+    parser = Parser(prog="python -m app", description=description, epilog=EXIT_CODES)
     verbs = parser.add_subparsers(metavar="VERB", required=True)
     for add in (_add_ui, _add_train, _add_score, _add_generate, _add_bench, _add_compare, _add_info):
         add(verbs)
@@ -398,6 +400,11 @@ if __name__ == "__main__":
     _keep_memory()
     for _number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(_number, _leave)
+    # A caller may have closed the standard streams; no file of ours must get their numbers.
+    while (_number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(_number)
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # noqa: SIM115
     for _stream in (sys.stdout, sys.stderr):
         _stream.reconfigure(errors="backslashreplace")  # a terminal that lacks a letter still gets the line
     logging.basicConfig(level=logging.WARNING, handlers=[LogHandler()])
