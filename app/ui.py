@@ -1,8 +1,10 @@
 """The page: theme, layout and named endpoints around the tabs, and the server that shows it."""
 
 import os
+import re
 import socket
 import sys
+import tempfile
 import threading
 from pathlib import Path
 from typing import Any
@@ -11,8 +13,11 @@ from typing import Any
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 
 import gradio as gr
+from gradio.utils import get_upload_folder
+from starlette.middleware import Middleware
 
 from app.endpoints import add_endpoints
+from app.guard import Guard
 from app.jobs import JobStore
 from app.service import Service
 from app.tabs import batch, complete, jobs, likelihood
@@ -37,6 +42,23 @@ HEADER = """
 """
 
 
+class Page(gr.Blocks):
+    """Blocks that refuse a value of the wrong kind in a sentence; Gradio's own answer is a traceback on the terminal."""
+
+    async def preprocess_data(self, block_fn: Any, *arguments: Any, **options: Any) -> list[Any]:
+        try:
+            values = await super().preprocess_data(block_fn, *arguments, **options)
+            for block, value in zip(block_fn.inputs, values, strict=True):
+                if isinstance(block, gr.Number) and not isinstance(value, int | float | None):
+                    raise TypeError
+            return values
+        except gr.Error as error:
+            said = re.sub(r" \(type: .*?\)", "", str(error.message))
+        except Exception:
+            said = "a value of this call is of the wrong kind; “Use via API” at the foot of the page says what each must be"
+        raise gr.Error(said, print_exception=False)
+
+
 def launch(service: Service, host: str = "127.0.0.1", port: int = 7860, open_browser: bool = True) -> None:
     """Serves the page until the process is interrupted.
 
@@ -44,17 +66,19 @@ def launch(service: Service, host: str = "127.0.0.1", port: int = 7860, open_bro
         UserError: if another program has the port.
     """
     check_port(host, port)
-    store = JobStore()
-    page = build(service, store)
-    _, url, _ = page.launch(
-        server_name=host, server_port=port, inbrowser=open_browser, quiet=True, prevent_thread_lock=True, **launch_options()
-    )
-    threading.Thread(target=native.build, name="build", daemon=True).start()
-    print(f"The page is at {url} (Ctrl-C ends it)", file=sys.stderr, flush=True)
-    try:
-        page.block_thread()
-    finally:
-        store.close()
+    with tempfile.TemporaryDirectory(prefix="uploads-", ignore_cleanup_errors=True) as uploads:
+        os.environ["GRADIO_TEMP_DIR"] = uploads  # read when components are made
+        store = JobStore()
+        page = build(service, store)
+        _, url, _ = page.launch(
+            server_name=host, server_port=port, inbrowser=open_browser, quiet=True, prevent_thread_lock=True, **launch_options()
+        )
+        threading.Thread(target=native.build, name="build", daemon=True).start()
+        print(f"The page is at {url} (Ctrl-C ends it)", file=sys.stderr, flush=True)
+        try:
+            page.block_thread()
+        finally:
+            store.close()
 
 
 def check_port(host: str, port: int) -> None:
@@ -83,6 +107,7 @@ def launch_options() -> dict[str, Any]:
         "max_file_size": MAX_FILE_SIZE,
         "footer_links": ["api", "settings"],
         "allowed_paths": [str(SAMPLES_FOLDER)],
+        "app_kwargs": {"middleware": [Middleware(Guard, cache=Path(get_upload_folder()))]},
     }
 
 
@@ -117,7 +142,7 @@ def theme() -> gr.Theme:
 
 def build(service: Service, store: JobStore) -> gr.Blocks:
     """The page with its tabs and endpoints; its jobs are kept in `store`."""
-    with gr.Blocks(title="Megabyte", analytics_enabled=False, delete_cache=DELETE_CACHE) as page:
+    with Page(title="Megabyte", analytics_enabled=False, delete_cache=DELETE_CACHE) as page:
         visitor = visitor_state()
         arrived = page.load(greet, visitor, visitor, queue=False, **QUIET)
         gr.HTML(HEADER, apply_default_css=False)

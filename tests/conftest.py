@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from browsing import browser, open_page  # noqa: F401  fixtures for every module
-from page_server import served_page
+from page_server import PageProcess, page_process
 from PIL import Image
 
 from core.checkpoint import export_model, model_tensors
@@ -76,10 +76,15 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def page_url(tiny_models: Path) -> Iterator[str]:
+def page_server(tiny_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[PageProcess]:
     """The page, served with the tiny models in a process of its own."""
-    with served_page(tiny_models) as url:
-        yield url
+    with page_process(tiny_models, tmp_path_factory.mktemp("page")) as page:
+        yield page
+
+
+@pytest.fixture(scope="session")
+def page_url(page_server: PageProcess) -> str:
+    return page_server.url
 
 
 @pytest.fixture

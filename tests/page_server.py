@@ -1,9 +1,10 @@
 """The page in a process of its own, for the tests that talk to it as a browser or a script does.
 
 A process of its own because Gradio leaves sockets and an event loop open when it stops, which warnings-as-errors would
-count against whichever test runs then.
+count against whichever test runs then. It writes down every connection that it makes to anything but itself.
 """
 
+import os
 import socket
 import subprocess
 import sys
@@ -12,23 +13,45 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 START_LIMIT_S = 60
+OWN_HOSTS = ("127.0.0.1", "::1", "localhost", "0.0.0.0", None)
+
+
+@dataclass(frozen=True)
+class PageProcess:
+    """A running page: its URL ends with a slash, its temporary files lie in `temporary`, what it says goes to `log`."""
+
+    url: str
+    process: subprocess.Popen
+    temporary: Path
+    log: Path
+
+    def foreign_connections(self) -> list[str]:
+        return [line for line in self.log.read_text(errors="replace").splitlines() if line.startswith("connection: ")]
 
 
 @contextmanager
-def served_page(weights: Path) -> Iterator[str]:
-    """Serves the page with the models of a folder and answers its URL, which ends with a slash."""
-    port = free_port()
-    url = f"http://127.0.0.1:{port}/"
-    with subprocess.Popen([sys.executable, __file__, str(weights), str(port)], cwd=ROOT) as server:
+def page_process(weights: Path, folder: Path) -> Iterator[PageProcess]:
+    """Serves the page, with its temporary files and its log in a folder; it must have connected to nobody at its end."""
+    port, temporary, log = free_port(), folder / "temporary", folder / "page.log"
+    temporary.mkdir(parents=True)
+    command = [sys.executable, __file__, str(weights), str(port)]
+    environment = {**os.environ, "TMPDIR": str(temporary)}
+    with log.open("wb") as said, subprocess.Popen(command, cwd=ROOT, env=environment, stdout=said, stderr=said) as process:
+        page = PageProcess(f"http://127.0.0.1:{port}/", process, temporary, log)
         try:
-            wait_for_page(url, server)
-            yield url
+            wait_for_page(page.url, process)
+            yield page
         finally:
-            server.terminate()
+            process.terminate()
+            process.wait()
+            sys.stderr.write(log.read_text(errors="replace"))
+    assert page.foreign_connections() == []
 
 
 def free_port() -> int:
@@ -50,6 +73,18 @@ def wait_for_page(url: str, server: subprocess.Popen) -> None:
 
 
 def main(weights: str, port: str) -> None:
+    def watch(event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "socket.getaddrinfo":
+            address = arguments[:2]
+        elif event in ("socket.connect", "socket.sendto") and isinstance(arguments[1], tuple):
+            address = arguments[1][:2]
+        else:
+            return
+        host = address[0].decode() if isinstance(address[0], bytes) else address[0]
+        if host not in OWN_HOSTS or (address[1] and int(address[1]) != int(port)):
+            print(f"connection: {event} to {address}", file=sys.stderr, flush=True)
+
+    sys.addaudithook(watch)
     sys.path.insert(0, str(ROOT))
     from app import ui
     from app.service import Service

@@ -140,21 +140,26 @@ def test_a_short_call_does_not_wait_for_long_ones_and_a_cancelled_one_ends(page_
     assert alone < among_others < 10
 
 
-def test_sigterm_ends_a_busy_page_cleanly(tmp_path):
-    port = free_port()
-    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+def test_sigterm_ends_a_busy_page_cleanly(tmp_path, make_text):
+    port, temporary = free_port(), tmp_path / "temporary"
+    temporary.mkdir()
+    environment = {**os.environ, "TMPDIR": str(temporary)}
     command = [sys.executable, "-m", "app", "ui", "--no-browser", "--port", str(port)]
     with subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True) as page:
         wait_for_page(f"http://127.0.0.1:{port}/", page)
-        callers = [Client(f"http://127.0.0.1:{port}/", verbose=False) for _ in range(3)]
+        callers = [Client(f"http://127.0.0.1:{port}/", verbose=False) for _ in range(5)]
+        callers[0].predict(handle_file(make_text()), "", api_name="/score")
         for caller in callers:
             caller.submit(None, "Once", "", keep=1.0, num_bytes=1_000_000, api_name="/generate")
-        while not list(tmp_path.glob("jobs-*/*")):
+        while len(list(temporary.glob("jobs-*/*"))) < 6:
             time.sleep(0.05)
+        children = Path(f"/proc/{page.pid}/task/{page.pid}/children").read_text().split()
         page.send_signal(signal.SIGTERM)
         _, err = page.communicate(timeout=10)
     assert (page.returncode, len(err.splitlines())) == (143, 1)
-    assert not list(tmp_path.glob("jobs-*"))
+    assert not [child for child in children if Path(f"/proc/{child}").exists()]
+    assert [path for path in temporary.rglob("*") if path.is_file()] == []
+    assert not list(temporary.glob("jobs-*"))
 
 
 def test_endpoints_refuse_in_the_words_of_the_service(client):

@@ -26,7 +26,7 @@ LAYERS = [
     ["core.plans", "core.comparison"],
     ["core.compare"],
     ["core"],
-    ["app.messages", "app.settings", "app.media", "app.palette", "app.sources", "app.turns"],
+    ["app.messages", "app.guard", "app.settings", "app.media", "app.palette", "app.sources", "app.turns"],
     ["app.recipe", "app.ledger", "app.jobs", "app.store", "app.console"],
     ["app.canvas", "app.framing"],
     ["app.scoring", "app.completion"],

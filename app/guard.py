@@ -1,0 +1,114 @@
+"""What is refused before Gradio looks at it: bodies that are too large, files on other machines, uploads without room.
+
+Gradio reads a body of any size into memory, fetches files that are named by an address, and keeps uploads until they are old.
+"""
+
+import contextlib
+import json
+import re
+import time
+from collections.abc import Awaitable, Callable, MutableMapping
+from pathlib import Path
+from typing import Any
+
+MAX_BODY_BYTES = 16 << 20  # of a call; files come by themselves
+MAX_CACHE_BYTES = 4 << 30  # of uploads and of the copies that the page shows
+MIN_CACHE_AGE_S = 600.0  # a younger file may still be in use
+_ADDRESS = re.compile(r"\s*[a-z][a-z0-9+.-]+://", re.IGNORECASE)
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+
+
+class Guard:
+    """ASGI middleware around the page's server; `cache` is the folder of uploads."""
+
+    def __init__(
+        self, app: Any, cache: Path, max_body_bytes: int = MAX_BODY_BYTES, max_cache_bytes: int = MAX_CACHE_BYTES
+    ) -> None:
+        self._app = app
+        self._cache = cache
+        self._max_body_bytes = max_body_bytes
+        self._max_cache_bytes = max_cache_bytes
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        path = scope["path"]
+        if any(_is_address(path.partition(route)[2]) for route in ("/file=", "/proxy=")):
+            await _refuse(send, 403, "files of other machines are not served here")
+        elif scope["method"] == "POST" and path.rstrip("/").endswith("/upload"):
+            if make_room(self._cache, self._max_cache_bytes):
+                await self._app(scope, receive, send)
+            else:
+                await _refuse(send, 507, "there is no room for more uploads; try again in ten minutes")
+        elif scope["method"] == "POST":
+            await self._check_body(scope, receive, send)
+        else:
+            await self._app(scope, receive, send)
+
+    async def _check_body(self, scope: Message, receive: Receive, send: Send) -> None:
+        messages, num_bytes, has_more = [], 0, True
+        while has_more:
+            messages.append(await receive())
+            num_bytes += len(messages[-1].get("body", b""))
+            has_more = messages[-1].get("more_body", False)
+            if num_bytes > self._max_body_bytes:
+                most = f"{self._max_body_bytes >> 20} MB"
+                await _refuse(send, 413, f"a call of more than {most} is not read; send long texts as files")
+                return
+        if _names_an_address(b"".join(message.get("body", b"") for message in messages)):
+            await _refuse(send, 400, "files of other machines are not fetched; upload the file instead")
+            return
+        messages.reverse()
+
+        async def replay() -> Message:
+            return messages.pop() if messages else await receive()
+
+        await self._app(scope, replay, send)
+
+
+def make_room(folder: Path, max_bytes: int, min_age_s: float = MIN_CACHE_AGE_S) -> bool:
+    """Whether the files of a folder have at most that many bytes, after the oldest ones have been removed if need be."""
+    found = []
+    for path in folder.rglob("*"):
+        with contextlib.suppress(OSError):  # removed meanwhile
+            if not path.is_dir():
+                found.append((path.stat().st_mtime, path.stat().st_size, path))
+    total, oldest_in_use = sum(size for _, size, _ in found), time.time() - min_age_s
+    for changed, size, path in sorted(found):
+        if total <= max_bytes or changed > oldest_in_use:
+            break
+        with contextlib.suppress(OSError):
+            path.unlink()
+            total -= size
+    return total <= max_bytes
+
+
+def _names_an_address(body: bytes) -> bool:
+    """Whether a JSON body has a file in it whose path is an address."""
+    try:
+        waiting = [json.loads(body)]
+    except (ValueError, RecursionError):
+        return False  # Gradio answers that
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, dict):
+            if "path" in value and _is_address(value["path"]):
+                return True
+            waiting.extend(value.values())
+        elif isinstance(value, list):
+            waiting.extend(value)
+    return False
+
+
+def _is_address(path: Any) -> bool:
+    return isinstance(path, str) and _ADDRESS.match(path) is not None
+
+
+async def _refuse(send: Send, status: int, sentence: str) -> None:
+    headers = [(b"content-type", b"application/json")]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": json.dumps({"detail": sentence}).encode()})
