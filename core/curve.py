@@ -13,6 +13,7 @@ import torch
 
 from core.bench import flat_counterpart, random_model, random_stream
 from core.config import MegaByteConfig
+from core.distributed import usable_device
 from core.likelihood import score
 from core.limits import PeakMemory, timed
 from core.presets import preset
@@ -49,6 +50,7 @@ def cost_curve(
     Args:
         most_seconds: a series ends before the length that would take longer if the cost grew with its square.
     """
+    device = usable_device(str(device))
     base = preset("bench-tiny").model
     flat = flat_counterpart(base)
     for patch_size in (1, *patch_sizes):
@@ -60,13 +62,13 @@ def cost_curve(
             config = flat if patch_size == 1 else _with_patch_size(base, patch_size)
             model = random_model(replace(config, max_seq_len=length), device)
             stream = random_stream(length)
-            memory = PeakMemory(torch.device(device))
+            memory = PeakMemory(device)
             memory.start()
-            runs = [timed(lambda m=model, s=stream: score(m, s), torch.device(device))]
+            runs = [timed(lambda m=model, s=stream: score(m, s), device)]
             _, extra = memory.read()
             # The first run of a process or shape is slower; long ones need no second.
             while sum(runs) < 2 and len(runs) < 4:
-                runs.append(timed(lambda m=model, s=stream: score(m, s), torch.device(device)))
+                runs.append(timed(lambda m=model, s=stream: score(m, s), device))
             spent = min(runs)
             yield Point(patch_size, length, spent, extra)
 

@@ -128,7 +128,8 @@ def test_the_exponent_of_a_known_cost_is_found_with_the_best_patch_of_each_lengt
 
 def test_the_cost_curve_leaves_out_what_would_take_too_long():
     said = []
-    points = list(cost_curve(patch_sizes=(16,), lengths=(64, 128), most_seconds=1e-9, log_line=said.append))
+    options = {"most_seconds": 1e-9, "device": "auto", "log_line": said.append}
+    points = list(cost_curve(patch_sizes=(16,), lengths=(64, 128), **options))
     assert [(point.patch_size, point.length) for point in points] == [(1, 64), (16, 64)]
     assert len(said) == 2
     assert "would take over" in said[0]
