@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from app.completion import Completion, CompletionJob, Progress, run_together
+from app.completion import MAX_TOGETHER, Completion, CompletionJob, Progress, run_together
 from app.ledger import Ledger, digest_of, key_of, open_ledger
 from app.messages import OUR_FAULT, plain_sentence
 from app.outputs import OutputNames, completion_paths, with_sidecar
@@ -16,7 +16,6 @@ from app.recipe import Item
 from app.service import Service
 
 State = Literal["planned", "running", "done", "skipped", "failed"]
-_MAX_GROUP = 32  # samples that are made together; few enough to see results come
 logger = logging.getLogger(__name__)
 
 
@@ -152,8 +151,8 @@ class Batch:
                     continue
                 group = waiting.setdefault(id(job.loaded), [])
                 group.extend(tasks)
-                while len(group) >= _MAX_GROUP:
-                    first, group[:] = group[:_MAX_GROUP], group[_MAX_GROUP:]
+                while len(group) >= MAX_TOGETHER:
+                    first, group[:] = group[:MAX_TOGETHER], group[MAX_TOGETHER:]
                     yield from self._make(first, ledger)
             for group in waiting.values():
                 yield from self._make(group, ledger)
@@ -196,7 +195,7 @@ class Batch:
         return tasks
 
     def _make(self, tasks: list[_Task], ledger: Ledger) -> Iterator[tuple[Row, Progress | None]]:
-        """Makes at most `_MAX_GROUP` samples of one model; those of rows that have failed are left out."""
+        """Makes at most `MAX_TOGETHER` samples of one model; those of rows that have failed are left out."""
         groups = [tasks]
         while groups:
             if group := [task for task in groups.pop(0) if task.row.state != "failed"]:

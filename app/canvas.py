@@ -28,9 +28,6 @@ class Canvas(Protocol):
     def prefix(self, index: int) -> np.ndarray:
         """What the model reads before it makes a stretch, uint8; the stretches before it must be made."""
 
-    def reads_kept_only(self, index: int) -> bool:
-        """Whether that prefix is the same in all samples."""
-
     def put(self, index: int, start: int, byte_values: np.ndarray) -> None:
         """Takes bytes of a stretch, from its byte `start` on."""
 
@@ -58,9 +55,6 @@ class StreamCanvas:
 
     def prefix(self, index: int) -> np.ndarray:
         return self._stream[: self._num_kept]
-
-    def reads_kept_only(self, index: int) -> bool:
-        return True
 
     def put(self, index: int, start: int, byte_values: np.ndarray) -> None:
         self._num_made = start + len(byte_values)
@@ -119,10 +113,6 @@ class PictureCanvas:
         tile, side = self._tiles[index], self._side
         context = self._pixels[tile.top : tile.top + tile.context_rows, tile.left : tile.left + side].reshape(-1)
         return context[self._place[: context.size]]
-
-    def reads_kept_only(self, index: int) -> bool:
-        tile = self._tiles[index]
-        return tile.top + tile.context_rows <= self._num_rows
 
     def put(self, index: int, start: int, byte_values: np.ndarray) -> None:
         rows, columns, channels, is_shown = self._places(index, start, len(byte_values))

@@ -1,6 +1,7 @@
 """Completing a file: keep its first part, make the rest byte by byte, and put the whole back into media."""
 
 import time
+from bisect import insort
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
@@ -12,12 +13,14 @@ import numpy as np
 from app.canvas import Canvas, PictureCanvas, StreamCanvas
 from app.framing import source_of
 from app.settings import MAX_NUM_BYTES, CompletionSettings
-from app.store import LoadedModel
+from app.store import SPEED_TEST_S, LoadedModel
 from app.turns import Turn
 from core.codecs import Codec, Media, Picture, Raw
 from core.errors import UserError
 from core.sample import Chunk, Request, SampleConfig, Sampler, next_byte_law, stream_batch
 
+MAX_RESTORED_TEXT = 4_500_000  # bytes; longer ones make settings that are too long to be read back
+MAX_TOGETHER = 32  # samples that are made together; few enough to see results come
 _DEFAULT_TEXT_BYTES = 500
 
 
@@ -44,8 +47,7 @@ class Progress:
     """
 
     job: "CompletionJob" = field(repr=False)
-    canvas: Canvas = field(repr=False)  # it goes on changing
-    made: np.ndarray = field(repr=False)  # the new bytes, of which `done_bytes` are made; it goes on changing
+    making: "_Making" = field(repr=False)  # it goes on changing
     sample: int = 0
     done_bytes: int = 0
     bytes_per_s: float | None = None
@@ -60,12 +62,16 @@ class Progress:
     @property
     def partial(self) -> Media:
         """The media as far as it is made."""
-        return self.canvas.media()
+        return self.making.canvas.media()
+
+    def stopped(self) -> "Completion | None":
+        """The sample as far as it is made; None if nothing was drawn yet."""
+        return self.making.completion() if self.making.num_drawn else None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Completion:
-    """One finished sample: the kept part and the new bytes as media.
+    """One sample, finished or stopped: the kept part and the new bytes as media.
 
     Attributes:
         job: what it is a sample of.
@@ -91,6 +97,11 @@ class Completion:
     bits: np.ndarray  # of those that were drawn, float32
     codec: Codec
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether all bytes that were asked for are made."""
+        return self.num_bytes_generated == self.job.plan.num_bytes_to_generate
+
     def to_dict(self, output: Path | None = None) -> dict[str, Any]:
         """The JSON object of the command line and of the page's endpoint."""
         names = ("model", "seed", "num_bytes_kept", "num_bytes_generated", "bits_per_byte", "engine", "seconds")
@@ -108,7 +119,8 @@ class CompletionJob:
         plan: what is going to be done.
         notes: what was done to the file before its first part was kept, in words.
         given: the media as the model reads it.
-        results: the samples finished so far.
+        engine: what makes the bytes: within one engine a seed gives the same ones.
+        results: the samples finished so far, in the order of their numbers.
     """
 
     def __init__(
@@ -131,14 +143,17 @@ class CompletionJob:
         self._untouched = self._new_canvas(0)  # shows the kept part and is never written to
         self._first_bytes = np.frombuffer(bytes.fromhex(settings.first_bytes), np.uint8)
         num_bytes = self._num_bytes_to_generate()
-        self._samplers: dict[tuple[int, int], Sampler] = {}  # of stretches that begin alike in all samples
-        self._first_sampler = self._sampler(self._new_canvas(num_bytes), 0, self._first_bytes[:0], num_bytes)
+        self._config = SampleConfig(**{name: getattr(settings, name) for name in ("temperature", "top_k", "top_p", "seed")})
+        canvas = self._new_canvas(num_bytes)
+        sampler = Sampler(loaded.model, canvas.prefix(0), min(canvas.stretches[0], num_bytes), self._config)
+        self.engine = sampler.engine
         self.plan = self._make_plan(num_bytes)
         self.notes = (
             *self.given.media.notes,
             *self._says_what_is_rounded(wanted),
             *self._says_how_tiles_are_made(),
             *self._says_what_stays_grey(num_bytes),
+            *self._says_what_is_too_long(),
         )
 
     @property
@@ -146,19 +161,14 @@ class CompletionJob:
         """The part of the media that is kept."""
         return self._untouched.media()
 
-    @property
-    def engine(self) -> str:
-        """What makes the bytes: within one engine a seed gives the same ones."""
-        return self._first_sampler.engine
-
-    def run(self, samples: Sequence[int] | None = None) -> Iterator[Progress]:
-        """Makes the samples, or those of these numbers, one `Progress` a model patch, in turns with other jobs.
+    def run(self) -> Iterator[Progress]:
+        """Makes the samples, many at once where the engine can, one `Progress` a chunk, in turns with other jobs.
 
         Closing the iterator frees the model.
         """
-        with Turn(self.loaded.lock) as turn:
-            for sample in range(self.settings.samples) if samples is None else samples:
-                yield from self._run_sample(sample, turn)
+        samples = range(self.settings.samples)
+        for first in samples[::MAX_TOGETHER]:
+            yield from run_together([(self, sample) for sample in samples[first : first + MAX_TOGETHER]])
 
     def alternatives(self, made: np.ndarray, number: int, count: int = 5) -> list[tuple[int, float]]:
         """The likeliest bytes, each with its probability under the model's own law, in place of new byte `number`.
@@ -242,7 +252,7 @@ class CompletionJob:
             num_bytes_kept=kept,
             num_bytes_to_generate=num_bytes,
             says=f"{keeps}, makes {num_bytes} bytes{begins} with {self.loaded.info.name}",
-            estimate_seconds=self.settings.samples * num_drawn / self.loaded.bytes_per_s(),
+            estimate_seconds=self.settings.samples * num_drawn / self.loaded.bytes_per_s(self.settings.samples > 1),
         )
 
     def _says_what_is_rounded(self, wanted: int) -> tuple[str, ...]:
@@ -266,6 +276,11 @@ class CompletionJob:
         num_grey = self._num_bytes_missing() - num_bytes if isinstance(self.given.media, Picture) else 0
         return (f"the last {num_grey} bytes of the picture are not made and stay grey",) if num_grey else ()
 
+    def _says_what_is_too_long(self) -> tuple[str, ...]:
+        if not isinstance(self.given.media, Raw) or self._num_kept <= MAX_RESTORED_TEXT:
+            return ()
+        return (f"more than {MAX_RESTORED_TEXT:,} bytes are kept, so the settings of a result are too long to restore",)
+
     def _stretches(self, canvas: Canvas) -> Iterator[tuple[int, int, int]]:
         """Number, first and last but one byte of each stretch that is to be made."""
         start, num_bytes = 0, self.plan.num_bytes_to_generate
@@ -273,30 +288,6 @@ class CompletionJob:
             if start < num_bytes:
                 yield index, start, min(start + length, num_bytes)
             start += length
-
-    def _sampler(self, canvas: Canvas, index: int, given: np.ndarray, num_bytes: int) -> Sampler:
-        """What draws the bytes of a stretch behind those given; made once if all samples begin it alike."""
-        key = index, given.size
-        if key in self._samplers:
-            return self._samplers[key]
-        config = SampleConfig(**{name: getattr(self.settings, name) for name in ("temperature", "top_k", "top_p", "seed")})
-        num_drawn = min(canvas.stretches[index], num_bytes) - given.size
-        sampler = Sampler(self.loaded.model, np.concatenate((canvas.prefix(index), given)), num_drawn, config)
-        if canvas.reads_kept_only(index):
-            self._samplers[key] = sampler
-        return sampler
-
-    def _run_sample(self, sample: int, turn: Turn) -> Iterator[Progress]:
-        making = _Making(self, sample)
-        while making.next_stretch():
-            with closing(making.sampler.stream(making.number)) as chunks:
-                while making.is_drawing:
-                    while not turn.take():
-                        yield making.progress(is_waiting=True)
-                    progress = making.take(next(chunks))
-                    if progress.completion is not None and progress.bytes_per_s:
-                        self.loaded.note_speed(progress.bytes_per_s)
-                    yield progress
 
     def _completion(self, sample: int, canvas: Canvas, made: np.ndarray, bits: np.ndarray, seconds: float) -> Completion:
         return Completion(
@@ -323,19 +314,18 @@ class _Making:
     """One sample while it is made, stretch by stretch.
 
     Attributes:
-        sampler: what draws the stretch at work.
-        number: of its random numbers; each stretch of each sample has its own.
+        canvas: what it fills.
+        request: the stretch at work; each stretch of each sample has random numbers of its own.
     """
 
     def __init__(self, job: CompletionJob, sample: int) -> None:
         num_bytes, first = job.plan.num_bytes_to_generate, job._first_bytes
-        self.sampler: Sampler | None = None
-        self.number = 0
+        self.canvas = job._new_canvas(num_bytes)
+        self.request: Request | None = None
         self._job, self._sample = job, sample
         self._started = time.perf_counter()
-        self._canvas = job._new_canvas(num_bytes)
-        self._stretches = job._stretches(self._canvas)
-        self._index = self._start = self._end = 0
+        self._stretches = job._stretches(self.canvas)
+        self._start = self._end = self._index = 0
         self._made = np.concatenate((first, np.zeros(num_bytes - first.size, np.uint8)))
         self._bits = np.empty(num_bytes - first.size, np.float32)
         self._done = self._num_given = first.size
@@ -345,10 +335,11 @@ class _Making:
         for index, start, end in self._stretches:
             self._index, self._start, self._end = index, start, end
             given = self._job._first_bytes[start:end]
-            self._canvas.put(index, 0, given)
+            self.canvas.put(index, 0, given)
             if self.is_drawing:
-                self.sampler = self._job._sampler(self._canvas, index, given, end - start)
-                self.number = self._sample * len(self._canvas.stretches) + index
+                prefix = np.concatenate((self.canvas.prefix(index), given))
+                number = self._sample * len(self.canvas.stretches) + index
+                self.request = Request(prefix, end - start - given.size, self._job._config, number)
                 return True
         return False
 
@@ -358,30 +349,32 @@ class _Making:
         return self._done < self._end
 
     @property
-    def request(self) -> Request:
-        """The stretch at work for a sampler of many."""
-        return Request(self.sampler.prefix, self.sampler.num_bytes, self.sampler.config, self.number)
+    def num_drawn(self) -> int:
+        """Bytes made so far, without those given."""
+        return self._done - self._num_given
 
     def take(self, chunk: Chunk) -> Progress:
         """Puts new bytes where they belong and says how far the sample is."""
-        after = self._done + len(chunk.byte_values)
-        self._canvas.put(self._index, self._done - self._start, chunk.byte_values)
-        self._made[self._done : after] = chunk.byte_values
-        self._bits[self._done - self._num_given : after - self._num_given] = chunk.bits
-        self._done = after
+        new = slice(self._done, self._done + len(chunk.byte_values))
+        self.canvas.put(self._index, self._done - self._start, chunk.byte_values)
+        self._made[new] = chunk.byte_values
+        self._bits[new.start - self._num_given : new.stop - self._num_given] = chunk.bits
+        self._done = new.stop
         completion = None
-        if after == len(self._made):
-            seconds = time.perf_counter() - self._started
-            completion = self._job._completion(self._sample, self._canvas, self._made, self._bits, seconds)
-            self._job.results.append(completion)
+        if self._done == len(self._made):
+            completion = self.completion()
+            insort(self._job.results, completion, key=lambda each: each.sample)
         return self.progress(chunk, completion)
+
+    def completion(self) -> Completion:
+        """The sample as far as it is made."""
+        made, bits = self._made[: self._done].copy(), self._bits[: self.num_drawn].copy()
+        return self._job._completion(self._sample, self.canvas, made, bits, time.perf_counter() - self._started)
 
     def progress(self, chunk: Chunk | None = None, completion: Completion | None = None, *, is_waiting: bool = False) -> Progress:
         """How far the sample is."""
-        speed = (self._done - self._num_given) / (time.perf_counter() - self._started)
-        return Progress(
-            self._job, self._canvas, self._made, self._sample, self._done, speed or None, chunk, completion, is_waiting
-        )
+        speed = self.num_drawn / (time.perf_counter() - self._started)
+        return Progress(self._job, self, self._sample, self._done, speed or None, chunk, completion, is_waiting)
 
 
 def run_together(tasks: Sequence[tuple[CompletionJob, int]]) -> Iterator[Progress]:
@@ -393,9 +386,15 @@ def run_together(tasks: Sequence[tuple[CompletionJob, int]]) -> Iterator[Progres
     loaded = tasks[0][0].loaded
     with Turn(loaded.lock) as turn:
         while makings := [making for making in makings if making.next_stretch()]:
+            num_before, busy_s = sum(making.num_drawn for making in makings), 0.0
             with closing(stream_batch(loaded.model, [making.request for making in makings])) as chunks:
-                while any(making.is_drawing for making in makings):
+                while at_work := [making for making in makings if making.is_drawing]:
                     while not turn.take():
-                        yield makings[0].progress(is_waiting=True)
+                        yield at_work[0].progress(is_waiting=True)
+                    started = time.perf_counter()
                     index, chunk = next(chunks)
+                    busy_s += time.perf_counter() - started
                     yield makings[index].take(chunk)
+            num_made = sum(making.num_drawn for making in makings) - num_before
+            if busy_s >= SPEED_TEST_S:
+                loaded.note_speed(num_made / busy_s, is_together=len(makings) > 1)

@@ -23,18 +23,26 @@ class Made:
 
     Attributes:
         id: its name in the gallery.
-        made: its new bytes, uint8, as many as there are.
-        completion: None if it was stopped.
         path: its file; beside a text lies the file of its settings.
     """
 
     id: str
     title: str
-    job: CompletionJob
-    made: np.ndarray
-    media: Media
+    completion: Completion
     path: Path
-    completion: Completion | None = None
+
+    @property
+    def job(self) -> CompletionJob:
+        return self.completion.job
+
+    @property
+    def made(self) -> np.ndarray:
+        """Its new bytes, uint8, as many as there are."""
+        return self.completion.made
+
+    @property
+    def media(self) -> Media:
+        return self.completion.media
 
     def number_at(self, place: float) -> int | None:
         """Which new byte stands at a place of the media; None where nothing new stands.
@@ -60,17 +68,26 @@ class Gallery:
     """What one job of the page shows; it only grows, so that a page may read it at any time.
 
     Attributes:
-        made: samples that are there, those of an earlier gallery first.
-        job, progress: what is at work, and how far; no progress before the first byte.
+        earlier: samples of an earlier gallery.
+        own: those of its own job that are there, in the order of their numbers.
+        at_work: how far the others are that have begun, by their numbers.
+        is_waiting: whether other jobs have their turn at the model.
         id: begins the names of its own samples.
     """
 
     def __init__(self, job: CompletionJob, title: str, earlier: Sequence[Made] = ()) -> None:
         self.job = job
         self.title = title
-        self.made = tuple(earlier)
-        self.progress: Progress | None = None
+        self.earlier = tuple(earlier)
+        self.own: tuple[Made, ...] = ()
+        self.at_work: dict[int, Progress] = {}
+        self.is_waiting = False
         self.id = secrets.token_hex(4)
+
+    @property
+    def made(self) -> tuple[Made, ...]:
+        """All samples that are there."""
+        return (*self.earlier, *self.own)
 
     def name_of(self, sample: int) -> str:
         """The name of one of its own samples."""
@@ -86,25 +103,26 @@ class Gallery:
 
     def take(self, progress: Progress, folder: Path) -> None:
         """Notes how far the job is, and writes the file of a sample that is finished."""
-        completion = progress.completion
-        if completion is not None:
-            self._add(completion.sample, completion.made, completion.media, write_completion(completion, folder), completion)
-        self.progress = None if completion is not None else progress
+        others = {sample: known for sample, known in self.at_work.items() if sample != progress.sample}
+        self.is_waiting = progress.is_waiting
+        if progress.completion is None:
+            self.at_work = others | {progress.sample: progress}
+        else:
+            self._add(progress.completion, folder)
+            self.at_work = others
 
     def stop(self, folder: Path) -> None:
-        """Keeps of a sample at work what is there."""
-        progress = self.progress
-        self.progress = None
-        if progress is None or progress.done_bytes == 0:
-            return
-        media = progress.partial
-        path = folder / f"stopped-s{self.job.settings.seed}-{progress.sample + 1}{self.job.codec.suffix}"
-        self.job.codec.write(media, path)
-        self._add(progress.sample, progress.made[: progress.done_bytes].copy(), media, path)
+        """Keeps of the samples at work what is there."""
+        at_work, self.at_work = self.at_work, {}
+        for progress in at_work.values():
+            if (completion := progress.stopped()) is not None:
+                self._add(completion, folder)
 
-    def _add(self, sample: int, made: np.ndarray, media: Media, path: Path, completion: Completion | None = None) -> None:
-        new = Made(self.name_of(sample), self.title_of(sample), self.job, made, media, path, completion)
-        self.made = (*self.made, new)
+    def _add(self, completion: Completion, folder: Path) -> None:
+        stem = None if completion.is_whole else "stopped"
+        path = write_completion(completion, folder, stem=stem)
+        new = Made(self.name_of(completion.sample), self.title_of(completion.sample), completion, path)
+        self.own = tuple(sorted((*self.own, new), key=lambda made: made.completion.sample))
 
 
 def gallery_work(
@@ -139,7 +157,7 @@ def _copied(made: Made, folder: Path) -> Made | None:
     folder.mkdir()
     try:
         path = shutil.copy(made.path, folder)
-        if made.completion is not None and isinstance(made.media, Raw):
+        if isinstance(made.media, Raw):
             shutil.copy(sidecar_of(made.path), folder)
     except FileNotFoundError:
         return None

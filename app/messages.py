@@ -16,6 +16,13 @@ class Failure:
     message: str
 
 
+def duration(seconds: float) -> str:
+    """A time as a person says it."""
+    if seconds < 1:
+        return "a second"
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+
+
 def plain_sentence(error: Exception, file: Path | None) -> str:
     """What a person is told about an error: our own words, or the system's where it refuses a file."""
     text = str(error)

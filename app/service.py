@@ -46,20 +46,29 @@ class Service:
 
     write_completion = staticmethod(write_completion)
 
-    def __init__(self, device: str = "cpu", *, weights: Path = WEIGHTS_FOLDER, runs: Path = Path("runs")) -> None:
+    def __init__(
+        self,
+        device: str = "cpu",
+        *,
+        weights: Path = WEIGHTS_FOLDER,
+        runs: Path = Path("runs"),
+        listed_only: bool = False,
+    ) -> None:
         """Loads nothing yet. Shipped models lie in `weights`, exports of local training in the folders of `runs`.
+
+        With `listed_only` no model is taken from elsewhere: whoever asks may not be who owns this machine.
 
         Raises:
             UserError: if `device` (cpu, cuda, or auto for a GPU if there is one) is not there.
         """
-        self._store = ModelStore(device, weights, runs)
+        self._store = ModelStore(device, weights, runs, listed_only=listed_only)
 
     def models(self) -> list[ModelInfo]:
         """The shipped and local models, shipped ones first; damaged ones are named on the logger and left out."""
         infos = []
         for folder in self._store.folders():
             try:
-                infos.append(self._store.info(folder))
+                infos.append(self._store.info_of(folder))
             except (ValueError, OSError) as error:
                 logger.warning("%s", error)
         return infos

@@ -3,7 +3,7 @@
 import threading
 import time
 from contextlib import closing
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from core.checkpoint import WEIGHTS_FOLDER, load_checkpoint, load_model, resolve
 from core.codecs import Codec, Media, build_codec
 from core.config import AudioCodecConfig, CodecConfig, ImageCodecConfig
 from core.distributed import usable_device
-from core.errors import UserError
+from core.errors import UserError, shown
 from core.folder import MANIFEST_NAME
 from core.likelihood import scoring_engine
 from core.models import ByteModel
@@ -21,7 +21,8 @@ from core.sample import SampleConfig, Sampler
 
 # The shipped models of each modality that are taken unasked, the first that fits; the last fits everything.
 DEFAULT_MODELS = {"image": ("image64", "image32"), "audio": ("audio",), "text": ("text",)}
-_SPEED_TEST_S = 0.2
+_SHOWN_NAME = 60  # characters of a name that is wrong
+SPEED_TEST_S = 0.2  # work that takes less says little about the speed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +54,7 @@ class LoadedModel:
     codec: Codec
     info: ModelInfo
     lock: FairLock = field(default_factory=FairLock)
-    _bytes_per_s: float | None = None
+    _speeds: dict[bool, float] = field(default_factory=dict)  # bytes/s of samples made together, and of one alone
 
     @property
     def modality(self) -> str:
@@ -64,14 +65,17 @@ class LoadedModel:
         """What computes its scores."""
         return scoring_engine(self.model)
 
-    def bytes_per_s(self) -> float:
-        """How fast this machine makes bytes with this model; measured once, then kept up to date by finished samples."""
-        if self._bytes_per_s is None:
-            self._bytes_per_s = self._measure_speed()
-        return self._bytes_per_s
+    def bytes_per_s(self, is_together: bool = False) -> float:
+        """How fast this machine makes bytes with this model, of one sample or of several together.
 
-    def note_speed(self, bytes_per_s: float) -> None:
-        self._bytes_per_s = bytes_per_s
+        Measured once, with one sample, then kept up to date by finished work.
+        """
+        if not self._speeds:
+            self.note_speed(self._measure_speed())
+        return self._speeds.get(is_together) or next(iter(self._speeds.values()))
+
+    def note_speed(self, bytes_per_s: float, is_together: bool = False) -> None:
+        self._speeds[is_together] = bytes_per_s
 
     def _measure_speed(self) -> float:
         num_bytes = min(self.info.max_seq_len, 16 * self.info.patch_size)
@@ -80,16 +84,19 @@ class LoadedModel:
         with closing(sampler.stream()) as chunks:
             for chunk in chunks:
                 num_made += len(chunk.byte_values)
-                if time.perf_counter() - started > _SPEED_TEST_S:
+                if time.perf_counter() - started > SPEED_TEST_S:
                     break
         return num_made / (time.perf_counter() - started)
 
 
 class ModelStore:
-    """Shipped models in `weights`, local ones in `runs`, and any other by its folder."""
+    """Shipped models in `weights`, local ones in `runs`, and any other by its folder unless only those are `listed_only`."""
 
-    def __init__(self, device: str, weights: Path = WEIGHTS_FOLDER, runs: Path = Path("runs")) -> None:
+    def __init__(
+        self, device: str, weights: Path = WEIGHTS_FOLDER, runs: Path = Path("runs"), *, listed_only: bool = False
+    ) -> None:
         self._device = str(usable_device(device))
+        self._listed_only = listed_only
         self._weights = weights
         self._runs = runs
         self._loaded: dict[tuple[Path, str], LoadedModel] = {}
@@ -108,10 +115,18 @@ class ModelStore:
         Raises:
             UserError: if there is no such model or it is damaged.
         """
-        folder = self._resolve(name_or_dir)
+        return self.info_of(self._resolve(name_or_dir))
+
+    def info_of(self, folder: Path) -> ModelInfo:
+        """The facts about the model in a folder.
+
+        Raises:
+            UserError: if it is damaged.
+        """
         key = (folder, (folder / MANIFEST_NAME).stat().st_mtime_ns)
         if key not in self._infos:
-            self._infos[key] = _describe(folder)
+            info = _describe(folder)
+            self._infos[key] = replace(info, name=self._name_of(folder)) if self._is_local(folder) else info
         return self._infos[key]
 
     def load(self, name_or_dir: str | Path) -> LoadedModel:
@@ -143,6 +158,13 @@ class ModelStore:
             )
         return loaded
 
+    def _is_local(self, folder: Path) -> bool:
+        return folder.parent.parent == self._runs
+
+    def _name_of(self, folder: Path) -> str:
+        """What `load` calls a shipped model, or one in `runs`, where several may have the name of their preset."""
+        return str(folder.parent) if self._is_local(folder) else folder.name
+
     def _default_for(self, media: Media) -> str:
         """The largest picture model that is no larger than the picture; the one model of other modalities."""
         *larger, smallest = DEFAULT_MODELS[modality_of(media)]
@@ -153,6 +175,12 @@ class ModelStore:
         return smallest
 
     def _resolve(self, name_or_dir: str | Path) -> Path:
+        if self._listed_only:
+            listed = {self._name_of(folder): folder for folder in self.folders()}
+            if str(name_or_dir) not in listed:
+                name = shown(str(name_or_dir)[:_SHOWN_NAME])
+                raise UserError(f"there is no model {name} on this page; it has {', '.join(listed) or 'none'}")
+            return listed[str(name_or_dir)]
         shipped = self._weights / str(name_or_dir)
         if Path(name_or_dir).name == str(name_or_dir) and (shipped / MANIFEST_NAME).exists():
             return shipped

@@ -328,7 +328,7 @@ def test_only_what_is_new_of_a_picture_is_sent_and_a_new_page_gets_all(service, 
 def test_stop_keeps_what_is_there_and_frees_the_model(service, store):
     request = form(text="The lamp", num_bytes=100_000)
     job_id = store.submit("me", complete.KIND, "", gallery_work(lambda: service.complete(**request)))
-    while (view := store.look("me", job_id)).latest is None or view.latest.progress is None:
+    while (view := store.look("me", job_id)).latest is None or not view.latest.at_work:
         time.sleep(0.01)
     show = complete.new_display()
     assert "bytes/s" in show(view)[2]["items"][0]["caption"]
@@ -340,6 +340,27 @@ def test_stop_keeps_what_is_there_and_frees_the_model(service, store):
     kept = Path(card["files"][0]["file"]["path"]).read_bytes()
     assert kept.startswith(b"The lamp")
     assert len(kept) > len(b"The lamp")
+
+
+@pytest.mark.parametrize("kind", ["png", "wav", "text"])
+def test_stopped_samples_carry_the_settings_that_make_them_again(service, request, kind, tmp_path):
+    path = request.getfixturevalue(f"make_{kind}")(**({"width": 32, "height": 32} if kind == "png" else {}))
+    gallery = Gallery(service.complete(**form(path, samples=2, seed=5, num_bytes=None if kind == "png" else 400)), "Sample")
+    with closing(gallery.job.run()) as steps:
+        for progress in steps:
+            gallery.take(progress, tmp_path)
+            if progress.done_bytes > 200 and len(gallery.at_work) + len(gallery.own) == 2:
+                break
+    gallery.stop(tmp_path)
+    stopped = [made for made in gallery.made if not made.completion.is_whole]
+    assert stopped
+    for made in stopped:
+        assert made.path.name == f"stopped-s5-{made.completion.sample + 1}{made.completion.codec.suffix}"
+        again = service.repeat(made.path if kind != "text" else sidecar_of(made.path))
+        list(again.run())
+        np.testing.assert_array_equal(again.results[made.completion.sample].made, made.made)
+        shown = cards.Display().results(gallery, is_running=False)["items"][made.completion.sample]
+        assert shown["caption"].startswith(f"stopped after {len(made.made)} of ")
 
 
 @pytest.mark.parametrize("kind", ["png", "wav", "text"])

@@ -9,6 +9,7 @@ import gradio as gr
 
 from app.gallery import Gallery, Made, gallery_work
 from app.jobs import STOPPED, JobStore, JobView, UnknownJobError
+from app.messages import duration
 from app.provenance import Provenance, read_provenance
 from app.service import CompletionJob, Service
 from app.settings import CompletionSettings
@@ -138,7 +139,7 @@ def build_tab(service: Service, store: JobStore, visitor: gr.BrowserState, arriv
             job = made.job.branched(made.made, int(event.number), int(event.value))
             title = f"Branch at byte {int(event.number):,}"
             job_id = store.submit(visitor, KIND, title, gallery_work(lambda: job, title, gallery.made))
-        if gallery.progress is not None:
+        if gallery.at_work:
             gr.Info("What was being made goes on; the Jobs tab shows it.")
         return job_id, job_id, NO_CHOICE
 
@@ -222,7 +223,7 @@ def replan(service: Service, wanted: dict[str, Any] | None) -> tuple[Any, str]:
 def plan_in_words(job: CompletionJob) -> str:
     """A few sentences: what is kept, what is made, about how long it takes, and what was done to the file."""
     each = f", {job.settings.samples} times" if job.settings.samples > 1 else ""
-    sentence = f"{_capital(job.plan.says)}{each}: about {_duration(job.plan.estimate_seconds)}."
+    sentence = f"{_capital(job.plan.says)}{each}: about {duration(job.plan.estimate_seconds)}."
     return "\n".join([sentence, *(f"{_capital(note)}." for note in job.notes)])
 
 
@@ -252,7 +253,7 @@ def new_display() -> Callable[[JobView], list[Any]]:
 
     def show(view: JobView) -> list[Any]:
         gallery: Gallery | None = view.result or view.latest
-        if gallery is None or not (gallery.made or gallery.progress):
+        if gallery is None or not (gallery.made or gallery.at_work):
             results = WAITING if view.is_running else cards.message("Nothing was made", reworded(view.problem))
         else:
             results = display.results(gallery, is_running=view.is_running)
@@ -316,12 +317,6 @@ def _says_origin(service: Service, made: Provenance, changes: list[str]) -> str:
 
 def _capital(sentence: str) -> str:
     return sentence[:1].upper() + sentence[1:]
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 1:
-        return "a second"
-    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
 
 
 def _show_inputs(source: str) -> tuple[Any, Any]:

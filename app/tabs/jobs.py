@@ -5,9 +5,9 @@ from typing import Any
 import gradio as gr
 
 from app.jobs import JobStore, UnknownJobError
+from app.messages import duration
 from app.tabs.following import AT_ONCE
 from app.views import factory
-from app.views.batch_values import duration
 
 REFRESH_EVERY_S = 1.0
 

@@ -5,6 +5,7 @@ from typing import Any
 
 from app.batch import Batch, Row
 from app.jobs import JobView
+from app.messages import duration
 from app.recipe import Item
 from app.views.score_values import file_value
 
@@ -42,12 +43,6 @@ def progress(batch: Batch, view: JobView, archive: Path | None) -> dict[str, Any
     value = {"state": view.state, "title": title, "text": ", ".join(facts), "rows": [*map(_row, batch.rows)]}
     value["done"] = done / max(1, total)
     return value | ({"name": archive.name, "file": file_value(archive)} if archive else {})
-
-
-def duration(seconds: float) -> str:
-    if seconds < 1:
-        return "a second"
-    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
 
 
 def counted(number: int, noun: str) -> str:

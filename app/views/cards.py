@@ -7,7 +7,7 @@ import numpy as np
 
 from app.gallery import Gallery, Made
 from app.provenance import sidecar_of
-from app.service import CompletionJob
+from app.service import CompletionJob, Progress
 from app.views.score_values import file_value
 from core.codecs import Media, Picture, Raw, Sound
 
@@ -52,30 +52,32 @@ class Display:
 
     def results(self, gallery: Gallery, *, is_running: bool) -> dict[str, Any]:
         """The cards of everything that is made, and of what is at work."""
-        cards = [self._card(made) for made in gallery.made]
-        progress = gallery.progress
-        if is_running and progress is not None:
-            done = f"{progress.done_bytes:,} of {progress.total_bytes:,} bytes"
-            speed = f", {progress.bytes_per_s:,.0f} bytes/s" if progress.bytes_per_s else ""
-            name = gallery.name_of(progress.sample)
-            card = {
-                "id": name,
-                "kind": gallery.job.codec.modality,
-                "title": gallery.title_of(progress.sample),
-                "caption": "waiting for other work to give way" if progress.is_waiting else done + speed,
-                "done": progress.done_bytes / progress.total_bytes,
-                "media": self._media(name, gallery.job, progress.partial),
-            }
-            cards.append(card)
-        return {"state": "done", "items": cards}
+        own = {made.completion.sample: self._card(made) for made in gallery.own}
+        if is_running:
+            at_work = gallery.at_work.items()
+            own |= {sample: self._card_at_work(gallery, progress) for sample, progress in at_work if sample not in own}
+        return {"state": "done", "items": [*map(self._card, gallery.earlier), *(own[sample] for sample in sorted(own))]}
+
+    def _card_at_work(self, gallery: Gallery, progress: Progress) -> dict[str, Any]:
+        done = f"{progress.done_bytes:,} of {progress.total_bytes:,} bytes"
+        speed = f", {progress.bytes_per_s:,.0f} bytes/s" if progress.bytes_per_s else ""
+        name = gallery.name_of(progress.sample)
+        return {
+            "id": name,
+            "kind": gallery.job.codec.modality,
+            "title": gallery.title_of(progress.sample),
+            "caption": "waiting for other work to give way" if gallery.is_waiting else done + speed,
+            "done": progress.done_bytes / progress.total_bytes,
+            "media": self._media(name, gallery.job, progress.partial),
+        }
 
     def _card(self, made: Made) -> dict[str, Any]:
         completion = made.completion
-        caption = f"stopped after {len(made.made):,} of {made.job.plan.num_bytes_to_generate:,} bytes"
-        if completion is not None:
-            caption = f"{completion.bits_per_byte:.2f} bits/byte, seed {completion.seed}, {completion.seconds:.1f} s"
+        caption = f"{completion.bits_per_byte:.2f} bits/byte, seed {completion.seed}, {completion.seconds:.1f} s"
+        if not completion.is_whole:
+            caption = f"stopped after {len(made.made):,} of {made.job.plan.num_bytes_to_generate:,} bytes, {caption}"
         files = [{"name": "Download", "file_name": made.path.name, "file": file_value(made.path)}]
-        if completion is not None and isinstance(made.media, Raw):
+        if isinstance(made.media, Raw):
             sidecar = sidecar_of(made.path)
             files.append({"name": "Settings", "file_name": sidecar.name, "file": file_value(sidecar)})
         return {

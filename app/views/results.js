@@ -1,17 +1,9 @@
 // The samples of a completion: what is being made as it comes, and the finished files.
 // A card is kept between updates, so pictures and players do not flicker while others are still being made.
+const { decode, make } = bytes;
 const root = element.querySelector("section");
 const WAVE = { width: 560, height: 96 }; // canvas pixels
 let cards = new Map();
-
-function make(tag, className, text) {
-  const node = document.createElement(tag);
-  if (className) node.className = className;
-  if (text !== undefined) node.textContent = text;
-  return node;
-}
-
-const decode = (base64) => Uint8Array.from(atob(base64), (character) => character.charCodeAt(0));
 
 /** Pixels into their place; what is not made yet stays see-through. */
 function drawPicture(canvas, { width, height, left, top, box_width, rgba }) {
@@ -65,6 +57,7 @@ const MEDIA = {
 
 function makeCard(id) {
   const card = make("article", "card");
+  card.dataset.id = id;
   card.append(make("h3"), make("div", "media"), make("div", "progress"), make("div", "caption"), make("div", "actions"));
   card.children[2].append(make("div", "fill"));
   card.children[1].addEventListener("click", (event) => pick(card, id, event));
@@ -134,9 +127,9 @@ function draw() {
     const before = cards;
     cards = new Map(value.items.map((item) => [item.id, before.get(item.id) ?? makeCard(item.id)]));
     for (const item of value.items) updateCard(cards.get(item.id), item);
-    if (cards.size !== root.children.length || [...cards.values()].some((card, i) => root.children[i] !== card)) {
-      root.replaceChildren(...cards.values());
-    }
+    for (const child of [...root.children]) if (cards.get(child.dataset.id) !== child) child.remove();
+    // A card that is moved stops playing, so the others are put around it.
+    [...cards.values()].forEach((card, i) => root.children[i] !== card && root.insertBefore(card, root.children[i] ?? null));
   }
   element.dataset.state = value.state;
 }
