@@ -35,7 +35,7 @@ def run_ui(args: argparse.Namespace) -> int:
     from app import ui
     from app.service import Service
 
-    ui.launch(Service(args.device), args.host, args.port, not args.no_browser)
+    ui.launch(Service(args.device, listed_only=True), args.host, args.port, not args.no_browser)
     return 0
 
 

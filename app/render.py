@@ -100,7 +100,7 @@ def heatmap(
 def _media_values(result: FileScore, measure: Measure, other: FileScore | None) -> np.ndarray:
     """The measure in media shape; for a sound the mean over the bytes of each sample."""
     if measure == "difference":
-        values = _differences(result, other)
+        values = differences(result, other)
         if result.kind == "image":
             return values.reshape(result.media.pixels.shape)
     elif measure == "bits":
@@ -114,7 +114,7 @@ def _media_values(result: FileScore, measure: Measure, other: FileScore | None) 
     return values / result.codec.config.bytes_per_sample if result.kind == "audio" else values
 
 
-def _differences(result: FileScore, other: FileScore | None) -> np.ndarray:
+def differences(result: FileScore, other: FileScore | None) -> np.ndarray:
     """Bits minus those of the other score, byte on byte in the media's order, float32 (T,); NaN where the other has ended."""
     if other is None:
         raise UserError("there is nothing to take the difference from; choose a file to compare with")

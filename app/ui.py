@@ -143,6 +143,7 @@ def theme() -> gr.Theme:
 def build(service: Service, store: JobStore) -> gr.Blocks:
     """The page with its tabs and endpoints; its jobs are kept in `store`."""
     with Page(title="Megabyte", analytics_enabled=False, delete_cache=DELETE_CACHE) as page:
+        add_endpoints(service, store)  # first, because an event of the page may not take the name of an endpoint
         visitor = visitor_state()
         arrived = page.load(greet, visitor, visitor, queue=False, **QUIET)
         gr.HTML(HEADER, apply_default_css=False)
@@ -156,5 +157,4 @@ def build(service: Service, store: JobStore) -> gr.Blocks:
             with gr.Tab("Jobs", id="jobs") as jobs_tab:
                 jobs.build_tab(store, visitor, tabs, jobs_tab)
         remember_tab(page, tabs)
-        add_endpoints(service, store)
     return page.queue(max_size=QUEUE_SIZE, default_concurrency_limit=4)

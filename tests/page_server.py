@@ -89,7 +89,9 @@ def main(weights: str, port: str) -> None:
     from app import ui
     from app.service import Service
 
-    ui.launch(Service(weights=Path(weights), runs=Path(weights) / "no-runs"), port=int(port), open_browser=False)
+    ui.launch(
+        Service(weights=Path(weights), runs=Path(weights) / "no-runs", listed_only=True), port=int(port), open_browser=False
+    )
 
 
 if __name__ == "__main__":

@@ -13,13 +13,16 @@ import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 from page_server import free_port, wait_for_page
 
 from app.__main__ import main
-from app.endpoints import completion_form, owner_of
+from app.calls import owner_of
+from app.endpoints import completion_form
+from app.exports import write_csv, write_png
 from app.service import Service
 from app.tabs.refusals import ENDPOINT_WORDS
 
@@ -207,6 +210,138 @@ def test_file_and_text_exclude_each_other_and_keep_has_a_range(client, make_text
             client.predict(path, "", "", keep=keep, api_name="/generate")
 
 
+@pytest.mark.parametrize("make", ["make_png", "make_wav", "make_text"])
+@pytest.mark.parametrize("form", ["npz", "csv", "png", "html"])
+def test_exports_are_those_of_the_service(client, service, request, make, form, tmp_path):
+    path = request.getfixturevalue(make)()
+    file, facts = client.predict(handle_file(path), form, "rank", "grey", api_name="/export")
+    result = service.score_file(path, detailed=True)
+    assert Path(file).name == f"{path.stem}.{form}"
+    assert facts["total_bits"] == pytest.approx(result.total_bits)
+    if form == "npz":
+        with np.load(file) as arrays:
+            np.testing.assert_array_equal(arrays["bits"], result.bits)
+            np.testing.assert_array_equal(arrays["rank"], result.expected.rank)
+    elif form == "html":
+        assert path.name in Path(file).read_text()
+    else:
+        write = {"csv": write_csv, "png": functools.partial(write_png, measure="rank", palette="grey")}[form]
+        write(result, tmp_path / "expected")
+        assert Path(file).read_bytes() == (tmp_path / "expected").read_bytes()
+
+
+def test_two_files_are_compared_byte_by_byte(client, service, make_text, tmp_path):
+    paths = make_text("a.txt", b"The lamp was lit."), make_text("b.txt", b"The door was shut, mostly.")
+    picture, facts = client.predict(*map(handle_file, paths), api_name="/compare")
+    first, second = (service.score_file(path, detailed=True) for path in paths)
+    values = first.bits - second.bits[: len(first.bits)]
+    assert (facts["file"]["file"], facts["other"]["file"]) == ("a.txt", "b.txt")
+    assert facts["difference"] == {
+        "num_bytes": 17,
+        "total_bits": pytest.approx(values.sum(dtype=np.float64), rel=1e-4),
+        "bits_per_byte": pytest.approx(values.mean(dtype=np.float64), rel=1e-4),
+    }
+    write_png(first, tmp_path / "expected.png", "difference", other=second)
+    assert Path(picture).read_bytes() == (tmp_path / "expected.png").read_bytes()
+    page, _ = client.predict(*map(handle_file, paths), form="html", api_name="/compare")
+    assert all(path.name in Path(page).read_text() for path in paths)
+
+
+def test_two_models_are_compared_on_one_file(client, make_text):
+    path = make_text()
+    _, facts = client.predict(handle_file(path), None, "text", "image32", scored_as="file", api_name="/compare")
+    here, there = (client.predict(handle_file(path), model, "file", api_name="/score") for model in ("text", "image32"))
+    assert (facts["file"], facts["other"]) == (here, there)
+    assert facts["difference"]["total_bits"] == pytest.approx(here["total_bits"] - there["total_bits"], abs=0.1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"form": "exe", "api_name": "/export"}, "exe"),
+        ({"measure": "difference", "api_name": "/export"}, "difference"),
+        ({"other": None, "api_name": "/compare"}, "nothing to compare with"),
+        ({"other": None, "other_model": "text", "model": "text", "api_name": "/compare"}, "nothing to compare with"),
+    ],
+)
+def test_exports_that_there_are_not_are_refused_in_words(client, make_text, arguments, words):
+    with pytest.raises(AppError, match=words):
+        client.predict(handle_file(make_text()), **arguments)
+
+
+def test_files_of_other_kinds_are_not_compared(client, make_text, make_wav):
+    with pytest.raises(AppError, match="do not lie byte on byte"):
+        client.predict(handle_file(make_text()), handle_file(make_wav()), api_name="/compare")
+
+
+@pytest.mark.parametrize("make", ["make_png", "make_wav", "make_text"])
+def test_alternatives_and_branches_are_those_of_the_page(client, service, request, make):
+    path = request.getfixturevalue(make)()
+    settings = {"num_bytes": 48, "samples": 2, "seed": 5}
+    _, facts = client.predict(handle_file(path), "", "", **settings, api_name="/generate")
+    place = {"job": facts[1]["job"], "sample": 1, "number": 7}
+    found = client.predict(**place, api_name="/alternatives")
+    job = service.complete(path, **settings)
+    list(job.run())
+    made = job.results[1]
+    assert [(each["value"], each["probability"]) for each in found] == job.alternatives(made.made, 7)
+    [file], [branch] = client.predict(**place, value=found[1]["value"], api_name="/branch")
+    branched = job.branched(made.made, 7, found[1]["value"])
+    list(branched.run())
+    assert branched.results[0].made[7] == found[1]["value"]
+    assert Path(file).suffix == Path(branch["output"]).suffix == made.codec.suffix
+    assert branch["bits_per_byte"] == pytest.approx(branched.results[0].bits_per_byte)
+    assert client.predict(branch["job"], api_name="/result")[1] == [branch]
+
+
+def test_a_client_lists_stops_and_reads_its_own_jobs_alone(page_url, make_text):
+    client, other = (Client(page_url, verbose=False) for _ in range(2))
+    assert client.predict(api_name="/jobs") == []
+    call = client.submit(None, "Once", "", keep=1.0, num_bytes=1_000_000, api_name="/generate")
+    while not (jobs := client.predict(api_name="/jobs")) or jobs[0]["num_reports"] < 5:
+        time.sleep(0.05)
+    [job] = jobs
+    assert (job["kind"], job["state"]) == ("generate by a script", "running")
+    for endpoint in ("/stop", "/result"):
+        with pytest.raises(AppError, match="no such job"):
+            other.predict(job["job"], api_name=endpoint)
+    started = time.monotonic()
+    assert client.predict(job["job"], api_name="/stop")["state"] == "stopped"
+    assert time.monotonic() - started < 1.5
+    with pytest.raises(AppError, match="stopped"):
+        call.result()
+    [file, sidecar_facts] = [each[0] for each in client.predict(job["job"], api_name="/result")]
+    assert Path(file).read_bytes().startswith(b"Once")
+    assert 0 < sidecar_facts["num_bytes_generated"] < 1_000_000
+    assert other.predict(api_name="/jobs") == []
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "change", "words"),
+    [
+        ("/alternatives", {"sample": 3}, "sample=3 is none"),
+        ("/alternatives", {"number": 48}, "number=48 must lie in 0..47"),
+        ("/branch", {"value": 256}, "value=256 must lie in 0..255"),
+        ("/branch", {"job": "gone"}, "no such job"),
+        ("/branch", {"number": 47}, "none is left"),
+    ],
+)
+def test_places_that_there_are_not_are_refused_in_words(client, endpoint, change, words):
+    _, [facts] = client.predict(None, "Once", "", num_bytes=48, api_name="/generate")
+    place = {"job": facts["job"], "sample": 0, "number": 1} | ({"value": 65} if endpoint == "/branch" else {})
+    with pytest.raises(AppError, match=words):
+        client.predict(**place | change, api_name=endpoint)
+
+
+def test_models_of_other_folders_are_not_opened_for_scripts(client, tiny_models, make_text):
+    for model in (str(tiny_models / "text"), "../text", "/etc"):
+        with pytest.raises(AppError, match="on this page; it has audio, image32, text"):
+            client.predict(handle_file(make_text()), model, api_name="/score")
+    recipe = f'[[jobs]]\ntext = "Once"\nmodel = "{tiny_models / "text"}"'
+    [item] = client.predict(None, recipe, api_name="/batch_plan")["items"]
+    assert "on this page" in item["error"]
+
+
 def test_calls_without_a_session_share_no_jobs():
     first, second = (owner_of(SimpleNamespace(session_hash=None)) for _ in range(2))
     assert first
@@ -226,11 +361,3 @@ def test_files_of_this_machine_cannot_be_scored_by_their_path(page_url, tmp_path
         assert "bits_per_byte" not in stream.read().decode()
     with pytest.raises(urllib.error.HTTPError, match="403"):
         urllib.request.urlopen(f"{page_url}gradio_api/file={secret}")
-
-
-def test_the_script_of_the_readme_runs(page_url):
-    script = Path(__file__).with_name("client_script.py")
-    done = subprocess.run([sys.executable, script, page_url], cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert "bits per byte" in done.stdout
-    assert "lamp-s7-1.txt" in done.stdout

@@ -11,6 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 BLOCKS = re.findall(r"^```(.+?)\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
 PYTHON_BLOCKS = [code for kind, code in BLOCKS if kind == "python"]
+PAGE_SCRIPTS = [code for kind, code in BLOCKS if kind == "python page"]
 QUICK_COMMANDS = [line for kind, code in BLOCKS if kind == "sh quick" for line in code.splitlines()]
 
 
@@ -33,12 +34,23 @@ def run(arguments: list[str], folder: Path) -> str:
 def test_readme_shows_both_kinds():
     assert PYTHON_BLOCKS
     assert len(QUICK_COMMANDS) >= 3
+    assert len(PAGE_SCRIPTS) == 1
 
 
 @pytest.mark.parametrize("code", PYTHON_BLOCKS)
 def test_python_block_runs(code, checkout):
     assert "bits per byte" in run([sys.executable, "-c", code], checkout)
     assert (checkout / "completed.png").stat().st_size > 0
+
+
+@pytest.mark.parametrize("code", PAGE_SCRIPTS)
+def test_the_script_for_the_page_runs(code, checkout, page_url):
+    own_page = "http://127.0.0.1:7860"
+    assert own_page in code
+    said = run([sys.executable, "-c", code.replace(own_page, page_url)], checkout)
+    assert re.search(r"^[0-9.]+ bits per byte$", said, re.MULTILINE)
+    assert "probability" in said
+    assert "lamp.txt" in said
 
 
 @pytest.mark.parametrize("command", QUICK_COMMANDS)

@@ -8,18 +8,17 @@ from typing import Any, NamedTuple
 
 import gradio as gr
 
-from app import exports
+from app.downloads import Export, write_export
 from app.jobs import STOPPED as STOPPED_BY_HAND
 from app.jobs import Job, JobStore, JobView, UnknownJobError, Work
 from app.messages import Failure
-from app.palette import SEQUENTIAL
-from app.render import MEASURES
 from app.scoring import ReferenceSizes
 from app.service import FileScore, Service
 from app.tabs.following import AT_ONCE, QUIET, JobLink
 from app.tabs.refusals import ADAPT, STORED_FILE, refusals_shown, reworded
 from app.tabs.sources import model_choices, sample_buttons, title_of
-from app.views import factory, offline, score_values
+from app.views import factory, score_values
+from core.errors import UserError
 
 KIND = "likelihood"
 MAX_BYTES = 128_000_000  # of the files of one job: what is known of each byte takes some twenty bytes of memory
@@ -32,8 +31,6 @@ EMPTY = score_values.message(
 )
 STOPPED = score_values.message("empty", "Stopped", "Choose a file, or change a setting, to score again.")
 WORKING_TEXT = "The model reads every byte once; long files are read in windows."
-WRITERS = {"csv": exports.write_csv, "npz": exports.write_npz}
-FORMS = ("html", "png", *WRITERS)
 
 Item = dict[str, Any]
 Scored = dict[str, tuple[FileScore, Item]]  # by the item's id, for exports
@@ -199,30 +196,17 @@ def export_steps(scored: Scored, event: gr.EventData) -> Iterator[Any]:
     Raises:
         gr.Error: if the scores are no longer kept, or if the event asks for what there is not.
     """
-    name, other_name, form, measure, palette = _asked(event)
-    if name not in scored:
-        raise gr.Error("These scores are no longer kept on the server; score the file again to export it.", print_exception=False)
-    score, item = scored[name]
-    other = scored.get(other_name)
-    with refusals_shown(), tempfile.TemporaryDirectory(prefix="export-") as folder:
-        path = Path(folder) / f"{Path(item['name']).stem}.{form}"
-        if form == "html":
-            offline.write_page([scored[name], *([other] if other else [])], path)
-        elif form == "png":
-            exports.write_png(score, path, measure, palette, other and other[0])
-        else:
-            WRITERS[form](score, path)
-        yield score_values.file_value(path)
-
-
-def _asked(event: gr.EventData) -> tuple[str, str, str, str, str]:
-    """Item, item compared with, form, measure and palette of an export: any script may have sent the event."""
-    known = {"id": None, "other": None, "form": FORMS, "measure": MEASURES, "palette": tuple(SEQUENTIAL)}
-    asked = tuple(getattr(event, name, None) for name in known)
-    for value, words in zip(asked, known.values(), strict=True):
-        if not isinstance(value, str) or (words is not None and value not in words):
-            raise gr.Error("There is no such export; use the buttons above the views.", print_exception=False)
-    return asked
+    name, other_name, form, measure, palette = (
+        getattr(event, name, None) for name in ("id", "other", "form", "measure", "palette")
+    )
+    with refusals_shown():
+        if not (isinstance(name, str) and isinstance(other_name, str)):
+            raise UserError("there is no such export; use the buttons above the views")
+        wanted = Export(form, measure, palette)
+        if name not in scored:
+            raise UserError("these scores are no longer kept on the server; score the file again to export it")
+        with tempfile.TemporaryDirectory(prefix="export-") as folder:
+            yield score_values.file_value(write_export(wanted, Path(folder), scored[name], scored.get(other_name)))
 
 
 def _message(view: JobView, board: Board | None) -> dict[str, Any]:

@@ -1,0 +1,99 @@
+"""Calls by scripts: each is a job of its caller, who is known by the session of the client and sees no other's."""
+
+import secrets
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+from gradio.components import Component
+
+from app.batch import Batch
+from app.gallery import Gallery
+from app.jobs import JobStore, JobView, Work
+from app.tabs import batch
+from core.errors import UserError
+
+_LOOK_EVERY_S = 1.0
+
+
+@dataclass(frozen=True, eq=False)
+class Answer:
+    """What a call gives that is neither a gallery nor a batch."""
+
+    files: tuple[Path, ...]
+    facts: dict[str, Any]
+
+
+class Calls:
+    """The jobs of scripts in a store."""
+
+    def __init__(self, store: JobStore) -> None:
+        self.store = store
+
+    def finished(self, request: gr.Request, kind: str, title: str, work: Work) -> Generator[Any, None, JobView]:
+        """Waits until the job is done; what ended it otherwise is raised. A caller who goes away ends it.
+
+        Raises:
+            ValueError: if the job failed or was stopped.
+        """
+        owner = owner_of(request)
+        job_id = self.store.submit(owner, f"{kind} by a script", title, work)
+        try:
+            while (view := self.store.look(owner, job_id, wait_s=_LOOK_EVERY_S)).is_running:
+                yield gr.skip()
+        finally:
+            self.store.stop(owner, job_id)
+        if view.state != "done":
+            raise ValueError(view.problem)
+        return view
+
+
+def owner_of(request: gr.Request) -> str:
+    """Whose job a call is: its session's, or nobody else's if it has none."""
+    return request.session_hash or secrets.token_urlsafe(16)
+
+
+def answer_of(view: JobView) -> tuple[list[str], list[dict[str, Any]]]:
+    """The files that a job has made so far, and the facts of each; names without this machine's folders."""
+    match view.result or view.latest:
+        case Answer(files, facts):
+            return [str(path) for path in files], [facts]
+        case Gallery() as gallery:
+            facts = [
+                made.completion.to_dict()
+                | {"source": _name_of(made.completion.source), "output": made.path.name}
+                | {"job": view.id, "sample": made.completion.sample}
+                for made in gallery.made
+            ]
+            return [str(made.path) for made in gallery.made], facts
+        case Batch() as made:
+            archive = view.folder / batch.ZIP_NAME
+            return [str(archive)] if archive.exists() else [], list(batch.facts_of(made))
+        case _:
+            return [], []
+
+
+def found_gallery(view: JobView) -> Gallery:
+    """The gallery of a job.
+
+    Raises:
+        UserError: if the job makes none.
+    """
+    gallery = view.result or view.latest
+    if not isinstance(gallery, Gallery):
+        raise UserError(f"the job {view.title} has no samples; give one that /generate or /branch has begun")
+    return gallery
+
+
+def _name_of(source: Path | None) -> str | None:
+    return None if source is None else source.name
+
+
+def add_endpoint(name: str, answer: Callable[..., Any], inputs: list[Component], outputs: list[Component]) -> None:
+    """Names a handler inside the current `gr.Blocks`; its arguments are those of the handler.
+
+    Without a limit of Gradio's own, which would make short calls wait for long ones: the job store has limits.
+    """
+    gr.Button().click(answer, inputs, outputs, api_name=name, concurrency_limit=None)
