@@ -1,6 +1,5 @@
 """The Likelihood tab in a real headless Chromium: linked views, measures, comparison, exports, long files, keyboard, phone."""
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -297,23 +296,3 @@ def test_phone_has_no_sideways_scroll(open_page, make_wav, make_png, make_text, 
     page.evaluate("document.querySelector('#headline-view').scrollIntoView()")
     inspector = page.locator("#inspector-view").bounding_box()
     assert inspector["y"] + inspector["height"] <= 844  # the line about the cursor stays in sight
-
-
-@pytest.mark.parametrize("color_scheme", ["light", "dark"])
-def test_our_own_html_breaks_no_rule_of_axe(open_page, make_wav, make_png, make_text, color_scheme):
-    script = os.environ.get("AXE_SCRIPT")
-    if not script:
-        pytest.skip("AXE_SCRIPT does not name the axe.min.js of axe-core; `npm pack axe-core` fetches it")
-    page = open_page(color_scheme=color_scheme)
-    page.add_script_tag(path=script)
-    assert page.evaluate("axe.run('.byte-message')")["violations"] == []
-    score(page, make_png(), make_wav(), make_text())
-    page.focus("#hex-view .stage")
-    page.keyboard.press("ArrowRight")
-    page.keyboard.press("Shift+ArrowRight")
-    page.wait_for_selector("#statistics-view li button")
-    for row in (1, 2, 3):
-        page.click(f"#files-view tbody tr:nth-child({row}) button")
-        page.wait_for_timeout(200)
-        found = page.evaluate("axe.run('.byte-book')")
-        assert [(broken["id"], [node["html"] for node in broken["nodes"]]) for broken in found["violations"]] == []

@@ -1,13 +1,7 @@
 // The table of a batch. Rows are kept between updates, so that a long table does not jump while it is read.
+const { make } = bytes;
 const root = element.querySelector("section");
 let rows = [];
-
-function make(tag, className, text) {
-  const node = document.createElement(tag);
-  if (className) node.className = className;
-  if (text !== undefined) node.textContent = text;
-  return node;
-}
 
 function makeTable() {
   const table = make("table");

@@ -39,7 +39,7 @@ class ByteDocument {
   likeliest(offset) {
     const number = Math.floor(offset / LIKELIEST_BLOCK);
     const block = this.blocks.get(number) ?? this.fetchBlock(number);
-    if (block instanceof Promise) return block.then(() => this.likeliest(offset));
+    if (block instanceof Promise) return block.then((found) => (found ? this.likeliest(offset) : []));
     const at = 2 * LIKELIEST * (offset - number * LIKELIEST_BLOCK);
     return Array.from({ length: block.length ? LIKELIEST : 0 }, (_, i) => ({ value: block[at + i], p: 2 ** (-block[at + LIKELIEST + i] / LIKELIEST_UNIT) }));
   }
@@ -48,9 +48,11 @@ class ByteDocument {
     const read = async () => {
       if (!this.likeliest_file) return this.allLikeliest.subarray(start, end);
       const answer = await fetch(this.likeliest_file.url, { headers: { Range: `bytes=${start}-${end - 1}` } });
-      return answer.status === 206 ? new Uint8Array(await answer.arrayBuffer()) : new Uint8Array(0);
+      if (answer.status !== 206) throw new Error(`the likeliest bytes could not be read (${answer.status})`);
+      return new Uint8Array(await answer.arrayBuffer());
     };
-    const promise = read().catch(() => new Uint8Array(0)).then((block) => this.blocks.set(number, block));
+    // What could not be read is asked for again the next time.
+    const promise = read().then((block) => this.blocks.set(number, block), () => void this.blocks.delete(number));
     this.blocks.set(number, promise);
     return promise;
   }
@@ -149,7 +151,7 @@ const listeners = { items: [], document: [], shade: [], cursor: [], selection: [
 const opened = new Map(); // id -> promise of a document; the last few stay
 
 const book = {
-  items: [], item: null, file: null, other: null, otherId: "", shade: null, cursor: -1, selection: null,
+  items: [], item: null, problem: "", file: null, other: null, otherId: "", shade: null, cursor: -1, selection: null,
   options: { measure: "bits", palette: "viridis", isAuto: false },
   on(event, listener) {
     listeners[event].push(listener);
@@ -160,19 +162,25 @@ const book = {
   open(item) {
     if (!opened.has(item.id)) {
       if (opened.size > 3) opened.delete(opened.keys().next().value);
-      opened.set(item.id, readDocument(item.document));
+      const promise = readDocument(item.document);
+      promise.catch(() => opened.delete(item.id)); // so that it is asked for again the next time
+      opened.set(item.id, promise);
     }
     return opened.get(item.id);
   },
   /** Shows another file; null shows none. */
   async choose(item) {
-    this.item = item;
+    Object.assign(this, { item, problem: "" });
     if (!item?.document) {
       Object.assign(this, { file: null, other: null, otherId: "", shade: null, cursor: -1, selection: null });
       return this.tell("document");
     }
-    const file = await this.open(item);
+    const file = await this.open(item).catch((error) => ({ problem: error.message }));
     if (this.item !== item || this.file === file) return;
+    if (file.problem) {
+      Object.assign(this, { problem: `Its views cannot be shown: ${file.problem}. Choose it again, or score it again.`, file: null });
+      return this.tell("document");
+    }
     Object.assign(this, { file, other: null, otherId: "", cursor: -1, selection: null });
     if (this.options.measure === "difference") this.options.measure = "bits";
     this.shade = new Shade(file, null, this.options);

@@ -16,7 +16,7 @@ function draw() {
   const head = bytes.make("div", "number");
   head.append(bytes.make("strong", "", item.bits_per_byte.toFixed(3)), bytes.make("span", "", "bits per byte"));
   const totals = bytes.make("div", "totals");
-  const facts = [item.facts, ...item.notes].map((fact) => bytes.make("p", "facts", fact));
+  const facts = [...(book.problem ? [book.problem] : []), item.facts, ...item.notes].map((fact) => bytes.make("p", "facts", fact));
   totals.append(head, bytes.make("p", "subtitle", `${item.name}: ${item.what}`), ...facts);
   const bars = bytes.make("div", "bars");
   const coders = (item.references ?? []).map(({ name, bytes: count }) => bar(name, (8 * count) / item.num_bytes));

@@ -1,13 +1,7 @@
 // The jobs of this browser: what each is, how it stands, and buttons to open and to stop it.
 // To open a job is to make it this tab's own and to load the page again, which takes it up where it is.
+const { make } = bytes;
 const root = element.querySelector("section");
-
-function make(tag, className, text) {
-  const node = document.createElement(tag);
-  if (className) node.className = className;
-  if (text !== undefined) node.textContent = text;
-  return node;
-}
 
 function open(job) {
   sessionStorage.setItem(`megabyte-${job.kind}`, job.id);

@@ -6,12 +6,7 @@ async function update() {
   book.tell("items");
   const stillThere = book.items.find(({ id }) => id === book.item?.id);
   const started = performance.now();
-  try {
-    await book.choose(stillThere ?? book.items.find((item) => item.document) ?? null);
-  } catch (error) {
-    root.dataset.error = error.message;
-    throw error;
-  }
+  await book.choose(stillThere ?? book.items.find((item) => item.document) ?? null);
   if (!stillThere && book.file) root.dataset.openms = (performance.now() - started).toFixed(0);
 }
 

@@ -1,5 +1,6 @@
 // What is to be completed: a picture with a line to drag, a waveform with a handle, a text with a caret. The line, the slider
 // and the byte offset are one number, which goes to the server when it is let go.
+const { decode, make } = bytes;
 const root = element.querySelector(".byte-prompt");
 const message = root.querySelector(".message");
 const source = root.querySelector(".source");
@@ -12,17 +13,10 @@ let shown = null; // the newest value with media
 let cut = 0;
 let parts = {};
 
-const decode = (base64) => Uint8Array.from(atob(base64), (character) => character.charCodeAt(0));
 const snap = (offset) => {
   const whole = Math.round(offset / shown.unit) * shown.unit;
   return Math.max(0, Math.min(shown.count - (shown.count % shown.unit), whole));
 };
-
-function make(tag, className) {
-  const node = document.createElement(tag);
-  node.className = className;
-  return node;
-}
 
 /** Moves the line everywhere; `tell` also says it to the server. */
 function moveTo(offset, tell) {

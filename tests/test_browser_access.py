@@ -1,0 +1,90 @@
+"""What people with a screen reader or a keyboard need of our own HTML, by the rules of axe-core, in every tab."""
+
+import os
+from typing import Any
+
+import pytest
+from browsing import upload
+
+pytestmark = pytest.mark.browser
+
+
+@pytest.fixture(params=["light", "dark"])
+def page(open_page, request) -> Any:
+    script = os.environ.get("AXE_SCRIPT")
+    if not script:
+        pytest.skip("AXE_SCRIPT does not name the axe.min.js of axe-core; `npm pack axe-core` fetches it")
+    page = open_page(color_scheme=request.param)
+    page.add_script_tag(path=script)
+    return page
+
+
+def assert_no_rule_is_broken(page: Any, element: str) -> None:
+    assert page.locator(element).count() > 0
+    page.wait_for_timeout(200)
+    found = page.evaluate("element => axe.run(element)", element)
+    assert [(broken["id"], [node["html"] for node in broken["nodes"]]) for broken in found["violations"]] == []
+
+
+def open_tab(page: Any, name: str) -> None:
+    page.get_by_role("tab", name=name).click()
+    page.wait_for_timeout(300)
+
+
+def test_likelihood(page, make_wav, make_png, make_text):
+    assert_no_rule_is_broken(page, ".page-header")
+    assert_no_rule_is_broken(page, ".byte-message")
+    upload(page, make_png(), make_wav(), make_text(), make_text("bad.txt", b"%PDF-1.7"))
+    page.wait_for_selector("#hex-view[data-ready]")
+    page.wait_for_selector("#message-view [data-state=done]", state="attached")
+    page.focus("#hex-view .stage")
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("Shift+ArrowRight")
+    page.wait_for_selector("#statistics-view li button")
+    for row in (1, 2, 3):
+        page.click(f"#files-view tbody tr:nth-child({row}) button")
+        assert_no_rule_is_broken(page, ".byte-book")
+
+
+def test_a_refusal_of_likelihood(page, make_text):
+    upload(page, make_text("paper.txt", b"%PDF-1.7 and so on"))
+    page.wait_for_selector("#message-view .message.error")
+    assert_no_rule_is_broken(page, ".byte-message")
+
+
+@pytest.mark.parametrize("kind", ["png", "wav", "text"])
+def test_complete(page, request, kind):
+    open_tab(page, "Complete")
+    for view in (".byte-prompt", ".byte-results"):
+        assert_no_rule_is_broken(page, view)
+    upload(page, request.getfixturevalue(f"make_{kind}")(), field="complete-file")
+    page.wait_for_selector("#prompt-view .source", state="visible")
+    page.click("#complete-start")
+    page.wait_for_selector("#results-view .actions a")
+    page.click("#results-view .actions button")
+    page.wait_for_selector("#alternatives-view .choice")
+    for view in (".byte-prompt", ".byte-results", ".byte-alternatives"):
+        assert_no_rule_is_broken(page, view)
+
+
+def test_a_refusal_of_complete(page, make_text):
+    open_tab(page, "Complete")
+    upload(page, make_text("paper.txt", b"%PDF-1.7 and so on"), field="complete-file")
+    page.wait_for_selector("#prompt-view .message.error")
+    assert_no_rule_is_broken(page, ".byte-prompt")
+
+
+def test_batch_and_jobs(page, make_text):
+    open_tab(page, "Jobs")
+    assert_no_rule_is_broken(page, "#jobs-view")
+    open_tab(page, "Batch")
+    assert_no_rule_is_broken(page, "#batch-view")
+    upload(page, make_text(), make_text("bad.txt", b"%PDF-1.7"), field="batch-files")
+    page.wait_for_selector("#batch-view [data-state=plan], #batch-view[data-state=plan]")
+    assert_no_rule_is_broken(page, "#batch-view")
+    page.click("#batch-start")
+    page.wait_for_selector("#batch-view [data-state=done], #batch-view[data-state=done]")
+    assert_no_rule_is_broken(page, "#batch-view")
+    open_tab(page, "Jobs")
+    page.wait_for_selector("#jobs-view td.actions button")
+    assert_no_rule_is_broken(page, "#jobs-view")
