@@ -130,6 +130,15 @@ def _add_completions(service: Service, calls: Calls) -> None:
             view = yield from calls.finished(request, "generate", "text" if text else Path(file).name, work)
         yield answer_of(view)
 
+    def repeat(file: str | None, request: gr.Request) -> Iterator[Any]:
+        """The samples again that a result is one of, by the settings inside it; of a text, by the file of its settings."""
+        with refusals_shown(ENDPOINT_WORDS):
+            if not file:
+                raise UserError("there is nothing to repeat: give a result")
+            work = gallery_work(lambda: service.repeat(Path(file)))
+            view = yield from calls.finished(request, "repeat", Path(file).name, work)
+        yield answer_of(view)
+
     def batch_plan(files: list[str] | None, recipe: str | None) -> dict[str, Any]:
         """What a recipe would make of some files, and about how long it takes; names and patterns are those of the files."""
         with refusals_shown(ENDPOINT_WORDS):
@@ -158,6 +167,7 @@ def _add_completions(service: Service, calls: Calls) -> None:
     drawing = [temperature, top_k, top_p, seed]
     settings = [file, text, model, keep, num_bytes, samples, *drawing, keep_bytes, framing, upside_down, first_bytes]
     add_endpoint("generate", generate, settings, [files, facts])
+    add_endpoint("repeat", repeat, [file], [files, facts])
     add_endpoint("batch_plan", batch_plan, [sources, recipe], [facts])
     add_endpoint("batch", run_batch, [sources, recipe], [archive, facts])
 

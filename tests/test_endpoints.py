@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,9 +26,11 @@ from app.endpoints import completion_form
 from app.exports import write_csv, write_png
 from app.service import Service
 from app.tabs.refusals import ENDPOINT_WORDS
+from core.codecs import read_media
 
 ROOT = Path(__file__).parents[1]
 RECIPE = '[[jobs]]\nfiles = "*"\nkeep = 0.5\nnum_bytes = 48\nseed = 5\nsamples = 2'
+MEDIA = {"make_png": "pixels", "make_wav": "samples"}
 NOTHING_SAID = dict.fromkeys(
     ["model", "num_bytes", "samples", "temperature", "top_k", "top_p", "seed", "framing", "upside_down", "first_bytes"]
 )
@@ -292,6 +295,20 @@ def test_alternatives_and_branches_are_those_of_the_page(client, service, reques
     assert Path(file).suffix == Path(branch["output"]).suffix == made.codec.suffix
     assert branch["bits_per_byte"] == pytest.approx(branched.results[0].bits_per_byte)
     assert client.predict(branch["job"], api_name="/result")[1] == [branch]
+
+
+@pytest.mark.parametrize("make", ["make_png", "make_wav", "make_text"])
+def test_a_result_is_made_again_by_its_settings(client, request, make, tmp_path):
+    path = request.getfixturevalue(make)()
+    [_, second], facts = client.predict(handle_file(path), num_bytes=48, samples=2, seed=5, api_name="/generate")
+    result = shutil.copy(second, tmp_path / f"result{path.suffix}")
+    if make == "make_text":
+        with pytest.raises(AppError, match="holds no settings"):
+            client.predict(handle_file(result), api_name="/repeat")
+        return
+    [_, again], facts_again = client.predict(handle_file(result), api_name="/repeat")
+    assert [each["bits_per_byte"] for each in facts_again] == [each["bits_per_byte"] for each in facts]
+    np.testing.assert_array_equal(*(vars(read_media(Path(file)))[MEDIA[make]] for file in (again, second)))
 
 
 def test_a_client_lists_stops_and_reads_its_own_jobs_alone(page_url, make_text):
