@@ -175,13 +175,13 @@ def test_an_alternative_is_chosen_and_branched_from(open_page, make_text):
     complete(page)
     before = page.text_content("#results-view .card:nth-child(1) .made")
     page.click("#results-view button:has-text('Alternatives')")
-    page.wait_for_selector("#alternatives-view h3:has-text('new byte 0 ')")
+    page.wait_for_selector("#alternatives-view h2:has-text('new byte 0 ')")
     page.click("#alternatives-view [aria-label='Next byte']")
-    page.wait_for_selector("#alternatives-view h3:has-text('new byte 1 ')")
+    page.wait_for_selector("#alternatives-view h2:has-text('new byte 1 ')")
     page.locator("#alternatives-view .choice:not(.stands)").first.click()
     page.wait_for_selector("#results-view .card:nth-child(2) .actions a")
     assert page.text_content("#results-view .card:nth-child(1) .made") == before
-    assert page.text_content("#results-view .card:nth-child(2) h3") == "Branch at byte 1"
+    assert page.text_content("#results-view .card:nth-child(2) h2") == "Branch at byte 1"
     assert page.text_content("#results-view .card:nth-child(2) .made") != before
 
 
@@ -196,8 +196,8 @@ def test_a_branch_while_samples_are_made_takes_their_place_in_the_gallery(open_p
     page.wait_for_selector("#results-view .actions button")
     page.click("#results-view .card:nth-child(1) .actions button")
     page.locator("#alternatives-view .choice:not(.stands)").first.click()
-    page.wait_for_selector("#results-view h3:has-text('Branch at byte 0')")
-    titles = "() => [...document.querySelectorAll('#results-view h3')].map((title) => title.textContent)"
+    page.wait_for_selector("#results-view h2:has-text('Branch at byte 0')")
+    titles = "() => [...document.querySelectorAll('#results-view h2')].map((title) => title.textContent)"
     first, seen = page.evaluate(titles), []
     for _ in range(15):
         page.wait_for_timeout(100)

@@ -6,7 +6,7 @@ function draw() {
   const value = props.value;
   root.hidden = !value?.choices;
   if (root.hidden) return;
-  root.querySelector("h3").textContent = value.title;
+  root.querySelector("h2").textContent = value.title;
   list.replaceChildren(...value.choices.map((choice) => button(value, choice)));
   for (const step of root.querySelectorAll("[data-step]")) {
     const number = value.number + Number(step.dataset.step);

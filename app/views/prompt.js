@@ -1,6 +1,6 @@
 // What is to be completed: a picture with a line to drag, a waveform with a handle, a text with a caret. The line, the slider
 // and the byte offset are one number, which goes to the server when it is let go.
-const { decode, make } = bytes;
+const { decode, make, scrollable } = bytes;
 const root = element.querySelector(".byte-prompt");
 const message = root.querySelector(".message");
 const source = root.querySelector(".source");
@@ -74,7 +74,7 @@ const DRAW = {
     return frame;
   },
   text(media) {
-    const words = make("p", "words");
+    const words = scrollable(make("div", "words"), "Text of the source");
     const bytes = decode(media.bytes);
     // Bytes that are no UTF-8 are shown one character each, so that a place in the text is a byte.
     const toText = media.is_utf8 ? (part) => new TextDecoder().decode(part) : (part) => Array.from(part, (value) => (value > 31 && value < 127 ? String.fromCharCode(value) : "·")).join("");

@@ -1,6 +1,6 @@
 // The samples of a completion: what is being made as it comes, and the finished files.
 // A card is kept between updates, so pictures and players do not flicker while others are still being made.
-const { decode, make } = bytes;
+const { decode, make, scrollable } = bytes;
 const root = element.querySelector("section");
 const WAVE = { width: 560, height: 96 }; // canvas pixels
 let cards = new Map();
@@ -46,8 +46,8 @@ const MEDIA = {
     canvas.setAttribute("role", "img");
     canvas.setAttribute("aria-label", label);
   },
-  text(box, media) {
-    const text = box.querySelector("p") ?? box.appendChild(make("p", "words"));
+  text(box, media, label, title) {
+    const text = box.querySelector(".words") ?? box.appendChild(scrollable(make("div", "words"), `Text of ${title}`));
     if (text.shown === media.made_text) return;
     text.replaceChildren(make("span", "kept", media.kept_text), make("span", "made", media.made_text));
     text.scrollTop = text.scrollHeight;
@@ -58,7 +58,7 @@ const MEDIA = {
 function makeCard(id) {
   const card = make("article", "card");
   card.dataset.id = id;
-  card.append(make("h3"), make("div", "media"), make("div", "progress"), make("div", "caption"), make("div", "actions"));
+  card.append(make("h2"), make("div", "media"), make("div", "progress"), make("div", "caption"), make("div", "actions"));
   card.children[2].append(make("div", "fill"));
   card.children[1].addEventListener("click", (event) => pick(card, id, event));
   return card;
@@ -70,7 +70,7 @@ function updateCard(card, item) {
   if (card.dataset.kind !== item.kind) media.replaceChildren();
   card.dataset.kind = item.kind;
   media.className = `media ${item.kind}`;
-  if (item.media) MEDIA[item.kind](media, item.media, `${item.title}. ${item.caption}`);
+  if (item.media) MEDIA[item.kind](media, item.media, `${item.title}. ${item.caption}`, item.title);
   progress.hidden = item.done >= 1;
   progress.firstElementChild.style.width = `${item.done * 100}%`;
   caption.textContent = item.caption;

@@ -17,6 +17,14 @@ const bytes = (window.byteViews ??= (() => {
     return node;
   }
 
+  /** A text that may be longer than its box: it can be scrolled with the keyboard too. */
+  function scrollable(node, label) {
+    node.tabIndex = 0;
+    node.setAttribute("role", "region");
+    node.setAttribute("aria-label", label);
+    return node;
+  }
+
   /** The UTF-8 character that begins at `start`; a byte that begins none is one replacement character. */
   function decodeAt(values, start) {
     const first = values[start];
@@ -179,6 +187,6 @@ const bytes = (window.byteViews ??= (() => {
   };
 
   return {
-    PALETTES, VirtualRows, characterStart, colours, decode, decodeAt, fit, frame, hatch, hex, ink, make, number, tooltip, underline, visible,
+    PALETTES, VirtualRows, characterStart, colours, decode, decodeAt, fit, frame, hatch, hex, ink, make, number, scrollable, tooltip, underline, visible,
   };
 })());
