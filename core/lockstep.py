@@ -17,12 +17,10 @@ zero, and adding zeros at the end of a sum changes no bit of it.
 # Shapes: B rows, R bytes of a round, S slots, V = 256.
 
 import copy
-import importlib
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from types import ModuleType
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -81,18 +79,10 @@ class Lockstep:
         cache_len: bytes that a row holds.
         has_filters: whether any job uses top-k or top-p, which take a sort per byte.
         compiled: fuse the small kernels of the last level with `torch.compile`, which takes a minute at first.
-        fused: take the kernels of `core.models.fused`, made for few rows on a GPU.
     """
 
     def __init__(
-        self,
-        model: MegaByte,
-        num_rows: int,
-        cache_len: int,
-        *,
-        has_filters: bool = True,
-        compiled: bool = False,
-        fused: bool = False,
+        self, model: MegaByte, num_rows: int, cache_len: int, *, has_filters: bool = True, compiled: bool = False
     ) -> None:
         self.model = model
         self.num_rows = num_rows
@@ -105,7 +95,6 @@ class Lockstep:
         self.positions_B = self._zeros(torch.int64)
         self._rows_B = torch.arange(num_rows, device=self.device)
         self.has_filters = has_filters
-        self._fused = _fused_kernels() if fused else None
         self._finest = torch.compile(self._finish_byte, dynamic=False) if compiled else self._finish_byte
         self.round_size = -(-_ROUND_BYTES // self.patch_size) * self.patch_size
         # What a round is made from, written by the host before it: numbers, given bytes (-1: none), and each row's law.
@@ -161,8 +150,7 @@ class Lockstep:
         """For each byte of a round before which no row has more than `longest`: the first level that wakes, its slots."""
         for offset in range(num_bytes):
             first = next(index for index, level in enumerate(self.model.levels) if offset % level.span == 0)
-            # Fused attention reads as many slots as a row has, whatever the graph.
-            yield first, self._num_slots(longest + num_bytes - 1) if first == 0 and not self._fused else 0
+            yield first, self._num_slots(longest + num_bytes - 1) if first == 0 else 0
 
     def make_byte(self, phase: tuple[int, int]) -> None:
         """The next byte of every row, by its graph if there is one."""
@@ -254,8 +242,7 @@ class Lockstep:
         with sdpa_kernel(_ATTENTION[self.device.type]):
             for index in coarse[first:]:
                 self._begin_row(index, first)
-                to_children_BLD = self.model.levels[index].unembedder(self._wake(index, num_slots)[:, None])
-                self.cache.levels[index + 1].from_parent_BLD.copy_(to_children_BLD)
+                self.cache.levels[index + 1].from_parent_BLD.copy_(self._wake(index, num_slots))
             self._begin_row(finest, first)
             self._finest(num_slots)
 
@@ -265,30 +252,19 @@ class Lockstep:
 
     def _finish_byte(self, num_slots: int) -> None:
         """Wakes the last level, draws a byte of every row and appends it."""
-        self.logits_BV.copy_(self._finest_logits(num_slots))
-        if self._fused and not self.has_filters:
-            law = self._uniforms_BR, self._given_BR, self._temperature_B1
-            self._fused.draw(self.logits_BV, *law, self._place_1, self._bytes_BR, self._bits_BR)
-        else:
-            drawn_B1 = self._draw(self.logits_BV, self._uniforms_BR.index_select(1, self._place_1))
-            given_B1 = self._given_BR.index_select(1, self._place_1)
-            chosen_B1 = torch.where(given_B1 >= 0, given_B1, drawn_B1)
-            self._bytes_BR.index_copy_(1, self._place_1, chosen_B1)
-            self._bits_BR.index_copy_(1, self._place_1, self._surprisal(self.logits_BV, chosen_B1))
-        newest_B1 = self._bytes_BR.index_select(1, self._place_1)
-        self.cache.patch_bytes_BP.index_copy_(1, self.positions_B[:1] % self.patch_size, newest_B1)
+        logits_BV = self.model.to_logits(self._wake(len(self.model.levels) - 1, num_slots)[:, 0])
+        self.logits_BV.copy_(logits_BV)
+        drawn_B1 = self._draw(logits_BV, self._uniforms_BR.index_select(1, self._place_1))
+        given_B1 = self._given_BR.index_select(1, self._place_1)
+        chosen_B1 = torch.where(given_B1 >= 0, given_B1, drawn_B1)
+        self._bytes_BR.index_copy_(1, self._place_1, chosen_B1)
+        self._bits_BR.index_copy_(1, self._place_1, self._surprisal(logits_BV, chosen_B1))
+        self.cache.patch_bytes_BP.index_copy_(1, self.positions_B[:1] % self.patch_size, chosen_B1)
         self._place_1.add_(1)
         self.positions_B.add_(1)
 
-    def _finest_logits(self, num_slots: int) -> Tensor:
-        x_BD = self._wake(len(self.model.levels) - 1, num_slots)
-        if not self._fused:
-            return self.model.to_logits(x_BD)
-        head, cap = self.model.levels[-1].embedder.embedding, self.model.config.logit_softcap
-        return self._fused.linear(x_BD, head, softcap=cap, dtype=torch.float32)
-
     def _wake(self, index: int, num_slots: int) -> Tensor:
-        """`Level.step` with positions on the device, without the word to its children: the new elements, `(B, D)`."""
+        """`Level.step` with positions on the device: what the element says to its children, `(B, P, D_child)`."""
         level, level_cache = self.model.levels[index], self.cache.levels[index]
         in_row_B = self.positions_B // level.span % level.row_length
         x_BD = self._element_before(level, level_cache, in_row_B)
@@ -296,12 +272,8 @@ class Lockstep:
             x_BD = x_BD + level.positions[in_row_B]
         if level_cache.from_parent_BLD is not None:
             x_BD = x_BD + level_cache.from_parent_BLD[self._rows_B, in_row_B]
-        if not self._fused:
-            return level.transformer.step(x_BD, level_cache, self._slots(level, level_cache, in_row_B, num_slots))
-        has_memory_B = self.positions_B >= level.span * level.row_length
-        first_B = torch.where(has_memory_B | level.is_top, 0, level_cache.memory)
-        own_B = level_cache.memory + in_row_B
-        return self._fused.step(level.transformer, self.model.config.activation, x_BD, level_cache, own_B, first_B)
+        x_BD = level.transformer.step(x_BD, level_cache, self._slots(level, level_cache, in_row_B, num_slots))
+        return level.unembedder(x_BD[:, None])
 
     def _element_before(self, level: Level, level_cache: LevelCache, in_row_B: Tensor) -> Tensor:
         """The shifted own input: the embedding of the element before, or the pad where there is none to show."""
@@ -353,11 +325,6 @@ class Lockstep:
 
     def _zeros(self, dtype: torch.dtype, *shape: int) -> Tensor:
         return torch.zeros(self.num_rows, *shape, dtype=dtype, device=self.device)
-
-
-def _fused_kernels() -> ModuleType:
-    """`core.models.fused`, which needs Triton: torch for CPUs comes without it."""
-    return importlib.import_module("core.models.fused")
 
 
 @contextmanager

@@ -230,7 +230,7 @@ class Transformer(nn.Module):
             if look_up is not None:
                 look_up()
             run = partial(checkpoint, block, use_reentrant=False) if recompute else block
-            x_BKLD = run(self.mixed(x_BKLD, input_BKLD, layer), rotation, cache, layer)
+            x_BKLD = run(self._mixed(x_BKLD, input_BKLD, layer), rotation, cache, layer)
         return self.norm(x_BKLD)
 
     def step(self, x_BD: Tensor, cache: LevelCache, slots: Slots) -> Tensor:
@@ -238,11 +238,10 @@ class Transformer(nn.Module):
         rotation = self.rotary and self.rotary(slots.positions)
         input_BD = x_BD
         for layer, block in enumerate(self.blocks):
-            x_BD = block.step(self.mixed(x_BD, input_BD, layer), rotation, cache, layer, slots)
+            x_BD = block.step(self._mixed(x_BD, input_BD, layer), rotation, cache, layer, slots)
         return self.norm(x_BD)
 
-    def mixed(self, x: Tensor, level_input: Tensor, layer: int) -> Tensor:
-        """What a layer reads: the layer before it and, with residual scalars, the input of them all."""
+    def _mixed(self, x: Tensor, level_input: Tensor, layer: int) -> Tensor:
         if self.residual_scalars is None:
             return x
         a, b = self.residual_scalars[layer]

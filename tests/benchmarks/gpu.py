@@ -31,8 +31,7 @@ from core.presets import preset
 
 CUDA = torch.device("cuda")
 ROUNDS = 3
-WAYS = ("eager", "compiled", "fused")
-_KERNELS = {"eager": {}, "compiled": {"compiled": True}, "fused": {"fused": True}}
+WAYS = ("eager", "compiled")
 # The byte Transformer of 350M parameters of the paper's section 6.2.
 FLAT = MegaByteConfig(levels=(LevelConfig(dim=1024, num_layers=24, num_heads=16, ffn_dim=5056),), max_seq_len=8192)
 
@@ -47,14 +46,14 @@ def generate(options: argparse.Namespace) -> Iterator[Case]:
         model = bf16_model(own)
         for batch_size in options.batch_sizes:
             what = f"paper-generation, {way}"
-            yield what, partial(generation, what, model, batch_size, own.max_seq_len, way)
+            yield what, partial(generation, what, model, batch_size, own.max_seq_len, way == "compiled")
             if options.profile:
-                yield f"{what}, profile", partial(profile, model, batch_size, way)
+                yield f"{what}, profile", partial(profile, model, batch_size, way == "compiled")
         del model
     model = bf16_model(FLAT)
-    yield "flat 350M", partial(generation, "flat 350M", model, 1, FLAT.max_seq_len, "eager")
+    yield "flat 350M", partial(generation, "flat 350M", model, 1, FLAT.max_seq_len, False)
     # The first quarter only, the cheapest one: a whole sample at 16 rows takes long.
-    yield "flat 350M", partial(generation, "flat 350M, 1st quarter", model, 16, FLAT.max_seq_len // 4, "eager")
+    yield "flat 350M", partial(generation, "flat 350M, 1st quarter", model, 16, FLAT.max_seq_len // 4, False)
 
 
 def bf16_model(config: MegaByteConfig) -> MegaByte:
@@ -63,10 +62,10 @@ def bf16_model(config: MegaByteConfig) -> MegaByte:
         return MegaByte(config).bfloat16().eval()
 
 
-def generation(name: str, model: MegaByte, batch_size: int, num_bytes: int, way: str) -> Facts:
+def generation(name: str, model: MegaByte, batch_size: int, num_bytes: int, is_compiled: bool) -> Facts:
     torch.cuda.reset_peak_memory_stats()
     started = time.perf_counter()
-    batch = Lockstep(model, batch_size, model.config.max_seq_len, has_filters=False, **_KERNELS[way])
+    batch = Lockstep(model, batch_size, model.config.max_seq_len, has_filters=False, compiled=is_compiled)
     torch.cuda.synchronize()
     ready = time.perf_counter()
     jobs = [Job(np.zeros(0, np.uint8), num_bytes, SampleConfig(), uniforms(0, number)) for number in range(batch_size)]
@@ -85,10 +84,10 @@ def generation(name: str, model: MegaByte, batch_size: int, num_bytes: int, way:
     }
 
 
-def profile(model: MegaByte, batch_size: int, way: str) -> Facts:
+def profile(model: MegaByte, batch_size: int, is_compiled: bool) -> Facts:
     """Prints the kernels of some rounds in the middle of the context."""
     middle = model.config.max_seq_len // 2
-    batch = Lockstep(model, batch_size, model.config.max_seq_len, has_filters=False, **_KERNELS[way])
+    batch = Lockstep(model, batch_size, model.config.max_seq_len, has_filters=False, compiled=is_compiled)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as found, torch.inference_mode():
         started = time.perf_counter()
         for start in range(middle, middle + 8 * batch.round_size, batch.round_size):
