@@ -117,9 +117,10 @@ def run_compare(args: argparse.Namespace) -> int:
     from app.comparing import compare_models
     from core.distributed import usable_device
 
-    device = usable_device(args.device).type
-    size = args.size or ("cpu" if device == "cpu" else "gpu")
-    found = compare_models(args.plan, size, args.data, args.out, budget=args.budget, resume=args.resume, device=device, log=say)
+    place = usable_device(args.device)
+    options = {"budget": args.budget, "resume": args.resume, "device": str(place)}
+    size = args.size or ("cpu" if place.type == "cpu" else "gpu")
+    found = compare_models(args.plan, size, args.data, args.out, **options, log=say)
     if args.json:
         for result in found.results:
             emit(json.dumps(result.to_dict()))

@@ -58,7 +58,11 @@ def compare(
     for member in plan.members:
         for pattern in (member.split.train, member.split.valid, member.split.test):
             matching(root, pattern)
-    _claim(out, {"plan": plan.name, "size": plan.size, "budget": budget, "device": device, "models": _digest(plan)}, resume)
+    _claim(
+        out,
+        {"plan": plan.name, "size": plan.size, "budget": budget, "device": device.partition(":")[0], "models": _digest(plan)},
+        resume,
+    )
     results = []
     for number, member in enumerate(plan.members, start=1):
         saved = out / member.name / "result.json"
@@ -203,7 +207,10 @@ def _claim(out: Path, facts: dict[str, Any], resume: bool) -> None:
         if not saved.exists():
             raise UserError(f"{out} holds no comparison to resume; leave out --resume to start one")
         for name, value in facts.items():
-            if (was := read_json(saved).get(name)) != value:
+            was = read_json(saved).get(name)
+            if name == "models" and was != value:
+                raise UserError(f"{out} was begun when the plan had other models; begin it again in another folder")
+            if was != value:
                 raise UserError(
                     f"{out} was begun with {name} {was}, not {value}; resume it with the same, or choose another folder"
                 )

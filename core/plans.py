@@ -355,7 +355,7 @@ def _single_changes(model: MegaByteConfig) -> list[tuple[str, MegaByteConfig]]:
     return changes
 
 
-# FLOPs of each model. On two cores a plan is done in under an hour, on one H100 in about ten minutes.
+# FLOPs of each model: a plan takes 10 to 30 minutes on two cores and a few minutes on an H100.
 _PLANS: dict[str, tuple[Callable[[Size], list[Member]], dict[Size, float]]] = {
     "text": (_comparison("text"), {"cpu": 1e13, "gpu": 1.5e15}),
     "image32": (_comparison("image32"), {"cpu": 1e13, "gpu": 1.5e15}),

@@ -118,7 +118,7 @@ def test_a_plan_that_has_changed_since_is_not_resumed(tiny_plan, root, tmp_path,
     run(root, tmp_path / "out")
     changed = [dataclasses.replace(tiny_plan.members[0], config=tiny_config()), *tiny_plan.members[1:]]
     monkeypatch.setitem(plans._PLANS, "tiny", (lambda size: changed, {"cpu": BUDGET, "gpu": BUDGET}))
-    with pytest.raises(UserError, match="was begun with models"):
+    with pytest.raises(UserError, match="begun when the plan had other models"):
         run(root, tmp_path / "out", resume=True)
 
 

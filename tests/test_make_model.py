@@ -1,6 +1,7 @@
 """A shipped model is made by one command, with a card that says what it reaches on data that it has not seen."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -40,6 +41,12 @@ def test_it_goes_on_where_it_was_stopped(root, tmp_path):
     first = make_model.make_model("text", root, tmp_path / "run", device="cpu", log=lambda line: None)
     again = make_model.make_model("text", root, tmp_path / "run", resume=True, device="cpu", log=lambda line: None)
     assert again["bits_per_byte"] == first["bits_per_byte"]
+
+
+def test_bad_input_is_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["make_model", "text", str(tmp_path), "--out", str(tmp_path / "run")])
+    with pytest.raises(SystemExit, match=r"^error: .*novels_train.*is missing; lay out the data"):
+        make_model.main()
 
 
 def test_a_test_item_in_the_training_data_stops_it_before_it_begins(root, tmp_path):

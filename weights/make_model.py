@@ -141,10 +141,11 @@ def main() -> None:
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
     parser.add_argument("--device", default="auto", help="cpu, cuda, or auto: a GPU if there is one (%(default)s)")
     args = parser.parse_args()
-    card = make_model(
-        args.name, args.root, args.out, resume=args.resume, device=args.device, log=lambda line: print(line, flush=True)
-    )
-    print(json.dumps(card, indent=1))
+    options = {"resume": args.resume, "device": args.device, "log": lambda line: print(line, flush=True)}
+    try:
+        print(json.dumps(make_model(args.name, args.root, args.out.resolve(), **options), indent=1))
+    except UserError as error:
+        raise SystemExit(f"error: {error}") from None
 
 
 if __name__ == "__main__":

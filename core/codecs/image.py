@@ -128,7 +128,10 @@ def require_pixels(width: int, height: int, name: str, max_pixels: int = MAX_PIX
 def _max_pixels(image: Image.Image) -> int:
     if image.format == "WEBP":
         return MAX_WEBP_PIXELS
-    return MAX_PROGRESSIVE_PIXELS if image.format == "JPEG" and not _has_one_scan(image) else MAX_PIXELS
+    # MPO is what Pillow calls a JPEG that holds several pictures; it has read on by then, so the scans cannot be told.
+    if image.format == "MPO" or (image.format == "JPEG" and not _has_one_scan(image)):
+        return MAX_PROGRESSIVE_PIXELS
+    return MAX_PIXELS
 
 
 def _has_one_scan(image: Image.Image) -> bool:
