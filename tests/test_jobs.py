@@ -311,15 +311,38 @@ def completing(service: Service, path: Path, num_bytes: int) -> Callable[[Job], 
     return work
 
 
-def test_stop_frees_the_model_within_a_second(store, service, make_text):
+MANY_TIMES = [5, pytest.param(50, marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("times", MANY_TIMES)
+def test_stop_frees_the_model_within_a_second(store, service, make_text, times):
     lock = service.model("text").lock
-    for _ in range(5):
+    for _ in range(times):
         job_id = store.submit("me", "complete", "", completing(service, make_text(), 1_000_000))
         wait_until(lambda: store.look("me", job_id).latest is not None)  # noqa: B023
         started = time.monotonic()
         store.stop("me", job_id)
-        ended(store, "me", job_id)
+        following = store.submit("you", "complete", "", completing(service, make_text(), 1_000_000))
+        wait_until(lambda: store.look("you", following).latest is not None)  # noqa: B023
         assert time.monotonic() - started < CANCEL_LIMIT_S
+        assert ended(store, "me", job_id).state == "stopped"
+        store.stop("you", following)
+        ended(store, "you", following)
+        assert not lock.locked()
+
+
+@pytest.mark.parametrize("times", MANY_TIMES)
+def test_a_job_that_waits_for_the_model_can_be_stopped(store, service, make_text, times):
+    lock = service.model("text").lock
+    for _ in range(times):
+        with lock:
+            job_id = store.submit("me", "complete", "", completing(service, make_text(), 1_000_000))
+            wait_until(lambda: lock.is_wanted)
+            started = time.monotonic()
+            store.stop("me", job_id)
+            assert ended(store, "me", job_id).state == "stopped"
+            assert time.monotonic() - started < CANCEL_LIMIT_S
+            assert not lock.is_wanted
         assert not lock.locked()
 
 
