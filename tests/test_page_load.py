@@ -1,0 +1,38 @@
+"""Many users of the page at once: no error, the bytes of their own seeds, no memory lost."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from page_server import ROOT, PageProcess, page_process
+
+
+def load(page: PageProcess, weights: Path, num_users: int, seconds: float) -> dict:
+    script = Path(__file__).with_name("load.py")
+    command = [sys.executable, script, page.url, str(page.process.pid), weights, str(num_users), str(seconds)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=seconds + 180)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize(
+    ("num_users", "seconds"),
+    [(4, 6), pytest.param(10, 120, marks=pytest.mark.slow), pytest.param(50, 600, marks=pytest.mark.slow)],
+)
+def test_users_at_once_get_the_bytes_of_their_own_seeds(tiny_models, tmp_path, num_users, seconds):
+    with page_process(tiny_models, tmp_path) as page:
+        found = load(page, tiny_models, num_users, seconds)
+        said = page.log.read_text(errors="replace")
+    memory = np.array(found.pop("memory_mb"))
+    print(json.dumps(found), f"memory {memory[len(memory) // 3]:.0f} to {memory[-1]:.0f} MB")
+    assert found["problems"] == []
+    assert "Traceback" not in said
+    assert sum(found["counts"].values()) >= 2 * num_users
+    assert set(found["counts"]) == {"complete", "score", "plan", "cancel"} or seconds < 60
+    if seconds >= 120:
+        middle, last = np.array_split(memory, 3)[1:]
+        assert np.median(last) < 1.03 * np.median(middle) + 5  # no upward slope after the warm-up
+        assert found["p95_seconds"] < 60
