@@ -4,7 +4,11 @@ A row is decoded at batch size 1, so no neighbour and no batch size can change a
 """
 
 import threading
-from typing import Protocol
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from typing import Protocol, TypeVar
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -18,6 +22,9 @@ from core.models import ByteModel, MegaByte
 from core.native import NativeDecoder
 
 _laid_out: WeakKeyDictionary[ByteModel, list[int]] = WeakKeyDictionary()  # where the matrices of laid out models are
+_setting = threading.Lock()  # the number of threads of torch
+
+T = TypeVar("T")
 
 
 class Row(Protocol):
@@ -86,7 +93,7 @@ class TorchRow:
 
     def draw(self, uniforms: np.ndarray, config: SampleConfig) -> Chunk:
         byte_values, bits = np.empty(len(uniforms), dtype=np.uint8), np.empty(len(uniforms), dtype=np.float32)
-        with torch.inference_mode(), _one_thread:
+        with torch.inference_mode(), _one_thread():
             for t, uniform in enumerate(uniforms):
                 # Appended no sooner than another byte is asked for: the last one of a full cache has no place in it.
                 if self._drawn is not None:
@@ -118,28 +125,23 @@ def _byte_ids(stream: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(stream.astype(np.int64))[None]
 
 
-class _OneThread:
-    """A context for steps at batch 1, too short to share: waking a second thread takes longer than its half of the work.
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """For steps at batch 1, too short to share: waking a second thread takes longer than its half of the work.
 
-    Rows may be inside at the same time; the first one notes the number of threads that each of them sets again.
+    `torch.set_num_threads` sets this thread's number and that with which new threads begin; the latter is put back at once.
     """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._num_inside = 0
-        self._num_threads = 1  # of all other work
-
-    def __enter__(self) -> None:
-        with self._lock:
-            if self._num_inside == 0:
-                self._num_threads = torch.get_num_threads()
-            self._num_inside += 1
-            torch.set_num_threads(1)
-
-    def __exit__(self, *_: object) -> None:
-        with self._lock:
-            self._num_inside -= 1
-            torch.set_num_threads(self._num_threads)
+    with _setting:
+        num_threads = _in_new_thread(torch.get_num_threads)
+        torch.set_num_threads(1)
+        _in_new_thread(partial(torch.set_num_threads, num_threads))
+    try:
+        yield
+    finally:
+        with _setting:
+            torch.set_num_threads(num_threads)
 
 
-_one_thread = _OneThread()
+def _in_new_thread(work: Callable[[], T]) -> T:
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(work).result()

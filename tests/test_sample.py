@@ -267,3 +267,23 @@ def test_the_number_of_threads_is_afterwards_what_it_was(monkeypatch):
         assert (first.result(), second.result()) == (3, 3)
     with ThreadPoolExecutor(1) as pool:
         assert pool.submit(torch.get_num_threads).result() == 3
+
+
+@pytest.mark.usefixtures("three_threads")
+def test_a_thread_that_begins_while_a_row_is_drawn_has_the_usual_number_of_threads(monkeypatch):
+    monkeypatch.setenv("MEGABYTE_ENGINE", "torch")
+    model, found = build(CASES["exact"]), []
+    step = model.step
+    with ThreadPoolExecutor(1) as pool:
+
+        def step_beside_a_new_thread(*arguments):
+            found.append((torch.get_num_threads(), pool.submit(torch.get_num_threads).result()))
+            return step(*arguments)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(model, "step", step_beside_a_new_thread)
+            generate(model, b"abcd", 3)
+        assert set(found) == {(1, 3)}
+        pool.submit(generate, model, b"ab", 5).result()
+        assert pool.submit(torch.get_num_threads).result() == 3
+    assert torch.get_num_threads() == 3
