@@ -110,3 +110,30 @@ def test_masked_slots_are_not_read_and_more_of_them_change_no_bit():
     expected = attention.attend_to_slots(q, k[:, :, :70], v[:, :, :70], mask[..., :70])
     k[:, :, 70:], v[:, :, 70:] = float("nan"), float("nan")
     assert torch.equal(attention.attend_to_slots(q, k, v, mask), expected)
+
+
+@pytest.mark.usefixtures("kernel")
+def test_one_mask_serves_all_rows():
+    q, k, v, mask = steps(300, [70, 70])
+    expected = attention.attend_to_slots(q, k, v, mask)
+    assert torch.equal(attention.attend_to_slots(q, k, v, mask[:1]), expected)
+    strided = mask.repeat_interleave(2, dim=-1)[..., ::2]
+    assert torch.equal(attention.attend_to_slots(q, k, v, strided), expected)
+
+
+@pytest.mark.usefixtures("kernel")
+def test_rows_that_begin_inside_a_word_are_attended_to():
+    q, k, v = queries_keys_values(1, 2, 200)
+    shifted = torch.zeros(k.numel() + 1, dtype=torch.bfloat16)[1:].view(k.shape).copy_(k)
+    assert torch.equal(attend_causally(q, shifted, v), attend_causally(q, k, v))
+
+
+@pytest.mark.usefixtures("kernel")
+def test_tensors_that_do_not_fit_are_refused():
+    q, k, v, mask = steps(300, [70, 70])
+    for wrong in ((q, k, v[:, :, 1:], mask), (q[:1], k, v, mask), (q.float(), k, v, mask), (q, k[..., 1:], v[..., 1:], mask)):
+        with pytest.raises(ValueError, match="not bfloat16"):
+            attention.attend_to_slots(*wrong)
+    q, k, v = queries_keys_values(1, 2, 200)
+    with pytest.raises(ValueError, match="not bfloat16"):
+        attend_causally(q, k[:, :, 1:], v)

@@ -106,6 +106,7 @@ def test_every_word_is_read_as_often_as_asked():
     words = torch.from_numpy(np.random.default_rng(0).integers(0, 2**62, 1003))
     expected = int(np.bitwise_xor.reduce(words.numpy()))
     assert [read.read(words[:0]), read.read(words), read.read(words, 3)] == [0, expected, expected]
+    assert read.read(words[1:]) == int(np.bitwise_xor.reduce(words.numpy()[1:]))
     assert read.read(words, 2) == int(np.bitwise_xor.reduce(words.numpy()[960:]))  # the rest is read once
 
 

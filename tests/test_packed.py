@@ -32,15 +32,24 @@ def test_equal_the_plain_layer(packed, shape, bias):
     torch.testing.assert_close(layer(x), plain(x), rtol=2**-7, atol=2**-8)
 
 
+@pytest.mark.parametrize("packed", [BlockedLinear], indirect=True)
 def test_a_row_of_a_blocked_layer_does_not_depend_on_the_others(packed):
     _, layer = packed(True)
-    if isinstance(layer, BlockedLinear):
-        x = torch.randn(50, 128, dtype=torch.bfloat16)
-        assert all(torch.equal(layer(x[row : row + 1])[0], layer(x)[row]) for row in range(50))
+    x = torch.randn(50, 128, dtype=torch.bfloat16)
+    assert all(torch.equal(layer(x[row : row + 1])[0], layer(x)[row]) for row in range(50))
+
+
+@pytest.mark.parametrize("packed", [BlockedLinear], indirect=True)
+def test_a_blocked_layer_refuses_what_does_not_fit(packed):
+    _, layer = packed(True)
+    for wrong in (torch.zeros(3, 64, dtype=torch.bfloat16), torch.zeros(3, 128)):
+        with pytest.raises(ValueError, match="not bfloat16"):
+            layer(wrong)
 
 
 def test_without_the_kernel_onednn_multiplies(monkeypatch):
     monkeypatch.setattr(kernel, "library", lambda: None)
     model = nn.Sequential(nn.Linear(128, 64)).bfloat16()
+    has_onednn = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     pack_linears(model)
-    assert not isinstance(model[0], BlockedLinear)
+    assert type(model[0]) is (PackedLinear if has_onednn else nn.Linear)

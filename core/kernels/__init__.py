@@ -12,20 +12,29 @@ import shutil
 import subprocess
 import tempfile
 import threading
+from functools import cache
 from pathlib import Path
+
+import torch
 
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd", "-pthread")
 _LINK_FLAGS = ("-shared", "-fPIC")
 
-_building = threading.Lock()  # whoever needs a library that is being built waits for it
+_building: dict[Path, threading.Lock] = {}  # by source: whoever needs a library that is being built waits for it
 
 _logger = logging.getLogger(__name__)
+
+
+@cache
+def multiplies_bf16() -> bool:
+    """Whether this processor has instructions that multiply bf16: AVX512-BF16, or AMX, which comes with them."""
+    return torch.cpu._is_avx512_bf16_supported()
 
 
 def load_library(source: Path, *flags: str) -> ctypes.CDLL | None:
     """The library of a source file, or None if this machine cannot build it, where torch does the work."""
     try:
-        with _building:
+        with _building.setdefault(source, threading.Lock()):
             return ctypes.CDLL(str(build_library(source, *flags)))
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         _logger.info("no library of %s, torch does its work instead: %s", source.name, error)

@@ -3,15 +3,15 @@
 //
 // Whole rows do not keep their scores (Dao et al., arXiv 2205.14135). Their keys and values are packed once, in blocks of 64.
 // A row's sums are taken in the order of its keys and its weights depend on nothing behind it, whoever computes it and
-// whatever comes later.
+// whatever finite numbers come later.
 
 #include <cstdint>
 
 #if defined(__AVX512BF16__) && defined(__AVX512F__)
 
+#include <omp.h>
+
 #include <algorithm>
-#include <memory>
-#include <vector>
 
 #include "tiles.h"
 
@@ -21,7 +21,7 @@ constexpr int64_t kChannels = 64;
 constexpr int64_t kRows = 96;  // for which a block is fetched once
 constexpr float kScale = 0.125f * 1.44269504f;  // 1 / sqrt(C), and powers of 2 instead of e
 constexpr float kSlack = 32.0f;  // weights up to 2^6 are fine: the sums are rescaled only if a score exceeds that
-constexpr int64_t kWorthSharing = 4096;  // slots of all heads, a quarter of a megabyte each of keys and values
+constexpr int64_t kWorthSharing = 4096;  // slots of all heads, half a megabyte each of keys and values
 constexpr float kNever = -1e30f;  // a score without weight
 
 struct Tensor {
@@ -32,6 +32,7 @@ struct Tensor {
 struct Heads {
   Tensor q, k, v;
   uint16_t* out;  // (sequences, length, heads, 64)
+  Block* packed;  // room for the keys, then the values: (2, sequences, heads, blocks)
   int64_t num_sequences, num_heads, length;
 
   int64_t num_blocks() const { return (length + kBlock - 1) / kBlock; }
@@ -133,7 +134,8 @@ struct Steps {
   Tensor q, keys, values;  // `row` is the stride of a slot
   const uint16_t* mask;    // bf16 (sequences, slots): 0, or minus infinity for a slot that is not attended to; null for none
   int64_t mask_stride;
-  uint16_t* out;  // (sequences, heads, 64)
+  uint16_t* out;   // (sequences, heads, 64)
+  float* weights;  // room for them: (threads, slots)
   int64_t num_sequences, num_heads, num_slots;
 };
 
@@ -192,8 +194,7 @@ extern "C" int64_t attention_is_supported() { return 1; }
 extern "C" void attend_causally(const Heads* heads, int64_t num_threads) {
   const int64_t num_blocks = heads->num_blocks(), num_heads = heads->num_sequences * heads->num_heads;
   const int64_t num_parts = (heads->length + kRows - 1) / kRows;
-  const std::unique_ptr<Block[]> packed(new Block[2 * num_heads * num_blocks]);
-  Block* keys = packed.get();
+  Block* keys = heads->packed;
   Block* values = keys + num_heads * num_blocks;
 #pragma omp parallel for num_threads(num_threads)
   for (int64_t i = 0; i < num_heads * num_blocks; ++i) {
@@ -212,12 +213,8 @@ extern "C" void attend_causally(const Heads* heads, int64_t num_threads) {
 extern "C" void attend_to_slots(const Steps* steps, int64_t num_threads) {
   const int64_t num_heads = steps->num_sequences * steps->num_heads;
   const bool is_long = num_heads * steps->num_slots > kWorthSharing;
-#pragma omp parallel num_threads(num_threads) if (is_long)
-  {
-    std::vector<float> weights(steps->num_slots);
-#pragma omp for
-    for (int64_t i = 0; i < num_heads; ++i) attend_once(*steps, i, weights.data());
-  }
+#pragma omp parallel for num_threads(num_threads) if (is_long)
+  for (int64_t i = 0; i < num_heads; ++i) attend_once(*steps, i, steps->weights + omp_get_thread_num() * steps->num_slots);
 }
 
 #else

@@ -7,9 +7,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from core.kernels import load_library
+from core.kernels import load_library, multiplies_bf16
 
 _CHANNELS = 64  # of a head, which the kernel is made for
+_BLOCK = 64  # keys that are packed together
 
 
 def can_attend(q: Tensor) -> bool:
@@ -20,13 +21,20 @@ def can_attend(q: Tensor) -> bool:
 def attend_causally(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(C)) v of `(N, H, L, C)`, each query seeing the keys up to its own; bf16 with float32 sums.
 
-    Without a backward pass. `can_attend` says where it may be called. No output depends on what comes behind it.
+    Without a backward pass. `can_attend` says where it may be called. No output depends on the finite
+    numbers behind it; others in the same block of 64 keys make it not a number.
     """
-    tensors = [x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v)]
     num_sequences, num_heads, length, _ = q.shape
+    tensors = [_readable(x, q.shape) for x in (q, k, v)]
+    packed = torch.empty(2, num_sequences, num_heads, -(-length // _BLOCK), _BLOCK, _CHANNELS, dtype=torch.bfloat16)
     out_NLHC = torch.empty(num_sequences, length, num_heads, _CHANNELS, dtype=torch.bfloat16)
     heads = _Heads(
-        *(_Tensor(x.data_ptr(), *x.stride()[:3]) for x in tensors), out_NLHC.data_ptr(), num_sequences, num_heads, length
+        *(_Tensor(x.data_ptr(), *x.stride()[:3]) for x in tensors),
+        out_NLHC.data_ptr(),
+        packed.data_ptr(),
+        num_sequences,
+        num_heads,
+        length,
     )
     library().attend_causally(byref(heads), torch.get_num_threads())
     return out_NLHC.transpose(1, 2)
@@ -38,32 +46,49 @@ def attend_to_slots(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None
     Args:
         mask: bf16 `(B, 1, 1, S)`, 0 or minus infinity, or None. Masked slots are not read; each query has one that is not.
     """
-    tensors = [x if x.stride(-1) == 1 else x.contiguous() for x in (q[:, :, 0], keys, values)]
     num_sequences, num_heads, num_slots, _ = keys.shape
+    tensors = [_readable(q, (num_sequences, num_heads, 1, _CHANNELS)), *(_readable(x, keys.shape) for x in (keys, values))]
+    if mask is not None:
+        mask = mask.to(torch.bfloat16).expand(num_sequences, 1, 1, num_slots)
+        mask = mask if mask.stride(-1) == 1 else mask.contiguous()
+    num_threads = torch.get_num_threads()
+    weights = torch.empty(num_threads, num_slots)
     out_BHC = torch.empty(num_sequences, num_heads, _CHANNELS, dtype=torch.bfloat16)
     steps = _Steps(
-        _Tensor(tensors[0].data_ptr(), *tensors[0].stride()[:2], 0),
-        *(_Tensor(x.data_ptr(), *x.stride()[:3]) for x in tensors[1:]),
+        *(_Tensor(x.data_ptr(), *x.stride()[:3]) for x in tensors),
         None if mask is None else mask.data_ptr(),
         0 if mask is None else mask.stride(0),
         out_BHC.data_ptr(),
+        weights.data_ptr(),
         num_sequences,
         num_heads,
         num_slots,
     )
-    library().attend_to_slots(byref(steps), torch.get_num_threads())
+    library().attend_to_slots(byref(steps), num_threads)
     return out_BHC[:, :, None]
 
 
 @cache
 def library() -> CDLL | None:
     """The built kernels; None where the processor or a compiler is missing. Looked for once per process."""
-    found = load_library(Path(__file__).with_name("attention.cpp"), "-fopenmp")
+    found = load_library(Path(__file__).with_name("attention.cpp"), "-fopenmp") if multiplies_bf16() else None
     if found is None or not found.attention_is_supported():
         return None
     for kernel in (found.attend_causally, found.attend_to_slots):
         kernel.argtypes, kernel.restype = (c_void_p, c_int64), None
     return found
+
+
+def _readable(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The tensor as the kernels read it: bf16, its channels adjacent and in whole words.
+
+    Raises:
+        ValueError: if it is of another shape or type.
+    """
+    if x.shape != shape or x.shape[-1] != _CHANNELS or x.dtype != torch.bfloat16 or x.device.type != "cpu":
+        raise ValueError(f"{x.dtype} {tuple(x.shape)} on {x.device}, not bfloat16 {tuple(shape[:-1])} + ({_CHANNELS},) on a CPU")
+    is_readable = x.stride(-1) == 1 and x.data_ptr() % 4 == 0 and not any(stride % 2 for stride in x.stride()[:-1])
+    return x if is_readable else x.clone(memory_format=torch.contiguous_format)
 
 
 # The structures of attention.cpp, field by field.
@@ -77,6 +102,7 @@ class _Heads(Structure):
     _fields_ = [
         *((name, _Tensor) for name in ("q", "k", "v")),
         ("out", c_void_p),
+        ("packed", c_void_p),
         *((name, c_int64) for name in ("num_sequences", "num_heads", "length")),
     ]
 
@@ -87,5 +113,6 @@ class _Steps(Structure):
         ("mask", c_void_p),
         ("mask_stride", c_int64),
         ("out", c_void_p),
+        ("weights", c_void_p),
         *((name, c_int64) for name in ("num_sequences", "num_heads", "num_slots")),
     ]

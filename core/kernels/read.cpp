@@ -3,6 +3,7 @@
 #include <cstdint>
 
 using Words = uint64_t __attribute__((vector_size(64)));
+using StoredWords = Words __attribute__((aligned(8), may_alias));
 
 // All words joined by exclusive or, `num_passes` times over; each thread goes through its own part of them.
 extern "C" uint64_t read_words(const uint64_t* data, int64_t num_words, int64_t num_passes, int64_t num_threads) {
@@ -14,7 +15,7 @@ extern "C" uint64_t read_words(const uint64_t* data, int64_t num_words, int64_t 
     Words sums[kChains] = {};
 #pragma omp for nowait
     for (int64_t step = 0; step < num_steps; ++step) {
-      const Words* words = reinterpret_cast<const Words*>(data) + step * kChains;
+      const StoredWords* words = reinterpret_cast<const StoredWords*>(data) + step * kChains;
       for (int64_t i = 0; i < kChains; ++i) sums[i] ^= words[i];
     }
     for (const Words& sum : sums) {

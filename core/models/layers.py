@@ -114,7 +114,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def attend_to_slots(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None) -> Tensor:
-    """Attention of one bfloat16 query `(B, H, 1, C)` to S slots on a CPU; the mask is added to the scores.
+    """Attention of one bfloat16 query `(B, H, 1, C)` to S slots on a CPU; a mask is boolean, or holds 0 and minus infinity.
 
     Torch's fused kernel packs all keys and values anew for its one query, and takes 4 to 5 times as long as products. These
     and this softmax add up the slots in their order, as our kernel does, so masked slots at the end change no bit.
