@@ -26,7 +26,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from core.cache import Cache, LevelCache
@@ -347,14 +347,14 @@ def borrowed_lockstep(model: MegaByte, num_rows: int, cache_len: int, *, has_fil
 
 
 def bf16_copy(model: MegaByte) -> MegaByte:
-    """A copy with its parameters rounded to bfloat16; tables of angles stay in float32. Kept while the model is."""
+    """A copy with its parameters rounded to bfloat16, shared if they were; tables of angles stay in float32.
+
+    Kept while the model is."""
     now = fingerprint(model)
     known, rounded = _bf16_models.get(model, (None, None))
     if known != now:
-        rounded = copy.deepcopy(model)
-        for parameter in rounded.parameters():
-            parameter.requires_grad_(False)
-            parameter.data = parameter.data.bfloat16()
+        parameters = {id(p): nn.Parameter(p.detach().bfloat16(), requires_grad=False) for p in model.parameters()}
+        rounded = copy.deepcopy(model, parameters)
         for level in rounded.levels:
             pack_linears(level.transformer)
         _bf16_models[model] = now, rounded

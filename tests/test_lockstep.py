@@ -214,9 +214,19 @@ def test_completions_at_the_same_time_have_engines_of_their_own(counted):
     assert all(np.array_equal(alone[n], np.concatenate([pair[n] for pair in parts])) for n in (0, 1))
 
 
+def test_a_copy_shares_what_is_bfloat16_already():
+    model = build(CASES["exact"])
+    assert {p.dtype for p in bf16_copy(model).parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    model.bfloat16()
+    mine = dict(model.named_parameters())
+    assert all(p.data_ptr() == mine[name].data_ptr() for name, p in bf16_copy(model).named_parameters())
+
+
 def test_an_engine_goes_with_its_model(counted):
     model = build(CASES["recipe_all"])
     generate(model, b"ab", 3)
+    gc.collect()
     kept = len(lockstep._idle)
     del model
     gc.collect()
