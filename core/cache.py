@@ -60,8 +60,8 @@ class Cache:
         levels: one `LevelCache` per level, coarsest first.
         patch_bytes_BP: the bytes of the newest coarsest patch; the phase says how many belong to the open one.
         positions_B: bytes read so far by each row, int64 on the host: which levels wake must not wait for a device.
-        woken_B: where each row was last predicted from, int64 on the host, -1 for nowhere: to predict a byte again must not
-            move a finished patch into a level's memory again.
+        woken_B: where each row was last predicted from, int64 on the host, -1 for nowhere. For `core.native`, which may predict
+            a byte again and must not move a finished patch into a level's memory again; torch predicts each byte once.
         max_seq_len: bytes that fit.
     """
 

@@ -135,7 +135,7 @@ class Level(nn.Module):
     def step(self, cache: Cache, level_cache: LevelCache, positions: list[int]) -> Tensor:
         """What the element that begins at `positions` (of all rows, with one phase) says to its children `(B, P, D_child)`."""
         in_row = max(positions) // self.span % self.row_length
-        if not self.is_top and in_row == 0 and max(positions) > 0 and cache.woken_B.tolist() != positions:
+        if not self.is_top and in_row == 0 and max(positions) > 0:
             self.transformer.begin_row(level_cache)
         x_BD = self._element_before(cache, level_cache, positions, in_row)
         if self.positions is not None:
