@@ -63,6 +63,11 @@ class Service:
         """
         self._store = ModelStore(device, weights, runs, listed_only=listed_only)
 
+    @property
+    def is_on_cpu(self) -> bool:
+        """Whether models work on the CPU."""
+        return self._store.device == "cpu"
+
     def models(self) -> list[ModelInfo]:
         """The shipped and local models, shipped ones first; damaged ones are named on the logger and left out."""
         infos = []

@@ -95,7 +95,7 @@ class ModelStore:
     def __init__(
         self, device: str, weights: Path = WEIGHTS_FOLDER, runs: Path = Path("runs"), *, listed_only: bool = False
     ) -> None:
-        self._device = str(usable_device(device))
+        self.device = str(usable_device(device))
         self._listed_only = listed_only
         self._weights = weights
         self._runs = runs
@@ -139,7 +139,7 @@ class ModelStore:
             info = self.info(name_or_dir)
             key = (info.path, info.digest)
             if key not in self._loaded:
-                model = load_model(info.path, self._device)
+                model = load_model(info.path, self.device)
                 self._loaded[key] = LoadedModel(model, build_codec(model.codec_config), info)
             return self._loaded[key]
 

@@ -73,7 +73,8 @@ def launch(service: Service, host: str = "127.0.0.1", port: int = 7860, open_bro
         _, url, _ = page.launch(
             server_name=host, server_port=port, inbrowser=open_browser, quiet=True, prevent_thread_lock=True, **launch_options()
         )
-        threading.Thread(target=native.build, name="build", daemon=True).start()
+        if service.is_on_cpu:
+            threading.Thread(target=native.build, name="build", daemon=True).start()
         print(f"The page is at {url} (Ctrl-C ends it)", file=sys.stderr, flush=True)
         try:
             page.block_thread()

@@ -10,14 +10,15 @@ from the pass in which it lies in the first half of its patch, because loss rise
 
 Matrix products run in bf16 on a GPU, and on a CPU that has instructions for it if the model is wide enough to gain; sums,
 norms, logits and what follows are float32. On the shipped models this moves the bits per byte by at most 0.03%.
-`MEGABYTE_ENGINE=torch` keeps a CPU at float32. The choice follows from machine, model and this setting alone.
+`MEGABYTE_ENGINE=torch` keeps a CPU at float32. The choice follows from machine, model and this setting alone; the last bits of
+a CPU's bf16 also depend on whether the kernels of `core.kernels` could be built.
 """
 
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from math import log
 from typing import Any
 
@@ -27,6 +28,7 @@ from torch import Tensor
 
 from core.config import ImageCodecConfig
 from core.errors import UserError
+from core.kernels import attention, multiplies_bf16
 from core.models import ByteModel
 from core.models.layers import before_layer
 from core.models.loss import nll, nll_of_logits
@@ -135,6 +137,8 @@ def score(
     only_equal_lengths = model.config.num_predicted(window) < window
     device = next(model.parameters()).device
     measured = measures_of if detailed else _bits_alone
+    if device.type == "cpu" and scores_in_bf16(model):
+        _wait_for_kernels(progress)
     for batch in _batches(todo, _BYTES_PER_BATCH.get(device.type, 1 << 13), only_equal_lengths):
         byte_ids_BT = _stack(arrays, batch).to(device)
         with _looking_up(progress):
@@ -154,6 +158,17 @@ def score(
         _score(own, mask, window=window, hop=hop, strided=strided, engine=scoring_engine(model))
         for own, mask in zip(measures, masks, strict=True)
     ]
+
+
+def _wait_for_kernels(progress: Callable[[int], None] | None) -> None:
+    """Has the kernels built, which takes seconds once, and calls `progress` with 0 meanwhile; what it raises ends the waiting."""
+    building = threading.Thread(target=attention.library, name="build", daemon=True)
+    building.start()
+    building.join(0.1)
+    while building.is_alive():
+        if progress is not None:
+            progress(0)
+        building.join(0.1)
 
 
 @contextmanager
@@ -222,15 +237,9 @@ def scores_in_bf16(model: ByteModel) -> bool:
     """Whether the matrix products of a score run in bf16; see this module's beginning."""
     if next(model.parameters()).is_cuda:
         return True
-    if os.environ.get("MEGABYTE_ENGINE") == "torch" or not _multiplies_bf16():
+    if os.environ.get("MEGABYTE_ENGINE") == "torch" or not multiplies_bf16():
         return False
     return max(parameter.shape[-1] for parameter in model.parameters() if parameter.ndim == 2) >= _WIDE
-
-
-@cache
-def _multiplies_bf16() -> bool:
-    """Whether this processor has instructions that multiply bf16: AVX512-BF16, or AMX, which comes with them."""
-    return torch.cpu._is_avx512_bf16_supported()
 
 
 def nats_to_bits(nats):

@@ -1,5 +1,7 @@
 """Scores are the model's own law, in bits, whatever the windows."""
 
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,7 @@ from app.service import Service
 from core import likelihood
 from core.config import AudioCodecConfig, ImageCodecConfig, LevelConfig, MegaByteConfig
 from core.errors import UserError
+from core.kernels import attention
 from core.likelihood import context_sizes, score, split_windows
 from core.models import build_model, loss
 from tests.model_cases import CASES, CONTEXT, PATCH, build
@@ -206,7 +209,7 @@ def test_bf16_moves_the_bits_of_the_shipped_models_by_far_less_than_a_thousandth
     rates = {}
     for multiplies_bf16 in (False, True):
         # Any processor can multiply bf16, if slowly.
-        monkeypatch.setattr(likelihood, "_multiplies_bf16", lambda wanted=multiplies_bf16: wanted)
+        monkeypatch.setattr(likelihood, "multiplies_bf16", lambda wanted=multiplies_bf16: wanted)
         result = service.score_file(path)
         rates[result.engine] = result.bits_per_byte
     assert rates.keys() == {"torch-fp32", "torch-bf16"}
@@ -218,12 +221,29 @@ def test_the_engine_follows_from_processor_width_and_setting(monkeypatch):
     wide = build(MegaByteConfig(levels=(LevelConfig(dim=64, num_layers=1, num_heads=1, ffn_dim=256),), max_seq_len=8))
     monkeypatch.delenv("MEGABYTE_ENGINE", raising=False)
     for multiplies_bf16, engine in ((True, "torch-bf16"), (False, "torch-fp32")):
-        monkeypatch.setattr(likelihood, "_multiplies_bf16", lambda wanted=multiplies_bf16: wanted)
+        monkeypatch.setattr(likelihood, "multiplies_bf16", lambda wanted=multiplies_bf16: wanted)
         assert score(wide, b"ab").engine == engine
         assert score(narrow, b"ab").engine == "torch-fp32"
-    monkeypatch.setattr(likelihood, "_multiplies_bf16", lambda: True)
+    monkeypatch.setattr(likelihood, "multiplies_bf16", lambda: True)
     monkeypatch.setenv("MEGABYTE_ENGINE", "torch")
     assert score(wide, b"ab").engine == "torch-fp32"
+
+
+def test_a_score_that_waits_for_its_kernels_can_be_ended(monkeypatch):
+    model = build(MegaByteConfig(levels=(LevelConfig(dim=64, num_layers=1, num_heads=1, ffn_dim=256),), max_seq_len=8))
+    monkeypatch.delenv("MEGABYTE_ENGINE", raising=False)
+    monkeypatch.setattr(likelihood, "multiplies_bf16", lambda: True)
+    is_over = threading.Event()
+    monkeypatch.setattr(attention, "library", lambda: is_over.wait(20) and None)
+
+    def end(_: int) -> None:
+        raise KeyboardInterrupt
+
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        score(model, b"ab", progress=end)
+    is_over.set()
+    assert time.monotonic() - started < 10
 
 
 def test_a_stream_of_many_chunks_scores_as_one_forward_pass(monkeypatch):

@@ -257,7 +257,7 @@ def fingerprint(model: MegaByte) -> tuple:
 
 
 def build() -> None:
-    """Builds what is built at first use, so that no completion and no score has to wait for it."""
+    """Builds what a CPU's work builds at first use, so that no completion and no score has to wait for it."""
     _library()
     attention.library()
     linear.library()
