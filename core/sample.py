@@ -6,7 +6,8 @@ and no batch size can change a byte of it. The engine follows from model, machin
     native-bf16   on a CPU with a compiler, for models that `core.native` takes; samples share the cores
     native-int8   the same with MEGABYTE_ENGINE=native-int8: faster, and its law is not quite the model's
     torch-fp32    on a CPU otherwise, or with MEGABYTE_ENGINE=torch (cuda-fp32 on a GPU)
-    torch-bf16    on a CPU with MEGABYTE_ENGINE=torch-bf16: 16 samples in lockstep, whose rows fill up with the next ones
+    torch-bf16    on a CPU with MEGABYTE_ENGINE=torch-bf16: 16 samples in lockstep, whose rows fill up with the next ones;
+                  its bytes also depend on whether the kernels of `core.kernels` could be built
     cuda-bf16     on a GPU: one sample, a captured graph per byte
     cuda-bf16-64  on a GPU with MEGABYTE_ENGINE=cuda-bf16-64: 64 samples in lockstep
 """
