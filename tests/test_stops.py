@@ -1,0 +1,120 @@
+"""The train command ends when it is asked to: with its state saved, in seconds, with the exit code of the signal."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from app.__main__ import _leave
+from core.checkpoint import latest_checkpoint
+from core.config import load_config
+from core.errors import UserError
+from core.learner import Nll
+from tests.forked_run import steps_reported
+from tests.tiny_run import digests, metrics, run_tiny, tiny_data
+
+ROOT = Path(__file__).parents[1]
+LEVELS = (
+    '[{"dim": 32, "num_layers": 1, "num_heads": 2, "patch_size": 4, "ffn_dim": 128, "byte_dim": 0},'
+    ' {"dim": 16, "num_layers": 1, "num_heads": 2, "patch_size": 1, "ffn_dim": 64, "byte_dim": 0}]'
+)
+NUM_STEPS, INTERVAL = 120, 50
+
+
+@contextlib.contextmanager
+def started(folder: Path, run: Path, *, sequences_of_a_step: int = 4) -> Iterator[subprocess.Popen]:
+    """`python -m app train` of a tiny model."""
+    train_path, valid_path = tiny_data(folder)
+    settings = {"num_steps": NUM_STEPS, "checkpoint_every": INTERVAL, "eval_every": 30, "eval_sequences": 5, "log_every": 1}
+    settings |= {"batch_size": sequences_of_a_step, "micro_batch_size": 1, "precision": "fp32", "compile": "false", "seq_len": 0}
+    overrides = [f"model.levels={LEVELS}", "model.max_seq_len=32", "model.dropout=0.1"]
+    overrides += [f"train.{name}={value}" for name, value in settings.items()]
+    arguments = ["--preset", "text", "--data", train_path, "--valid", valid_path, "--out", run, "--set", *overrides]
+    if (run / "config.json").exists():
+        arguments.append("--resume")
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    command = [sys.executable, "-m", "app", "train", *map(str, arguments)]
+    streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=ROOT, env=environment, **streams) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def wait_for_step(process: subprocess.Popen, run: Path, step: int) -> None:
+    while process.poll() is None and steps_reported(run) < step:
+        time.sleep(0.001)
+    assert process.poll() is None, process.stderr.read()
+
+
+def stop(process: subprocess.Popen, number: signal.Signals) -> None:
+    """Sends a signal and requires an end in time, with its exit code and without an error."""
+    process.send_signal(number)
+    began = time.monotonic()
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert time.monotonic() - began < 10
+    assert not [line for line in err.splitlines() if "rror" in line]
+
+
+@pytest.mark.parametrize("num_stops", [1, pytest.param(20, marks=pytest.mark.slow)])
+def test_a_run_stopped_at_random_moments_loses_no_step_and_ends_with_the_same_bits(tmp_path, num_stops):
+    run, unbroken = tmp_path / "stopped", tmp_path / "unbroken"
+    chance = np.random.default_rng(num_stops)
+    moments = np.sort(chance.choice(np.arange(1, NUM_STEPS - 20), num_stops, replace=False)).tolist()
+    for number, step in enumerate(moments):
+        with started(tmp_path, run) as process:
+            wait_for_step(process, run, step)
+            if number == 0:
+                with pytest.raises(UserError, match=rf"is being trained by process {process.pid}; stop it or"):
+                    run_tiny(tmp_path, run.name, load_config(run / "config.json"), resume=True)
+            time.sleep(chance.uniform(0, 0.02))
+            stop(process, signal.SIGINT if number % 2 else signal.SIGTERM)
+        saved = int(latest_checkpoint(run).folder.name.removeprefix("step-"))
+        assert saved - steps_reported(run) in (0, 1)  # 1 if the signal came in its validation
+    config = load_config(run / "config.json")
+    for out, resume in ((run, True), (unbroken, False)):
+        run_tiny(tmp_path, out.name, config, resume=resume)
+    assert metrics(run) == metrics(unbroken)
+    for folder in (f"checkpoints/step-{NUM_STEPS:08d}", "export"):
+        assert digests(run / folder) == digests(unbroken / folder)
+
+
+def test_a_step_that_would_take_minutes_is_given_up(tmp_path):
+    run = tmp_path / "run"
+    with started(tmp_path, run, sequences_of_a_step=30_000) as process:
+        while process.poll() is None and not (run / "metrics.jsonl").exists():  # made when training begins
+            time.sleep(0.01)
+        time.sleep(0.5)
+        stop(process, signal.SIGINT)
+    assert not (run / "pid").exists()
+
+
+def test_a_second_signal_leaves_at_once_and_what_was_saved_is_intact(tmp_path, monkeypatch):
+    passes, forward = iter(range(1, 1000)), Nll.forward
+
+    def endless_forward(self, byte_ids):
+        if next(passes) == 12:  # in step 6; the last checkpoint is that of step 4
+            for _ in range(2):
+                os.kill(os.getpid(), signal.SIGTERM)
+            pytest.fail("the second signal did not end the pass")
+        return forward(self, byte_ids)
+
+    monkeypatch.setattr(Nll, "forward", endless_forward)
+    before = signal.signal(signal.SIGTERM, _leave)  # as the program does
+    try:
+        with pytest.raises(SystemExit) as caught:
+            run_tiny(tmp_path)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert caught.value.code == 143
+    assert latest_checkpoint(tmp_path / "run").folder.name == "step-00000004"
