@@ -24,6 +24,8 @@ from core.models import ByteModel, build_model
 WEIGHTS_FOLDER = Path(__file__).parents[1] / "weights"
 _STATE_TENSORS_NAME = "state.safetensors"
 
+_MOST_TABLE_BYTES = 1 << 28
+
 logger = logging.getLogger(__name__)
 
 
@@ -180,9 +182,12 @@ def load_model(name_or_dir: str | Path, device: str = "cpu") -> ByteModel:
         UserError: if there is no such model, or its files are damaged or do not fit each other.
     """
     checkpoint = load_checkpoint(resolve_model(name_or_dir))
+    _require_modality(checkpoint)
     if (checkpoint.folder / _STATE_TENSORS_NAME).exists():
         average = load_train_state(checkpoint.folder).average
         checkpoint = replace(checkpoint, tensors=average or checkpoint.tensors)
+    with torch.device("meta"):
+        _require_fitting(build_model(checkpoint.config), checkpoint)  # before there is memory for a model of any size
     model = build_model(checkpoint.config)
     load_weights(model, checkpoint)
     model.name = checkpoint.card.get("name", checkpoint.config.name)
@@ -195,23 +200,47 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
     """Copies a checkpoint's tensors into `model`: all of them, or none if one does not fit.
 
     Raises:
-        UserError: naming the first tensor that is missing, unknown or of another shape.
+        UserError: naming the first tensor that is missing, unknown, of another shape or type, or not finite.
     """
+    _require_fitting(model, checkpoint)
+    for name, tensor in model_tensors(model).items():
+        tensor.copy_(share_of(checkpoint.tensors[name], tensor))
+
+
+def _require_fitting(model: nn.Module, checkpoint: Checkpoint) -> None:
     path = checkpoint.folder / "model.safetensors"
     expected = model_tensors(model)
     for name in sorted(expected.keys() | checkpoint.tensors.keys()):
         if name not in checkpoint.tensors:
             raise UserError(f"{path} lacks the tensor {name} that its config.json asks for")
+        tensor = checkpoint.tensors[name]
         if name not in expected:
             raise UserError(f"{path} holds the tensor {name} that its config.json does not know")
-        found, wanted = tuple(checkpoint.tensors[name].shape), tuple(expected[name].shape)
+        found, wanted = tuple(tensor.shape), tuple(expected[name].shape)
         if found != wanted:
             raise UserError(f"{path}: tensor {name} has shape {found}, its config.json asks for {wanted}")
-    for name, tensor in expected.items():
-        tensor.copy_(share_of(checkpoint.tensors[name], tensor))
+        if not tensor.is_floating_point():
+            raise UserError(f"{path}: tensor {name} is of type {tensor.dtype}, a floating-point type is expected")
+        if not tensor.isfinite().all():
+            raise UserError(f"{path}: tensor {name} holds values that are no finite numbers; use another export or step")
+    table_bytes = sum(buffer.nbytes for buffer in model.buffers())
+    if table_bytes > _MOST_TABLE_BYTES:
+        raise UserError(
+            f"{checkpoint.folder / 'config.json'}: max_seq_len={checkpoint.config.model.max_seq_len} asks for "
+            f"{table_bytes} bytes of position tables, at most {_MOST_TABLE_BYTES} are expected"
+        )
+
+
+def _require_modality(checkpoint: Checkpoint) -> None:
+    found, wanted = checkpoint.card.get("modality"), checkpoint.config.codec.modality
+    if checkpoint.card and found != wanted:
+        raise UserError(f"{checkpoint.folder / 'card.json'}: modality={found!r}, its config.json says {wanted!r}")
 
 
 def _save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise UserError(f"{name} holds values that are no finite numbers, so {path.parent.name} was not written")
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
 
 

@@ -5,14 +5,32 @@ Everything needed to rebuild a model is one `Config`; it is saved as `config.jso
 
 import dataclasses
 import json
+import math
 import types
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from core.errors import UserError
+
 FORMAT_VERSION = 1
 NUM_BYTE_VALUES = 256
+
+# Far beyond any use: larger numbers are mistakes, or meant to exhaust the memory of whoever opens the file.
+_LARGEST = {
+    "dim": 1 << 16,
+    "num_layers": 256,
+    "ffn_dim": 1 << 18,
+    "patch_size": 1 << 16,
+    "byte_dim": 1 << 16,
+    "max_seq_len": 1 << 24,
+    "side": 1 << 14,
+}
+_MOST_LEVELS = 8
+_MOST_CONVS = 8
+_LONGEST_KERNEL = 256
+_MAX_JSON_BYTES = 1_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,8 +51,12 @@ class LevelConfig:
             _require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
         for name in ("num_layers", "ffn_dim", "byte_dim", "cross_patch"):
             _require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must not be negative")
+        _require_usual_size(self)
         _require(self.dim % self.num_heads == 0, f"dim={self.dim} must be divisible by num_heads={self.num_heads}")
-        _require(all(k >= 2 for k in self.conv_kernels), f"conv_kernels={self.conv_kernels} must each be at least 2")
+        _require(
+            all(2 <= k <= _LONGEST_KERNEL for k in self.conv_kernels) and len(self.conv_kernels) <= _MOST_CONVS,
+            f"conv_kernels={self.conv_kernels} must be at most {_MOST_CONVS}, each in 2..{_LONGEST_KERNEL}",
+        )
         if self.ffn_dim == 0:
             object.__setattr__(self, "ffn_dim", 4 * self.dim)
 
@@ -63,7 +85,8 @@ class MegaByteConfig:
     smooth_init: bool = False  # embeddings of neighbouring byte values start close to each other
 
     def __post_init__(self) -> None:
-        _require(len(self.levels) >= 1, "levels is empty; give at least one level")
+        _require(1 <= len(self.levels) <= _MOST_LEVELS, f"{len(self.levels)} levels are given; give 1 to {_MOST_LEVELS}")
+        _require_usual_size(self)
         _require(self.levels[-1].patch_size == 1, f"patch_size={self.levels[-1].patch_size} on the last level must be 1")
         for level in self.levels[:-1]:
             _require(level.patch_size >= 2, f"patch_size={level.patch_size} above the last level must be at least 2")
@@ -143,6 +166,7 @@ class PerceiverArConfig:
         for name in ("dim", "num_layers", "num_heads", "num_latents", "max_seq_len"):
             _require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
         _require(self.ffn_dim >= 0, f"ffn_dim={self.ffn_dim} must not be negative")
+        _require_usual_size(self)
         _require(
             self.dim % (2 * self.num_heads) == 0,
             f"dim={self.dim} must be divisible by twice num_heads={self.num_heads}; rotary positions need an even head_dim",
@@ -184,6 +208,7 @@ class ImageCodecConfig:
 
     def __post_init__(self) -> None:
         _require(self.side >= 1, f"side={self.side} must be at least 1 pixel")
+        _require_usual_size(self)
         _require(
             self.scan == "raster" or (self.scan_patch >= 1 and self.side % self.scan_patch == 0),
             f"scan_patch={self.scan_patch} must divide side={self.side}",
@@ -335,17 +360,34 @@ def check_format_version(version: Any) -> None:
     )
 
 
+def require_small(path: Path) -> None:
+    """Refuses a file that is too large for a configuration or a list, before it is read.
+
+    Raises:
+        UserError: if it is larger than a megabyte.
+    """
+    size = path.stat().st_size
+    _require(size <= _MAX_JSON_BYTES, f"it has {size} bytes, at most {_MAX_JSON_BYTES} are expected")
+
+
 def load_config(path: Path) -> Config:
     """The configuration in a JSON file, with the file named in every refusal."""
     try:
+        require_small(path)
         return Config.from_json(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise UserError(f"{path}: {error}") from None
 
 
 def _require(condition: bool, message: str) -> None:
     if not condition:
-        raise ValueError(message)
+        raise UserError(message)
+
+
+def _require_usual_size(config: Any) -> None:
+    for name in _LARGEST.keys() & vars(config).keys():
+        value = getattr(config, name)
+        _require(value <= _LARGEST[name], f"{name}={value} must be at most {_LARGEST[name]}")
 
 
 def _assign(raw: Any, key: str, value: str) -> None:
@@ -403,4 +445,5 @@ def _build(kind: Any, raw: Any, where: str) -> Any:
     if kind is float and type(raw) is int and abs(raw) < 2**64:
         return float(raw)
     _require(type(raw) is kind, f"{where}={raw!r} must be {_KIND_NAMES[kind]}")
+    _require(kind is not float or math.isfinite(raw), f"{where}={raw!r} must be a finite number")
     return raw

@@ -168,7 +168,7 @@ def generate(
         UserError: if a setting is out of range.
     """
     config = SampleConfig(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
-    prefixes = [prefix] if isinstance(prefix, (np.ndarray, bytes, bytearray, str)) else prefix
+    prefixes = prefix if isinstance(prefix, (list, tuple)) else [prefix]
     if num_samples < 1:
         raise UserError(f"num_samples={num_samples} must be at least 1")
     requests = [Request(each, num_bytes, config, number) for each in prefixes for number in range(num_samples)]

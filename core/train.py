@@ -3,7 +3,8 @@
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +116,12 @@ class _Run:
             world_size=ranks.num_ranks,
         )
         torch.manual_seed(settings.seed)  # the same initial weights on every rank
-        self.learner = Learner(build_model(config), settings, ranks)
+        try:
+            self.learner = Learner(build_model(config), settings, ranks)
+        except (RuntimeError, MemoryError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            raise UserError("out of memory for the model itself; choose a smaller one with --preset or --set model") from error
         torch.manual_seed(settings.seed + 1 + ranks.rank)  # but dropout of its own
 
     def start(self, resume: bool) -> None:
@@ -251,6 +257,11 @@ class _Run:
         bits_per_byte = learner.evaluate(self.windows, self.micro_batch_size, self.lengths, lambda: self.is_given_up(stop))
         if bits_per_byte is None:
             return None
+        if not isfinite(bits_per_byte):
+            raise UserError(
+                f"the validation after step {learner.step} gave no finite number; "
+                f"resume with a learning rate below train.lr={self.config.train.lr}"
+            )
         self.log(f"step {learner.step}: {bits_per_byte:.4f} bits/byte on the validation data")
         best = learner.best_bits_per_byte
         is_best = best is None or bits_per_byte < best or not (self.out / "export" / MANIFEST_NAME).exists()
@@ -327,14 +338,26 @@ def require_same_course(saved: Config, given: Config) -> None:
         UserError: naming the first setting that differs.
     """
     for name in ("model", "codec"):
-        if getattr(saved, name) != getattr(given, name):
-            raise UserError(f"the run was started with another {name} than the one given; resume it with its own config.json")
+        settings = [dict(_settings(asdict(getattr(config, name)), name)) for config in (saved, given)]
+        for key in sorted(settings[0].keys() | settings[1].keys()):
+            was, now = (of.get(key, "missing") for of in settings)
+            if was != now:
+                raise UserError(f"{key}={now}, but the run was started with {was}; resume it with its own config.json")
     for name in ("seq_len", "batch_size", "seed", "augment", "optimizer"):
         was, now = getattr(saved.train, name), getattr(given.train, name)
         if was != now:
             raise UserError(f"train.{name}={now}, but the run was started with {was}; give the same to resume it")
     if bool(saved.train.ema_decay) != bool(given.train.ema_decay):
         raise UserError(f"train.ema_decay={given.train.ema_decay}, but the run was started with {saved.train.ema_decay}")
+
+
+def _settings(value: Any, name: str) -> Iterator[tuple[str, Any]]:
+    """Every single setting with its dotted name."""
+    if isinstance(value, (dict, tuple, list)):
+        for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _settings(inner, f"{name}.{key}")
+    else:
+        yield name, value
 
 
 def require_finite(guard: FiniteGuard, settings: TrainConfig) -> None:
@@ -376,10 +399,13 @@ def explain_out_of_memory(micro_batch_size: int, seq_len: int) -> Iterator[None]
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        is_out_of_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
-        if not is_out_of_memory:
+        if not _is_out_of_memory(error):
             raise
         smaller = f"train.micro_batch_size={micro_batch_size // 2}" if micro_batch_size > 1 else f"train.seq_len={seq_len // 2}"
         raise UserError(
             f"out of memory with {micro_batch_size} sequences of {seq_len} bytes at once; try --set {smaller}"
         ) from error
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)

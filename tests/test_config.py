@@ -44,7 +44,7 @@ def test_overrides_replace_settings_at_any_depth():
         ("train.parallel=zero", "train.parallel='zero' must be one of ddp, fsdp"),
         ("train.betas=0.9", "train.betas=0.9 must be a list"),
         ("train.betas=[0.9]", "must have 2 entries"),
-        ("train.lr=NaN", "lr=nan must be positive"),
+        ("train.lr=NaN", "lr=nan must be a finite number"),
         ("train.betas=[0.9, 1]", "must both lie in"),
         ("train.seed=99999999999999999999", "seed=99999999999999999999 must be below"),
         ("model.levels.0.num_heads=3", "dim=448 must be divisible by num_heads=3"),

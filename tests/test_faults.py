@@ -1,20 +1,32 @@
 """Numbers that are not finite and memory that runs out end a run with a sentence; what was saved stays good."""
 
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from core.checkpoint import load_checkpoint
+from core.checkpoint import (
+    TrainState,
+    export_model,
+    latest_checkpoint,
+    load_checkpoint,
+    load_train_state,
+    save_checkpoint,
+    step_folder,
+    step_folders,
+)
 from core.config import TrainConfig
 from core.errors import UserError
-from core.learner import Learner, MeanNll
+from core.learner import Learner, MeanNll, Nll
 from core.models import build_model
 from core.optim import FiniteGuard
 from core.train import explain_out_of_memory
-from tests.tiny_run import ALONE, SEQ_LEN, run_tiny, tiny_config
+from tests.tiny_run import ALONE, SEQ_LEN, digests, run_tiny, tiny_config
 
 
 @pytest.fixture
@@ -53,6 +65,73 @@ def test_a_diverging_run_ends_with_the_step_named_and_no_bad_checkpoint(tmp_path
         run_tiny(tmp_path, config=config)
     for path in (tmp_path / "run" / "checkpoints").iterdir():
         assert all(tensor.isfinite().all() for tensor in load_checkpoint(path).tensors.values())
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("place", ["loss", "gradient"])
+def test_a_run_ends_at_the_first_bad_step_with_the_weights_before_it(tmp_path, monkeypatch, place, value):
+    """Two forward passes a step: the second of step 6 is bad; reports come every 5 steps only."""
+    passes, forward = iter(range(1, 1000)), Nll.forward
+
+    def bad_forward(self, byte_ids):
+        nats = forward(self, byte_ids)
+        if next(passes) != 12:
+            return nats
+        if place == "loss":
+            return nats * value
+        nats.register_hook(lambda gradient: gradient * value)
+        return nats
+
+    run_tiny(tmp_path, "stopped", tiny_config(num_steps=5, checkpoint_every=5, eval_every=100, schedule="constant"))
+    monkeypatch.setattr(Nll, "forward", bad_forward)
+    settings = {"checkpoint_every": 1, "keep_checkpoints": 100, "log_every": 5, "eval_every": 100, "schedule": "constant"}
+    with pytest.raises(UserError, match="not a finite number at step 6, so the weights were left as they were"):
+        run_tiny(tmp_path, "run", tiny_config(**settings))
+    steps = step_folders(tmp_path / "run")
+    assert [step.name for step in steps] == [f"step-{step:08d}" for step in range(1, 6)]
+    assert digests(steps[-1])["model.safetensors"] == digests(step_folder(tmp_path / "stopped", 5))["model.safetensors"]
+    for step in steps:
+        tensors = load_checkpoint(step).tensors | load_train_state(step).tensors
+        assert all(tensor.isfinite().all() for tensor in tensors.values())
+
+
+def test_weights_too_large_to_validate_are_named_and_neither_saved_nor_exported(tmp_path):
+    config = tiny_config(lr=1e30, warmup_steps=0, checkpoint_every=1, eval_every=1)
+    with pytest.raises(UserError, match="the validation after step 1 gave no finite number"):
+        run_tiny(tmp_path, config=config)
+    assert not list((tmp_path / "run").rglob("*.safetensors"))
+
+
+def test_what_is_not_finite_is_never_written(tmp_path):
+    for tensors, state in (({"w": torch.tensor([1.0, math.inf])}, {}), ({}, {"average.w": torch.tensor([math.nan])})):
+        counters = {"step": 1, "bytes_seen": 1, "seconds": 1.0, "best_bits_per_byte": None}
+        with pytest.raises(UserError, match="w holds values that are no finite numbers"):
+            save_checkpoint(step_folder(tmp_path, 1), tiny_config(), tensors, TrainState(**counters, tensors=state))
+    with pytest.raises(UserError, match="no finite numbers"):
+        export_model(tmp_path / "export", tiny_config(), {"w": torch.full((2,), 3.4e38)}, {})  # beyond bfloat16
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_a_step_beyond_the_memory_of_the_process_names_the_batch_and_leaves_the_checkpoint(tmp_path):
+    program = (
+        "import resource, sys, torch\n"
+        "from pathlib import Path\n"
+        "from tests.tiny_run import run_tiny, tiny_config\n"
+        "torch.set_num_threads(1)\n"
+        "folder = Path(sys.argv[1])\n"
+        "run_tiny(folder, config=tiny_config(num_steps=2, batch_size=4, checkpoint_every=1))\n"
+        "used = int(Path('/proc/self/statm').read_text().split()[0]) * resource.getpagesize()\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (used + (300 << 20),) * 2)\n"
+        "config = tiny_config(num_steps=3, batch_size=1 << 15, micro_batch_size=1 << 15)\n"
+        "try:\n"
+        "    run_tiny(folder, 'large', config)\n"
+        "except ValueError as error:\n"
+        "    print(error)\n"
+    )
+    root = Path(__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", program, tmp_path], cwd=root, capture_output=True, text=True, check=True)
+    assert done.stdout == "out of memory with 32768 sequences of 32 bytes at once; try --set train.micro_batch_size=16384\n"
+    assert latest_checkpoint(tmp_path / "run").folder.name == "step-00000002"
 
 
 def test_running_out_of_memory_names_the_batch_and_a_smaller_one():

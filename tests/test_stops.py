@@ -51,7 +51,11 @@ def started(folder: Path, run: Path, *, sequences_of_a_step: int = 4) -> Iterato
 
 
 def wait_for_step(process: subprocess.Popen, run: Path, step: int) -> None:
-    while process.poll() is None and steps_reported(run) < step:
+    def has_begun() -> bool:
+        pid = run / "pid"
+        return pid.exists() and pid.read_text() == f"{process.pid}\n"
+
+    while process.poll() is None and not (steps_reported(run) >= step and has_begun()):
         time.sleep(0.001)
     assert process.poll() is None, process.stderr.read()
 

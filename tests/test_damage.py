@@ -1,0 +1,174 @@
+"""Damaged checkpoints are found before a tensor is read; full disks, refusals and kills leave the old one intact."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from core import checkpoint
+from core.checkpoint import latest_checkpoint, load_checkpoint, step_folder
+from core.folder import clear_leftovers
+from tests.test_checkpoint import save_step
+from tests.tiny_run import run_tiny, tiny_config
+
+ROOT = Path(__file__).parents[1]
+PAGE = 4096
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """A run with two checkpoints."""
+    folder = tmp_path_factory.mktemp("damage")
+    run_tiny(folder, config=tiny_config(checkpoint_every=6))
+    return folder / "run"
+
+
+def damages(step: Path) -> list[tuple[Path, bytes | None]]:
+    """200 flipped bits, 50 cuts and 20 zeroed pages, spread over all bytes of all files, and each file gone."""
+    chance = np.random.default_rng(0)
+    files = {path: path.read_bytes() for path in sorted(step.iterdir())}
+    paths, sizes = list(files), [len(content) for content in files.values()]
+    made: list[tuple[Path, bytes | None]] = [(path, None) for path in paths]
+
+    def place() -> tuple[Path, int]:
+        path = (
+            paths[chance.integers(len(paths))]
+            if len(made) % 2
+            else paths[chance.choice(len(paths), p=np.divide(sizes, sum(sizes)))]
+        )
+        return path, int(chance.integers(len(files[path])))
+
+    for _ in range(200):
+        path, at = place()
+        content = bytearray(files[path])
+        content[at] ^= 1 << chance.integers(8)
+        made.append((path, bytes(content)))
+    for _ in range(50):
+        path, at = place()
+        made.append((path, files[path][:at]))
+    while len(made) < len(paths) + 270:
+        path, at = place()
+        page = slice(at // PAGE * PAGE, at // PAGE * PAGE + PAGE)
+        content = bytearray(files[path])
+        content[page] = bytes(len(content[page]))
+        if content != files[path]:
+            made.append((path, bytes(content)))
+    return made
+
+
+def test_each_of_270_damages_is_found_before_a_tensor_is_read_and_the_checkpoint_before_is_named(
+    trained, tmp_path, monkeypatch, caplog
+):
+    shutil.copytree(trained, tmp_path / "run")
+    older, newer = step_folder(tmp_path / "run", 6), step_folder(tmp_path / "run", 12)
+    read = []
+    load_file = checkpoint.load_file
+    monkeypatch.setattr(checkpoint, "load_file", lambda path: read.append(path) or load_file(path))
+    made = damages(newer)
+    assert len(made) >= 270
+    for path, content in made:
+        whole = path.read_bytes()
+        path.unlink() if content is None else path.write_bytes(content)
+        read.clear()
+        caplog.clear()
+        assert latest_checkpoint(tmp_path / "run").folder == older
+        assert read == [older / "model.safetensors"]
+        assert str(newer) in caplog.text
+        assert "the checkpoint before it is used" in caplog.text
+        path.write_bytes(whole)
+    assert latest_checkpoint(tmp_path / "run").folder == newer
+
+
+FAULTS = """
+import os, resource, sys, time
+from pathlib import Path
+sys.path.insert(0, "tests")
+from tests.test_checkpoint import save_step
+
+kind, folder = sys.argv[1], Path(sys.argv[2])
+if kind == "limit":
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+if kind == "read-only":
+    (folder / "checkpoints").chmod(0o555)
+    os.setuid(65534) if os.getuid() == 0 else None
+if kind == "full":
+    free = os.statvfs(folder).f_bavail * os.statvfs(folder).f_frsize
+    (folder / "ballast").write_bytes(bytes(free - 8192))
+try:
+    save_step(folder, 2)
+    print("saved")
+except ValueError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"), [("limit", "File too large"), ("read-only", "Permission denied"), ("full", "No space left on device")]
+)
+def test_a_disk_that_takes_no_more_is_one_sentence_and_the_old_checkpoint_is_intact(tmp_path, kind, reason):
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = [sys.executable, "-c", FAULTS, kind, str(folder)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    if kind == "full":
+        command = ["unshare", "-m", "sh", "-c", MOUNTED, "sh", str(folder), *command]
+    else:
+        for parent in (tmp_path, tmp_path.parent, tmp_path.parent.parent):
+            parent.chmod(0o755)
+        save_step(folder, 1)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    if "mount" in done.stderr or "unshare" in done.stderr:
+        pytest.skip("this process may not mount a disk")
+    assert done.stderr == ""
+    said = done.stdout.splitlines()
+    assert said[0] == f"{step_folder(folder, 2)} could not be written ({reason}); make room or choose another folder"
+    assert said[1:] == (["step-00000001", "intact"] if kind == "full" else [])
+    if kind != "full":
+        assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-00000001"]
+        load_checkpoint(step_folder(folder, 1))
+
+
+# A disk of 400 kB that exists for the shell and its children alone.
+MOUNTED = """
+mount -t tmpfs -o size=400k tmpfs "$1" || exit 1
+folder=$1; shift
+"$1" -c 'import sys; sys.path.insert(0, "tests"); from pathlib import Path; from tests.test_checkpoint import save_step; \
+save_step(Path(sys.argv[1]), 1)' "$folder"
+"$@"
+ls -A "$folder/checkpoints"
+"$1" -c 'import sys; from pathlib import Path; from core.checkpoint import load_checkpoint, step_folder; \
+load_checkpoint(step_folder(Path(sys.argv[1]), 1)); print("intact")' "$folder"
+"""
+
+
+def test_a_kill_before_any_call_while_writing_leaves_a_whole_checkpoint_and_nothing_else_after_the_next_start(tmp_path):
+    """The same step is written again, so that the old folder has to step aside. The process dies before its k-th call."""
+    watched = re.compile(r"open|os\.(rename|mkdir|remove|rmdir|chmod|listdir|scandir)|shutil\..*")
+    save_step(tmp_path, 1, value=1.0)
+    fsync = os.fsync
+    for fatal in range(1000):
+        child = os.fork()
+        if child == 0:
+            calls = iter(range(fatal + 1))
+
+            def watch(event, _arguments, calls=calls):
+                if watched.fullmatch(event) and next(calls, None) is None:
+                    os._exit(9)
+
+            os.fsync = lambda descriptor, watch=watch: (watch("open", ()), fsync(descriptor))
+            sys.addaudithook(watch)
+            save_step(tmp_path, 1, value=2.0)
+            os._exit(0)
+        was_killed = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+        clear_leftovers(tmp_path / "checkpoints")  # as the next start does
+        assert load_checkpoint(step_folder(tmp_path, 1)).tensors["w"][0] in ((1.0, 2.0) if was_killed else (2.0,))
+        assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
+        if not was_killed:
+            break
+        save_step(tmp_path, 1, value=1.0)
+    assert fatal > 20
