@@ -127,7 +127,7 @@ def test_resuming_with_other_data_order_or_average_is_refused(tmp_path, change):
 
 def test_resuming_another_model_is_refused(tmp_path):
     run_tiny(tmp_path)
-    other = MegaByteConfig(levels=TINY_MODEL.levels[1:], max_seq_len=SEQ_LEN)
+    other = MegaByteConfig(levels=TINY_MODEL.levels[1:], max_seq_len=SEQ_LEN, dropout=0.1)
     with pytest.raises(UserError, match=r"model.levels.0.dim=16, but the run was started with 32; resume it"):
         run_tiny(tmp_path, config=tiny_config(other), resume=True)
 
