@@ -4,11 +4,10 @@ A row is decoded at batch size 1, so no neighbour and no batch size can change a
 """
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import partial
-from typing import Protocol, TypeVar
+from typing import Protocol
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -23,8 +22,6 @@ from core.native import NativeDecoder
 
 _laid_out: WeakKeyDictionary[ByteModel, list[int]] = WeakKeyDictionary()  # where the matrices of laid out models are
 _setting = threading.Lock()  # the number of threads of torch
-
-T = TypeVar("T")
 
 
 class Row(Protocol):
@@ -131,17 +128,12 @@ def _one_thread() -> Iterator[None]:
 
     `torch.set_num_threads` sets this thread's number and that with which new threads begin; the latter is put back at once.
     """
-    with _setting:
-        num_threads = _in_new_thread(torch.get_num_threads)
+    with _setting, ThreadPoolExecutor(1) as new_thread:
+        num_threads = new_thread.submit(torch.get_num_threads).result()
         torch.set_num_threads(1)
-        _in_new_thread(partial(torch.set_num_threads, num_threads))
+        new_thread.submit(torch.set_num_threads, num_threads).result()
     try:
         yield
     finally:
         with _setting:
             torch.set_num_threads(num_threads)
-
-
-def _in_new_thread(work: Callable[[], T]) -> T:
-    with ThreadPoolExecutor(1) as pool:
-        return pool.submit(work).result()
