@@ -134,6 +134,8 @@ def test_tensors_that_do_not_fit_are_refused():
     for wrong in ((q, k, v[:, :, 1:], mask), (q[:1], k, v, mask), (q.float(), k, v, mask), (q, k[..., 1:], v[..., 1:], mask)):
         with pytest.raises(ValueError, match="not bfloat16"):
             attention.attend_to_slots(*wrong)
+    with pytest.raises(ValueError, match="a mask is bfloat16"):
+        attention.attend_to_slots(q, k, v, mask == 0)
     q, k, v = queries_keys_values(1, 2, 200)
     with pytest.raises(ValueError, match="not bfloat16"):
         attend_causally(q, k[:, :, 1:], v)

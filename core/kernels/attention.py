@@ -48,9 +48,10 @@ def attend_to_slots(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None
     """
     num_sequences, num_heads, num_slots, _ = keys.shape
     tensors = [_readable(q, (num_sequences, num_heads, 1, _CHANNELS)), *(_readable(x, keys.shape) for x in (keys, values))]
-    if mask is not None:
-        mask = mask.to(torch.bfloat16).expand(num_sequences, 1, 1, num_slots)
-        mask = mask if mask.stride(-1) == 1 else mask.contiguous()
+    if mask is not None and mask.dtype != torch.bfloat16:
+        raise ValueError(f"a mask is bfloat16, 0 or minus infinity, not {mask.dtype}")
+    if mask is not None and (mask.shape != (num_sequences, 1, 1, num_slots) or mask.stride(-1) != 1):
+        mask = mask.expand(num_sequences, 1, 1, num_slots).contiguous()
     num_threads = torch.get_num_threads()
     weights = torch.empty(num_threads, num_slots)
     out_BHC = torch.empty(num_sequences, num_heads, _CHANNELS, dtype=torch.bfloat16)
@@ -85,9 +86,10 @@ def _readable(x: Tensor, shape: tuple[int, ...]) -> Tensor:
     Raises:
         ValueError: if it is of another shape or type.
     """
-    if x.shape != shape or x.shape[-1] != _CHANNELS or x.dtype != torch.bfloat16 or x.device.type != "cpu":
+    if x.shape != shape or shape[-1] != _CHANNELS or x.dtype != torch.bfloat16 or not x.is_cpu:
         raise ValueError(f"{x.dtype} {tuple(x.shape)} on {x.device}, not bfloat16 {tuple(shape[:-1])} + ({_CHANNELS},) on a CPU")
-    is_readable = x.stride(-1) == 1 and x.data_ptr() % 4 == 0 and not any(stride % 2 for stride in x.stride()[:-1])
+    sequence, head, row, channel = x.stride()
+    is_readable = channel == 1 and not (sequence | head | row) % 2 and x.data_ptr() % 4 == 0
     return x if is_readable else x.clone(memory_format=torch.contiguous_format)
 
 
