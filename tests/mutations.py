@@ -68,24 +68,25 @@ def _with_png_sums(content: bytes) -> bytes:
     return bytes(mended)
 
 
-def open_mutated(loader: str, numbers: range, folder: Path) -> int:
-    """How many of the files could be opened; what must not happen is an `AssertionError` with the file's number."""
+def open_mutated(loader: str, numbers: range, folder: Path) -> dict[str, int]:
+    """How many of the files each reader could open; what must not happen is an `AssertionError` with the file's number."""
     from core.codecs import read_comment, read_media, read_partial
     from core.errors import UserError
 
-    path, num_opened = folder / "mutated", 0
+    path = folder / "mutated"
     readers = [read_media]
     if loader in ("png", "wav"):
         readers.append(read_comment)
     if loader in ("png", "jpg", "bmp", "ppm"):
         readers.append(read_partial)
+    num_opened = {reader.__name__: 0 for reader in readers}
     for number in numbers:
         path.write_bytes(mutated(loader, number))
         for reader in readers:
             started, which, said = time.monotonic(), (loader, number, reader.__name__), f"{path} is"
             try:
                 reader(path)
-                num_opened += 1
+                num_opened[reader.__name__] += 1
             except UserError as error:
                 said = str(error)
             except Exception as error:
@@ -108,9 +109,7 @@ def main(loader: str, first: str, count: str) -> None:
     with TemporaryDirectory() as folder:
         num_opened = open_mutated(loader, range(int(first), int(first) + int(count)), Path(folder))
     seconds, peak = time.monotonic() - started, memory.read()[1] / 1e6
-    print(
-        f"{loader}: {count} files from number {first} on, {num_opened} times opened, {seconds:.0f} s, {peak:.0f} MB more at most"
-    )
+    print(f"{loader}: {count} files from number {first} on, opened: {num_opened}, {seconds:.0f} s, {peak:.0f} MB more at most")
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ def require_one_interval_lost_at_most(run: Path) -> None:
     assert steps_reported(run) - saved <= INTERVAL
 
 
-@pytest.mark.parametrize(("num_steps", "num_kills"), [(60, 2), pytest.param(200, 20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("num_steps", "num_kills"), [(120, 2), pytest.param(200, 20, marks=pytest.mark.slow)])
 def test_a_run_killed_at_random_moments_ends_with_the_same_bits(tmp_path, num_steps, num_kills):
     """Every second kill is aimed at the writing of a checkpoint, the others fall anywhere."""
     config = tiny_config(num_steps=num_steps, checkpoint_every=INTERVAL, eval_every=20)
@@ -47,12 +47,17 @@ def test_a_run_killed_at_random_moments_ends_with_the_same_bits(tmp_path, num_st
         wait_for(lambda step=step: steps_reported(run) >= step, process)
         if number % 2:
             wait_for(lambda: bool(half_written(run)), process)
+            kill(process)
+            while not half_written(run):  # it was faster; the next checkpoint will do
+                process = start(run, config)
+                wait_for(lambda: bool(half_written(run)), process)
+                kill(process)
         else:
             time.sleep(chance.uniform(0, 0.02))
-        kill(process)
+            kill(process)
         num_while_saving += bool(half_written(run))
         require_one_interval_lost_at_most(run)
-    assert num_while_saving >= num_kills // 4
+    assert num_while_saving >= num_kills // 2
     for process in (whole, start(run, config)):
         process.join()
         assert process.exitcode == 0

@@ -9,7 +9,7 @@ NUM_FILES = 2000  # of each loader; tests/mutations.py opens more by hand
 @pytest.mark.parametrize("loader", LOADERS)
 def test_mutated_files_are_opened_or_refused(tmp_path, loader):
     num_opened = open_mutated(loader, range(NUM_FILES), tmp_path)
-    assert num_opened > NUM_FILES // 20  # or the changes would test nothing but the signature
+    assert min(num_opened.values()) > NUM_FILES // 20  # or the changes would test nothing but the signature
 
 
 @pytest.mark.parametrize("loader", LOADERS)
