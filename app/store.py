@@ -159,7 +159,7 @@ class ModelStore:
         return loaded
 
     def _is_local(self, folder: Path) -> bool:
-        return folder.parent.parent == self._runs
+        return folder.parent.parent == self._runs and folder.parent != self._weights
 
     def _name_of(self, folder: Path) -> str:
         """What `load` calls a shipped model, or one in `runs`, where several may have the name of their preset."""
