@@ -232,8 +232,8 @@ def _require_fitting(model: nn.Module, checkpoint: Checkpoint) -> None:
 
 
 def _require_modality(checkpoint: Checkpoint) -> None:
-    found, wanted = checkpoint.card.get("modality"), checkpoint.config.codec.modality
-    if checkpoint.card and found != wanted:
+    wanted = checkpoint.config.codec.modality
+    if (found := checkpoint.card.get("modality", wanted)) != wanted:
         raise UserError(f"{checkpoint.folder / 'card.json'}: modality={found!r}, its config.json says {wanted!r}")
 
 
