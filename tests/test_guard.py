@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,9 @@ def answer(cache: Path, path: str, *bodies: bytes, method: str = "POST", **limit
         await send({"type": "http.response.start", "status": 200, "headers": []})
         await send({"type": "http.response.body", "body": content})
 
-    asyncio.run(Guard(echo, cache, **limits)({"type": "http", "path": path, "method": method}, receive, send))
+    call = Guard(echo, cache, **limits)({"type": "http", "path": path, "method": method}, receive, send)
+    with ThreadPoolExecutor(1) as thread:  # the loop of a browser may be running in this one
+        thread.submit(asyncio.run, call).result()
     return sent[0]["status"], sent[1]["body"]
 
 
