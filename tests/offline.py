@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 from page_server import page_process
+from test_readme import BLOCKS, ROOT
 
 _SIOCSIFFLAGS = 0x8914
 _IFF_UP = 1
@@ -25,7 +26,8 @@ def main(weights: str, folder: str, *alone: str) -> None:
     if alone:
         raise_loopback()
     with page_process(Path(weights), Path(folder)) as page:
-        subprocess.run([sys.executable, Path(__file__).with_name("client_script.py"), page.url], check=True)
+        [script] = [code for _, code in BLOCKS if "gradio_client" in code]
+        subprocess.run([sys.executable, "-c", script.replace("http://127.0.0.1:7860", page.url)], cwd=ROOT, check=True)
 
 
 if __name__ == "__main__":

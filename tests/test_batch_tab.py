@@ -68,7 +68,7 @@ def test_a_stopped_job_keeps_what_is_there(service, store, make_text):
     recipe = '[[jobs]]\ntext = "Once"\nnum_bytes = 20\n[[jobs]]\nfiles = "*"\nnum_bytes = 1000000'
     job_id = submit(service, store, [make_text()], recipe)
     deadline = time.monotonic() + 20
-    while (latest := store.look("me", job_id).latest) is None or latest.rows[1].done_bytes == 0:
+    while (latest := store.look("me", job_id).latest) is None or latest.rows[0].state != "done" or not latest.rows[1].done_bytes:
         assert time.monotonic() < deadline
         time.sleep(0.01)
     store.stop("me", job_id)
