@@ -1,5 +1,6 @@
 """What the tests share: tolerances, tiny exported models, and media made on the spot."""
 
+import functools
 import os
 import wave
 from collections.abc import Callable, Iterator
@@ -15,6 +16,8 @@ from browsing import browser, open_page  # noqa: F401  fixtures for every module
 from page_server import PageProcess, page_process
 from PIL import Image
 
+from app.__main__ import main
+from app.service import Service
 from core.checkpoint import export_model, model_tensors
 from core.config import AudioCodecConfig, Config, ImageCodecConfig, LevelConfig, MegaByteConfig, TextCodecConfig
 from core.models import build_model
@@ -130,3 +133,19 @@ def _saved(path: Path, save: Callable[[Path], object]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     save(path)
     return path
+
+
+@pytest.fixture
+def cli(tiny_models, monkeypatch, capsys):
+    """Runs one call of the command line on the tiny models; its exit code, the lines on stdout and the lines on stderr."""
+    monkeypatch.setattr("app.service.Service", functools.partial(Service, weights=tiny_models, runs=tiny_models / "no-runs"))
+
+    def run(*arguments) -> tuple[int, list[str], list[str]]:
+        try:
+            exit_code = main([str(argument) for argument in arguments])
+        except SystemExit as leaving:
+            exit_code = leaving.code
+        written = capsys.readouterr()
+        return exit_code, written.out.splitlines(), written.err.splitlines()
+
+    return run

@@ -1,6 +1,5 @@
 """The command line: exact JSON, exit codes, one plain sentence for each bad file, and good manners with pipes and signals."""
 
-import functools
 import json
 import os
 import signal
@@ -12,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from app.__main__ import main
 from app.service import Service
 from core.codecs import read_media
 
@@ -22,22 +20,6 @@ SCORE_KEYS = ["file", "model", "modality", "scored_as", "num_bytes", "total_bits
 TOTAL_KEYS = ["num_files", "num_bytes", "total_bits", "bits_per_byte", "seconds"]
 MADE_KEYS = ["num_bytes_kept", "num_bytes_generated", "bits_per_byte", "engine", "seconds"]
 GENERATE_KEYS = ["source", "output", "model", "seed", *MADE_KEYS]
-
-
-@pytest.fixture
-def cli(tiny_models, monkeypatch, capsys):
-    """Runs one call on the tiny models; its exit code, the lines on stdout and the lines on stderr."""
-    monkeypatch.setattr("app.service.Service", functools.partial(Service, weights=tiny_models, runs=tiny_models / "no-runs"))
-
-    def run(*arguments) -> tuple[int, list[str], list[str]]:
-        try:
-            exit_code = main([str(argument) for argument in arguments])
-        except SystemExit as leaving:
-            exit_code = leaving.code
-        written = capsys.readouterr()
-        return exit_code, written.out.splitlines(), written.err.splitlines()
-
-    return run
 
 
 def start(*arguments) -> subprocess.Popen:

@@ -1,6 +1,5 @@
 """Manners of the command line where something is amiss around it: odd paths, full disks, no terminal, hostile names in logs."""
 
-import functools
 import itertools
 import json
 import logging
@@ -18,22 +17,8 @@ import pytest
 from app.__main__ import main
 from app.console import LogHandler
 from app.outputs import OutputNames
-from app.service import Service
 
 ROOT = Path(__file__).parents[1]
-
-
-@pytest.fixture
-def cli(tiny_models, monkeypatch, capsys):
-    """Runs one call on the tiny models; its exit code, the lines on stdout and the lines on stderr."""
-    monkeypatch.setattr("app.service.Service", functools.partial(Service, weights=tiny_models, runs=tiny_models / "no-runs"))
-
-    def run(*arguments) -> tuple[int, list[str], list[str]]:
-        exit_code = main([str(argument) for argument in arguments])
-        written = capsys.readouterr()
-        return exit_code, written.out.splitlines(), written.err.splitlines()
-
-    return run
 
 
 def odd_paths(folder: Path) -> dict[str, str | None]:
