@@ -94,6 +94,7 @@ def test_each_takes_little_time_and_memory_and_starts_nothing(folder):
 def test_each_takes_little_time_and_memory_in_a_new_process(folder, name):
     [opened] = opened_in_a_process([folder / name])
     check_bounds(opened)
+    assert opened["waited"] < MAX_SECONDS, opened
 
 
 def test_only_listed_formats_are_tried(folder, monkeypatch):
