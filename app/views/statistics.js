@@ -79,7 +79,7 @@ function drawFigures() {
 /** The bars of the scale, between one for what lies below it and one for what lies above. */
 function drawHistogram() {
   const width = histogram.parentElement.clientWidth;
-  if (!book.shade || !width) return;
+  if (!bins.file || !book.shade || !width) return; // not counted or not coloured yet
   const context = bytes.fit(histogram, width, HEIGHT);
   const step = width / BARS;
   const colour = (bar) => (bar === 0 ? BELOW : bar === BARS - 1 ? ABOVE : Math.round(((bar - 0.5) / BINS) * 255));
