@@ -7,12 +7,12 @@ import logging
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+from own_process import command_line
 from PIL import Image
 
 from app.batch import Batch
@@ -25,16 +25,6 @@ from app.service import Service
 from app.sources import find_files
 
 ROOT = Path(__file__).parents[1]
-CALL = """
-import sys
-from pathlib import Path
-import app.service as service
-from functools import partial
-weights = Path(sys.argv.pop(1))
-service.Service = partial(service.Service, weights=weights, runs=weights / "no-runs")
-from app.__main__ import main
-sys.exit(main(sys.argv[1:]))
-"""
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +67,7 @@ def put(path: Path, content: bytes) -> None:
 
 def start(weights: Path, *arguments) -> subprocess.Popen:
     """A call in a process of its own."""
-    command = [sys.executable, "-c", CALL, str(weights), *map(str, arguments)]
+    command = command_line(weights, *arguments)
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 

@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from own_process import command_line
 
 from app.__main__ import main
 from app.console import LogHandler
@@ -77,15 +78,8 @@ def test_a_file_that_goes_while_it_is_listed_is_one_sentence(cli, make_text, mon
 
 
 def start(weights: Path, *arguments, **options) -> subprocess.CompletedProcess:
-    """A call in a process of its own, on other weights, as `python -m app` makes it."""
-    code = (
-        "import functools, runpy, sys; from pathlib import Path; from app import service\n"
-        "weights = Path(sys.argv[1]); sys.argv[1:] = sys.argv[2:]\n"
-        "service.Service = functools.partial(service.Service, weights=weights)\n"
-        "runpy.run_module('app', run_name='__main__', alter_sys=False)"
-    )
-    command = [sys.executable, "-c", code, weights, *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, timeout=60, text=True, **options)
+    """A call in a process of its own."""
+    return subprocess.run(command_line(weights, *arguments), cwd=ROOT, timeout=60, text=True, **options)
 
 
 def test_without_a_terminal_nothing_moves_a_cursor(tiny_models, make_text):
