@@ -27,6 +27,7 @@ _ACTIVATIONS = {"relu": F.relu, "relu2": lambda x: F.relu(x).square()}
 # Up to this row length, plain matrix products beat the fused attention kernels wherever those waste a tile on a row.
 _SHORT_ROW = 128
 _TINY_ROW = 8
+_SMALL_TABLE_BYTES = 1 << 24
 
 # What the thread that runs a forward pass calls before each layer; if it raises, the pass ends. A pass can take seconds.
 before_layer: ContextVar[Callable[[], None] | None] = ContextVar("before_layer", default=None)
@@ -64,23 +65,48 @@ class Slots:
 
 
 class Rotary(nn.Module):
-    """Rotary position embedding (arXiv 2104.09864) by slot: the tables that `rotate` takes."""
+    """Rotary position embedding (arXiv 2104.09864) by slot: the tables that `rotate` takes.
+
+    Large ones are made at their first use: a configuration that only claims a long context takes no memory.
+    """
 
     def __init__(self, head_dim: int, num_slots: int) -> None:
         super().__init__()
-        # float64: at a million positions a float32 angle is wrong by more than 0.01 radian.
-        frequency = 10000.0 ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
-        angle = torch.arange(num_slots, dtype=torch.float64)[:, None] * frequency
-        cos, sin = angle.cos(), angle.sin()
-        self.register_buffer("cos", torch.cat((cos, cos), dim=-1).float(), persistent=False)
-        self.register_buffer("sin", torch.cat((-sin, sin), dim=-1).float(), persistent=False)
+        self.num_slots = num_slots
+        for name in ("cos", "sin"):
+            self.register_buffer(name, torch.empty(0, head_dim), persistent=False)
+        if self.num_bytes <= _SMALL_TABLE_BYTES:
+            self._fill()
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of both tables once they are made."""
+        return 2 * self.num_slots * self.cos.shape[1] * self.cos.element_size()
+
+    def tables(self) -> "Rotation":
+        """Cosines and signed sines of all slots, `(S, C)`."""
+        if len(self.cos) < self.num_slots:
+            self._fill()
+        return self.cos, self.sin
 
     def forward(self, slots: slice | int | Tensor) -> "Rotation":
-        return self.cos[slots], self.sin[slots]
+        cos, sin = self.tables()
+        return cos[slots], sin[slots]
 
     def back(self, distance: int) -> "Rotation":
         """Moves keys that are already rotated `distance` slots towards the beginning; rotations add up."""
-        return self.cos[distance], -self.sin[distance]
+        cos, sin = self(distance)
+        return cos, -sin
+
+    @torch.inference_mode(False)  # a first use that only predicts must not spoil a later one that learns
+    def _fill(self) -> None:
+        head_dim, device = self.cos.shape[1], self.cos.device
+        # float64: at a million positions a float32 angle is wrong by more than 0.01 radian.
+        frequency = 10000.0 ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+        angle = torch.arange(self.num_slots, dtype=torch.float64)[:, None] * frequency
+        cos, sin = angle.cos().float(), angle.sin().float()
+        self.sin = torch.cat((-sin, sin), dim=-1).to(device)
+        self.cos = torch.cat((cos, cos), dim=-1).to(device)  # last: another thread may look at its length
 
 
 Rotation = tuple[Tensor, Tensor]  # cosines and signed sines, both broadcastable to (..., C)

@@ -86,6 +86,7 @@ class NativeDecoder:
 
     def _level(self, level: Level) -> "_Level":
         own, embedder, rotary = level.config, level.embedder, level.transformer.rotary
+        cos, sin = rotary.tables() if rotary else (None, None)
         return _Level(
             dim=own.dim,
             num_layers=own.num_layers,
@@ -100,8 +101,8 @@ class NativeDecoder:
             byte_positions=self._vector(embedder.positions and embedder.positions.weight),
             pad=self._vector(level.pad),
             row_positions=self._vector(level.positions),
-            cos=self._vector(rotary and rotary.cos),
-            sin=self._vector(rotary and rotary.sin),
+            cos=self._vector(cos),
+            sin=self._vector(sin),
             project=self._matrix(embedder.project if isinstance(embedder.project, nn.Linear) else None),
             blocks=self._array(_Block, [self._block(block) for block in level.transformer.blocks]),
             residual_scalars=self._vector(level.transformer.residual_scalars),
