@@ -326,6 +326,7 @@ def sounds() -> dict[str, OddFile]:
         "lying-header.wav": OddFile(wav(data, claimed=2**31), mono, notes="ends early"),
         "unknown-length.wav": OddFile(wav(data, claimed=2**32 - 1), mono),
         "never-finished.wav": OddFile(wav(data, claimed=0), mono),
+        "samples-like-ogg.wav": OddFile(wav(b"OggS" + data), np.concatenate([np.frombuffer(b"OggS", "<i2"), mono])),
         "cut.wav": OddFile(plain[:-301], mono[:249], notes="ends early"),
         "slow.wav": OddFile(wav(data, rate=1), mono[:400]),
         "picture-name.png": OddFile(plain, mono),

@@ -31,6 +31,7 @@ _MAX_OGG_PAGE_BYTES = _OGG_HEADER_BYTES + 255 + 255 * 255
 _MAX_OGG_BYTES = 64 * 2**20  # more than MAX_SECONDS at any rate; in a larger file the way to its last page is long
 _UNKNOWN_WAV_LENGTH = b"\xff\xff\xff\xff"
 _UNKNOWN_FRAMES = 2**62
+_MISTAKEN_SAMPLES = (b"OggS", b"wvpk")  # by which libsndfile knows other formats inside a WAV file, and refuses them
 _CHUNK_NAME = re.compile(rb"[A-Za-z0-9 ]{4}")
 
 _MAX_GAIN_DB = 6.0  # of augmentation, either way
@@ -82,6 +83,8 @@ def read_sound(file: BinaryIO, name: str, kind: FileKind, max_seconds: float = M
     try:
         file, fraction = _check_wav(file) if kind.name == "wav" else (file, 1.0)
         with _ForwardSoundFile(file) as source:
+            if isinstance(file, _Replaced):
+                file.reveal()
             _require_readable(source, name)
             # The length that a WAV file claims is true where its data is all there.
             if kind.name == "wav" and fraction == 1.0:
@@ -257,7 +260,7 @@ class _ForwardSoundFile(soundfile.SoundFile):
 
 
 class _Replaced:
-    """An open file with some bytes replaced."""
+    """An open file with some bytes replaced until it is revealed."""
 
     def __init__(self, file: BinaryIO, place: int, content: bytes) -> None:
         self.seek = file.seek
@@ -274,6 +277,9 @@ class _Replaced:
                 found[place] = value
         return bytes(found)
 
+    def reveal(self) -> None:
+        self._content = b""
+
 
 def _check_wav(file: BinaryIO) -> tuple[BinaryIO, float]:
     """A WAV file that can be read to its end, and how much of the sample data that its header promises is there."""
@@ -286,12 +292,15 @@ def _check_wav(file: BinaryIO) -> tuple[BinaryIO, float]:
         file.seek(start + size + size % 2)  # chunks begin at even places
     else:
         raise ValueError("there is no sample data among the first chunks")
-    is_unfinished = size == 0 and not _CHUNK_NAME.match(file.read(4))
+    first = file.read(4)
+    is_unfinished = size == 0 and not _CHUNK_NAME.match(first)
     present = file.seek(0, os.SEEK_END) - start
     file.seek(0)
     if is_unfinished:
         # A recorder that was killed never came back to fill in the length.
         return _Replaced(file, start - 4, _UNKNOWN_WAV_LENGTH), 1.0
+    if first in _MISTAKEN_SAMPLES:
+        file = _Replaced(file, start, bytes(4))
     return file, 1.0 if size in (0, 0xFFFFFFFF) else min(1.0, present / size)
 
 
