@@ -253,6 +253,19 @@ def test_ten_minutes_are_the_most_that_is_read(tmp_path):
         read_media(path)
 
 
+@pytest.mark.parametrize(
+    ("subtype", "num_channels", "seconds"), [("VORBIS", 1, 600), ("VORBIS", 2, 600), ("OPUS", 1, 480), ("OPUS", 2, 240)]
+)
+def test_an_ogg_that_is_too_long_is_refused_before_it_is_decoded(tmp_path, monkeypatch, subtype, num_channels, seconds):
+    path = tmp_path / "a.ogg"
+    with soundfile.SoundFile(path, "w", 8000, num_channels, subtype=subtype) as target:
+        for _ in range(seconds + 1):
+            target.write(np.zeros((8000, num_channels), np.int16))
+    monkeypatch.setattr(soundfile.SoundFile, "read", lambda *_, **__: pytest.fail("decoded"))
+    with pytest.raises(UserError, match=f"longer than {seconds} s"):
+        read_media(path)
+
+
 def test_a_header_that_lies_about_the_length_does_not_stop_the_count(tmp_path):
     samples = noise(500)
     path = saved(tmp_path / "a.wav", samples)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 from odd_files import ROOT, exif, odd_files, picture, pixels, samples, sound, wav
 from PIL import Image
 
@@ -172,3 +173,23 @@ def test_the_largest_pictures_stay_within_the_bounds(tmp_path, name, options):
     [opened] = opened_in_a_process([tmp_path / name])
     check_bounds(opened)
     assert opened["kind"] == "Picture"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "seconds", "options"),
+    [
+        ("a.wav", 600, {"subtype": "PCM_24"}),
+        ("a.flac", 600, {"subtype": "PCM_16"}),
+        ("vorbis.ogg", 600, {"subtype": "VORBIS"}),
+        ("opus.ogg", 240, {"subtype": "OPUS"}),
+    ],
+)
+def test_the_longest_sounds_stay_within_the_bounds(tmp_path, name, seconds, options):
+    noise = np.random.default_rng(0).normal(0, 0.1, (48_000, 2))
+    with soundfile.SoundFile(tmp_path / name, "w", 48_000, 2, **options) as target:
+        for _ in range(seconds - 1):
+            target.write(noise)
+    [opened] = opened_in_a_process([tmp_path / name])
+    check_bounds(opened)
+    assert opened["kind"] == "Sound"

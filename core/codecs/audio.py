@@ -23,7 +23,9 @@ MAX_RATE_HZ = 384_000
 MAX_CHANNELS = 8
 # Above this rate a file may last correspondingly shorter, so that memory is bounded by MAX_SECONDS.
 _FULL_LENGTH_RATE_HZ = 48_000
+_OPUS_SHARE = 0.8  # of that length, divided among its channels: decoding takes 4 ms a second of each, and 2 s are a long wait
 _BLOCK_FRAMES = 4096  # damage in a compressed file costs at most one block
+_FRAMES_AT_ONCE = 16 * _BLOCK_FRAMES  # are mixed down and rounded together
 _RIFF_SIZE_PLACE = 4
 _MAX_WAV_CHUNKS = 1000
 _OGG_HEADER_BYTES = 27  # before a page's segment lengths
@@ -81,19 +83,21 @@ def read_sound(file: BinaryIO, name: str, kind: FileKind, max_seconds: float = M
     if kind.name == "ogg":
         require_size(file, name, _MAX_OGG_BYTES)
     try:
-        file, fraction = _check_wav(file) if kind.name == "wav" else (file, 1.0)
+        fraction = 1.0  # of its sound that is there
+        if kind.name == "wav":
+            file, fraction = _check_wav(file)
+        elif kind.name == "ogg" and not _reaches_last_page(file):
+            fraction = None
         with _ForwardSoundFile(file) as source:
             if isinstance(file, _Replaced):
                 file.reveal()
             _require_readable(source, name)
-            # The length that a WAV file claims is true where its data is all there.
-            if kind.name == "wav" and fraction == 1.0:
+            # The length that a file claims is true where its data is all there; a FLAC file does not tell that before its end.
+            if kind.name != "flac" and fraction == 1.0:
                 _require_length(source.frames, source, name, max_seconds)
             sound = _read_samples(source, name, max_seconds)
             if kind.name == "flac" and 0 < source.frames < _UNKNOWN_FRAMES:
                 fraction = sound.samples.size / source.frames
-            elif kind.name == "ogg" and not _reaches_last_page(file):
-                fraction = None
     except UserError:
         raise
     # The library answers damage with its own errors, with RuntimeError, TypeError or AssertionError.
@@ -305,10 +309,14 @@ def _check_wav(file: BinaryIO) -> tuple[BinaryIO, float]:
 
 
 def _reaches_last_page(file: BinaryIO) -> bool:
-    """Whether an Ogg file holds all of the page that is marked as its last; nothing in it says how long it should be."""
+    """Whether an Ogg file, left at its beginning, holds all of the page that is marked as its last.
+
+    Nothing else in it says how long it should be.
+    """
     num_bytes = file.seek(0, os.SEEK_END)
     file.seek(max(0, num_bytes - _MAX_OGG_PAGE_BYTES))
     tail = file.read()
+    file.seek(0)
     page = tail[tail.rfind(b"OggS") :]
     if len(page) < _OGG_HEADER_BYTES or not page[5] & 4:
         return False
@@ -325,9 +333,11 @@ def _require_readable(source: soundfile.SoundFile, name: str) -> None:
 
 def _require_length(num_samples: int, source: soundfile.SoundFile, name: str, max_seconds: float) -> None:
     max_samples = max_seconds * min(source.samplerate, _FULL_LENGTH_RATE_HZ)
+    if source.subtype == "OPUS":
+        max_samples *= _OPUS_SHARE / source.channels
     if num_samples > max_samples:
         seconds = max_samples / source.samplerate
-        raise UserError(f"{name} is longer than {seconds:.0f} s, the most that is read at its rate; cut it into parts")
+        raise UserError(f"{name} is longer than {seconds:.0f} s, the most that is read of its kind; cut it into parts")
 
 
 def _read_samples(source: soundfile.SoundFile, name: str, max_seconds: float) -> Sound:
@@ -336,8 +346,9 @@ def _read_samples(source: soundfile.SoundFile, name: str, max_seconds: float) ->
     for block in _mono_blocks(source):
         num_samples += block.size
         _require_length(num_samples, source, name, max_seconds)
-        is_clipped = is_clipped or not bool((np.abs(block) <= 1.0).all())  # also True for what is not a number
-        blocks.append(_to_int16(np.nan_to_num(block, posinf=1.0, neginf=-1.0) * 32768))
+        if not (block.min() >= -1.0 and block.max() <= 1.0):  # also where there is what is not a number
+            is_clipped, block = True, np.nan_to_num(block, posinf=1.0, neginf=-1.0)
+        blocks.append(_to_int16(block * 32768))
     notes = []
     if source.channels > 1:
         notes.append(f"mixed down from {source.channels} channels")
@@ -351,15 +362,30 @@ def _read_samples(source: soundfile.SoundFile, name: str, max_seconds: float) ->
 def _mono_blocks(source: soundfile.SoundFile) -> Iterator[np.ndarray]:
     # A FLAC file is not read beyond its end: whatever lies behind it would be damage of the last block.
     left = source.frames if source.format == "FLAC" and source.frames else _UNKNOWN_FRAMES
-    while left > 0:
-        try:
-            frames = source.read(min(left, _BLOCK_FRAMES), dtype="float32", always_2d=True)
-        except soundfile.LibsndfileError:
-            return
-        if len(frames) == 0:
-            return
-        left -= len(frames)
-        yield frames.mean(axis=1)
+    frames = np.empty((_FRAMES_AT_ONCE, source.channels), np.float32)
+    is_at_end = False
+    while left > 0 and not is_at_end:
+        num_read = 0
+        while num_read < min(left, _FRAMES_AT_ONCE) and not is_at_end:
+            try:
+                block = source.read(out=frames[num_read : num_read + min(left - num_read, _BLOCK_FRAMES)])
+            except soundfile.LibsndfileError:
+                block = ()
+            num_read += len(block)
+            is_at_end = len(block) == 0
+        left -= num_read
+        if num_read:
+            yield _mixed_down(frames[:num_read])
+
+
+def _mixed_down(frames: np.ndarray) -> np.ndarray:
+    """The mean of the channels, (N, C) to (N,)."""
+    match frames.shape[1]:
+        case 1:
+            return frames[:, 0]
+        case 2:
+            return (frames[:, 0] + frames[:, 1]) / 2  # as `mean`, in a fraction of its time
+    return frames.mean(axis=1)
 
 
 def _cut_short(sound: Sound, fraction: float | None) -> Sound:
