@@ -33,6 +33,9 @@ from core.rows import NativeRow, Row, TorchRow
 
 __all__ = ["Chunk", "Request", "SampleConfig", "Sampler", "generate", "next_byte_law", "stream_batch"]
 
+MAX_NUM_BYTES = 1 << 24  # of one sample, as many as the longest context
+MAX_SAMPLES = 1 << 16  # of one prefix
+
 # Bytes of a chunk, rounded up to whole patches: enough that handing it over costs little beside making it.
 _CHUNK_BYTES = 16
 
@@ -66,8 +69,8 @@ class Sampler:
         config: how they are chosen.
 
     Raises:
-        UserError: if the prefix is no bytes, num_bytes < 1, both together exceed a picture model's picture, or
-            MEGABYTE_ENGINE names no engine of this machine.
+        UserError: if the prefix is no bytes, num_bytes is not in 1..MAX_NUM_BYTES, both together exceed a picture model's
+            picture, or MEGABYTE_ENGINE names no engine of this machine.
     """
 
     def __init__(self, model: ByteModel, prefix: np.ndarray | bytes, num_bytes: int, config: SampleConfig) -> None:
@@ -77,8 +80,7 @@ class Sampler:
         self.config = config
         self.engine = _choose_engine(model)
         context = model.config.max_seq_len
-        if num_bytes < 1:
-            raise UserError(f"num_bytes={num_bytes} must be at least 1")
+        _require_count("num_bytes", num_bytes, MAX_NUM_BYTES)
         if isinstance(model.codec_config, ImageCodecConfig) and len(self.prefix) + num_bytes > context:
             raise UserError(
                 f"{num_bytes} bytes after the first {len(self.prefix)} exceed the picture of {context} bytes; "
@@ -169,8 +171,7 @@ def generate(
     """
     config = SampleConfig(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     prefixes = prefix if isinstance(prefix, (list, tuple)) else [prefix]
-    if num_samples < 1:
-        raise UserError(f"num_samples={num_samples} must be at least 1")
+    _require_count("num_samples", num_samples, MAX_SAMPLES)
     requests = [Request(each, num_bytes, config, number) for each in prefixes for number in range(num_samples)]
     made: list[list[np.ndarray]] = [[] for _ in requests]
     for index, chunk in stream_batch(model, requests):
@@ -185,6 +186,11 @@ def next_byte_law(model: ByteModel, prefix: np.ndarray | bytes) -> np.ndarray:
     row = TorchRow(model, cache_len)
     row.read(_context_of(stream, cache_len, model))
     return sampling_law(row.logits_V, SampleConfig())
+
+
+def _require_count(name: str, number: int, most: int) -> None:
+    if not (isinstance(number, int | np.integer) and 1 <= number <= most):
+        raise UserError(f"{name}={number} must lie in 1..{most}")
 
 
 def _choose_engine(model: ByteModel) -> str:

@@ -191,8 +191,8 @@ BAD = [
     *({"top_k": value} for value in (0, -1, 257, 1 << 40)),
     *({"top_p": value} for value in (0.0, -0.1, 1.0000001, float("nan"), float("inf"))),
     *({"seed": value} for value in (-1, 1 << 63, -(1 << 63))),
-    *({"num_bytes": value} for value in (0, -1, -(10**9))),
-    *({"num_samples": value} for value in (0, -1)),
+    *({"num_bytes": value} for value in (0, -1, -(10**9), 10**9, 1 << 63, 2.5, float("nan"))),
+    *({"num_samples": value} for value in (0, -1, 10**9)),
     *({"prefix": value} for value in ("text", [1, 2], None, np.array([300]), np.array([0.5]), np.zeros((2, 2), np.uint8))),
 ]
 

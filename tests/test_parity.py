@@ -1,6 +1,7 @@
-"""The command line, the page and Python, each in a process of its own: equal bytes for a seed, equal bits for a file."""
+"""The command line, the page and Python, each in a process of its own: equal bytes for a seed, equal bits, equal refusals."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,8 +12,10 @@ from gradio_client import Client, handle_file
 from own_process import command_line
 from page_server import ROOT
 
+from app.service import Service
 from core.codecs import build_codec, read_media
 from tests.conftest import TINY_CONFIGS
+from tests.test_page_safety import CALLS, call
 
 NUM_BYTES = 96
 FIGURES = ("model", "num_bytes", "window", "hop", "strided")
@@ -21,6 +24,7 @@ IN_PYTHON = """
 import json, sys
 from pathlib import Path
 import core
+from app.service import Service
 from core.codecs import build_codec, read_media
 
 weights, asked = Path(sys.argv[1]), json.loads(sys.argv[2])
@@ -45,6 +49,11 @@ def files(make_png, make_wav, make_text) -> dict[str, Path]:
 @pytest.fixture
 def client(page_url) -> Client:
     return Client(page_url, verbose=False)
+
+
+@pytest.fixture
+def service(tiny_models) -> Service:
+    return Service(weights=tiny_models, runs=tiny_models / "no-runs")
 
 
 def lines_of(command: list[str]) -> list[str]:
@@ -85,3 +94,35 @@ def test_a_file_has_the_same_total_in_three_processes(tiny_models, client, files
         assert by_page["total_bits"] == total
         assert mine["total_bits"] == pytest.approx(total, rel=1e-6)  # the two pictures of that call share a batch
         assert [by_page[key] for key in FIGURES] == [mine[key] for key in FIGURES]
+
+
+NAN, INF = float("nan"), float("inf")
+BAD = {
+    "temperature": ("0..100", (NAN, INF, -INF, -1.0, -1e-9, 100.1, 1e300)),
+    "top_k": ("1..256", (0, -1, 257, 1 << 40)),
+    "top_p": ("0..1|above 0 and up to 1", (0.0, -0.1, 1.0000001, NAN, INF)),
+    "seed": ("0..9223372036854775807", (-1, 1 << 63, -(1 << 63))),
+    "num_bytes": (r"1..1000000\b", (0, -1, 10**6 + 1, 10**9, 1 << 63)),
+    "samples": (r"1..1000\b", (0, -1, 1001, 10**9)),
+    "keep": ("0..1", (-0.5, 1.5, NAN, INF)),
+    "keep_bytes": ("0..2147483648", (-2, 1 << 40)),
+}
+NOT_GIVEN = {"top_k": 0, "num_bytes": 0}  # what these mean on the page
+IN_CALL = ["text", "model", "keep", "num_bytes", "samples", "temperature", "top_k", "top_p", "seed", "keep_bytes"]
+
+
+def test_thirty_bad_settings_are_refused_with_their_range_in_all_three_ways(service, page_server, cli, tmp_path):
+    assert sum(len(values) for _, values in BAD.values()) >= 30
+    for name, (allowed, values) in BAD.items():
+        for value in values:
+            with pytest.raises(ValueError, match=rf"{name}=.*({allowed})"):
+                service.complete(None, text=b"Once", **{name: value})
+            exit_code, out, err = cli("generate", f"--{name.replace('_', '-')}={value}", "--out", tmp_path / "out")
+            assert (exit_code, out, len(err)) == (2, [], 1)
+            assert re.search(rf"{name}=.*({allowed})", err[0]), err
+            if value != NOT_GIVEN.get(name):
+                values_of_call = list(CALLS["generate"])
+                values_of_call[1 + IN_CALL.index(name)] = value
+                answer = call(page_server, "generate", values_of_call)
+                assert re.search(rf"{name}=.*({allowed})", answer), (name, value, answer)
+    assert not (tmp_path / "out").exists()
