@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from core import checkpoint
-from core.checkpoint import latest_checkpoint, load_checkpoint, step_folder
+from core.checkpoint import latest_checkpoint, load_checkpoint, step_folder, step_folders
 from core.folder import clear_leftovers
 from tests.test_checkpoint import save_step
+from tests.test_stops import train_arguments
 from tests.tiny_run import run_tiny, tiny_config
 
 ROOT = Path(__file__).parents[1]
@@ -82,6 +83,34 @@ def test_each_of_270_damages_is_found_before_a_tensor_is_read_and_the_checkpoint
         assert "the checkpoint before it is used" in caplog.text
         path.write_bytes(whole)
     assert latest_checkpoint(tmp_path / "run").folder == newer
+
+
+def test_the_command_line_goes_on_from_the_checkpoint_before_or_starts_nothing_if_none_is_intact(
+    tmp_path, cli, make_text, caplog
+):
+    run = tmp_path / "run"
+
+    def trained() -> tuple[int, list[str]]:
+        exit_code, _, err = cli(*train_arguments(tmp_path, run, num_steps=12, checkpoint_every=6, eval_every=12))
+        return exit_code, [line for line in err if "checkpoints" in line]
+
+    def damage(step: Path) -> None:
+        (step / "model.safetensors").write_bytes(b"")
+        shutil.rmtree(run / "export", ignore_errors=True)
+
+    assert trained() == (0, [])
+    older, newer = step_folders(run)
+    damage(newer)
+    assert trained() == (0, [f"going on from {older}"])
+    assert str(newer) in caplog.text
+
+    for step in step_folders(run):
+        damage(step)
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    sentence = f"error: {run}: all 2 checkpoints are damaged; start a new run in another folder"
+    assert trained() == (1, [sentence])
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+    assert cli("score", make_text(), "--model", run) == (1, [], [sentence])
 
 
 FAULTS = """

@@ -29,19 +29,24 @@ LEVELS = (
 NUM_STEPS, INTERVAL = 120, 50
 
 
-@contextlib.contextmanager
-def started(folder: Path, run: Path, *, sequences_of_a_step: int = 4) -> Iterator[subprocess.Popen]:
-    """`python -m app train` of a tiny model."""
+def train_arguments(folder: Path, run: Path, **changes: object) -> list[str]:
+    """The command line that trains a tiny model, or goes on with it; `changes` are settings of its training."""
     train_path, valid_path = tiny_data(folder)
     settings = {"num_steps": NUM_STEPS, "checkpoint_every": INTERVAL, "eval_every": 30, "eval_sequences": 5, "log_every": 1}
-    settings |= {"batch_size": sequences_of_a_step, "micro_batch_size": 1, "precision": "fp32", "compile": "false", "seq_len": 0}
+    settings |= {"batch_size": 4, "micro_batch_size": 1, "precision": "fp32", "compile": "false", "seq_len": 0} | changes
     overrides = [f"model.levels={LEVELS}", "model.max_seq_len=32", "model.dropout=0.1"]
     overrides += [f"train.{name}={value}" for name, value in settings.items()]
-    arguments = ["--preset", "text", "--data", train_path, "--valid", valid_path, "--out", run, "--set", *overrides]
+    arguments = ["train", "--preset", "text", "--data", train_path, "--valid", valid_path, "--out", run, "--set", *overrides]
     if (run / "config.json").exists():
         arguments.append("--resume")
+    return list(map(str, arguments))
+
+
+@contextlib.contextmanager
+def started(folder: Path, run: Path, **changes: object) -> Iterator[subprocess.Popen]:
+    """`python -m app` with `train_arguments`."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    command = [sys.executable, "-m", "app", "train", *map(str, arguments)]
+    command = [sys.executable, "-m", "app", *train_arguments(folder, run, **changes)]
     streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, cwd=ROOT, env=environment, **streams) as process:
         try:
@@ -95,7 +100,7 @@ def test_a_run_stopped_at_random_moments_loses_no_step_and_ends_with_the_same_bi
 
 def test_a_step_that_would_take_minutes_is_given_up(tmp_path):
     run = tmp_path / "run"
-    with started(tmp_path, run, sequences_of_a_step=30_000) as process:
+    with started(tmp_path, run, batch_size=30_000) as process:
         while process.poll() is None and not (run / "metrics.jsonl").exists():  # made when training begins
             time.sleep(0.01)
         time.sleep(0.5)
