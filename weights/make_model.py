@@ -97,7 +97,7 @@ def make_model(name: str, root: Path, out: Path, *, resume: bool = False, device
     train_paths, valid_paths = matching(root, split.train), matching(root, split.valid)
     test = build_shards(matching(root, split.test), codec, cache, log)
     data = build_shards(train_paths, codec, cache, log)
-    if num_shared := shared_items(test, data, by_line=False):
+    if num_shared := shared_items(test, data, by_line=codec.modality == "text"):
         raise UserError(f"{num_shared} items of {split.test} are in {split.train} as well; take them out of the training data")
     settings = dataclasses.replace(config.train, compile=place.type == "cuda")
     config = dataclasses.replace(config, train=settings)
