@@ -30,8 +30,12 @@ UNEVEN = MegaByteConfig(
     unembedder="full",
     residual_scalars=True,
 )
+WITHOUT_LAYERS = MegaByteConfig(
+    levels=(TINY_MODEL.levels[0], LevelConfig(dim=16, num_layers=0, num_heads=2)), max_seq_len=SEQ_LEN, residual_scalars=True
+)
 CONFIGS = {
     "ddp": tiny_config(WITHOUT_DROPOUT, micro_batch_size=1),
+    "ddp_without_layers": tiny_config(WITHOUT_LAYERS, micro_batch_size=1),
     "fsdp": tiny_config(UNEVEN, micro_batch_size=1, parallel="fsdp"),
     "fsdp_muon": tiny_config(WITHOUT_DROPOUT, micro_batch_size=1, parallel="fsdp", optimizer="muon", checkpoint_activations=True),
 }

@@ -158,6 +158,15 @@ def test_the_export_holds_the_averaged_weights_and_says_what_they_score(tmp_path
     assert (export.card["num_steps"], export.card["bytes_seen"]) == (12, result.bytes_seen)
 
 
+@pytest.mark.parametrize("level", [0, 1])
+def test_a_level_without_layers_is_trained_saved_and_goes_on(level, tmp_path):
+    levels = list(TINY_MODEL.levels)
+    levels[level] = dataclasses.replace(levels[level], num_layers=0)
+    model = dataclasses.replace(TINY_MODEL, levels=tuple(levels), residual_scalars=True)
+    run_tiny(tmp_path, config=tiny_config(model, num_steps=4))
+    assert run_tiny(tmp_path, config=tiny_config(model), resume=True).steps == 12
+
+
 def test_only_the_newest_checkpoints_stay(tmp_path):
     run_tiny(tmp_path, config=tiny_config(keep_checkpoints=2, checkpoint_every=3))
     assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["step-00000009", "step-00000012"]

@@ -241,7 +241,8 @@ class Transformer(nn.Module):
         self.rotary = Rotary(config.head_dim, self.memory + row_length) if model.is_rotary else None
         self.blocks = nn.ModuleList(Block(config, model) for _ in range(config.num_layers))
         # For each layer what it reads: a times the layer before, b times the input of them all.
-        self.residual_scalars = nn.Parameter(torch.empty(config.num_layers, 2)) if model.residual_scalars else None
+        has_scalars = model.residual_scalars and config.num_layers > 0  # an empty parameter would never get a gradient
+        self.residual_scalars = nn.Parameter(torch.empty(config.num_layers, 2)) if has_scalars else None
         self.norm = nn.LayerNorm(config.dim)
 
     def forward(self, x_BKLD: Tensor, cache: LevelCache | None = None, recompute: bool = False) -> Tensor:
