@@ -81,7 +81,7 @@ class StopSignals:
         self.__exit__()
 
     def leave(self) -> None:
-        """Ends the program the way the signal asks for: exit code 130 or 143."""
-        if self.received == signal.SIGTERM:
-            raise SystemExit(143)
-        raise KeyboardInterrupt
+        """Ends the program the way the signal asks for: exit code 130 or 143, which also stands for that of another rank."""
+        if self.received == signal.SIGINT:
+            raise KeyboardInterrupt
+        raise SystemExit(143)

@@ -168,7 +168,7 @@ class _Run:
                 step, is_last = learner.step, learner.step == settings.num_steps
                 is_evaluating = is_last or step % settings.eval_every == 0
                 is_reporting = is_evaluating or step % settings.log_every == 0
-                is_saving = is_last or step % settings.checkpoint_every == 0 or ranks.any(stop.received is not None)
+                is_saving = is_last or step % settings.checkpoint_every == 0 or self.is_asked_to_stop(stop)
                 if not (is_reporting or is_saving):
                     continue
 
@@ -220,7 +220,7 @@ class _Run:
         self.learner.unvalidated = line if is_put_off else None
         if is_reporting and not is_put_off:
             report.write(**line, valid_bits_per_byte=bits_per_byte)
-        is_stopping = self.ranks.any(stop.received is not None)
+        is_stopping = self.is_asked_to_stop(stop)
         if is_saving or is_stopping:
             self.save()
         if is_stopping:
@@ -229,9 +229,9 @@ class _Run:
     def note_progress(self, report: Report) -> None:
         self.learner.bytes_seen, self.learner.seconds = self.learner.step * self.bytes_per_step, report.seconds
 
-    def is_given_up(self, stop: StopSignals) -> bool:
-        """Whether to leave in the middle of something. Several ranks, which wait for each other, do so only between steps."""
-        return stop.received is not None and self.ranks.num_ranks == 1
+    def is_asked_to_stop(self, stop: StopSignals) -> bool:
+        """Whether to leave in the middle of something, of which the ranks must all ask at the same place."""
+        return self.ranks.any(stop.received is not None)
 
     def accumulate_gradients(self, objective: nn.Module, batch: Tensor, stop: StopSignals) -> Tensor | None:
         """Leaves the gradient of the whole batch in the parameters; the mean loss over all ranks, still on the device.
@@ -241,7 +241,7 @@ class _Run:
         micro_batches = batch.split(self.micro_batch_size)
         total = torch.zeros((), device=self.ranks.device)
         for index, micro_batch in enumerate(micro_batches):
-            if self.is_given_up(stop):
+            if self.is_asked_to_stop(stop):
                 return None
             byte_ids = micro_batch.to(self.ranks.device, non_blocking=True).long()
             is_last = index == len(micro_batches) - 1
@@ -254,7 +254,7 @@ class _Run:
     def evaluate(self, stop: StopSignals) -> float | None:
         """Validates the weights, and exports them if they are the best so far. None if it was given up."""
         learner = self.learner
-        bits_per_byte = learner.evaluate(self.windows, self.micro_batch_size, self.lengths, lambda: self.is_given_up(stop))
+        bits_per_byte = learner.evaluate(self.windows, self.micro_batch_size, self.lengths, lambda: self.is_asked_to_stop(stop))
         if bits_per_byte is None:
             return None
         if not isfinite(bits_per_byte):

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from page_server import free_port
 
 from app.__main__ import _leave
 from core.checkpoint import latest_checkpoint
@@ -43,9 +44,9 @@ def train_arguments(folder: Path, run: Path, **changes: object) -> list[str]:
 
 
 @contextlib.contextmanager
-def started(folder: Path, run: Path, **changes: object) -> Iterator[subprocess.Popen]:
-    """`python -m app` with `train_arguments`."""
-    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+def started(folder: Path, run: Path, ranks: dict[str, str] | None = None, **changes: object) -> Iterator[subprocess.Popen]:
+    """`python -m app` with `train_arguments`, and in its environment what torchrun says of `ranks`."""
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), **(ranks or {})}
     command = [sys.executable, "-m", "app", *train_arguments(folder, run, **changes)]
     streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, cwd=ROOT, env=environment, **streams) as process:
@@ -105,6 +106,46 @@ def test_a_step_that_would_take_minutes_is_given_up(tmp_path):
             time.sleep(0.01)
         time.sleep(0.5)
         stop(process, signal.SIGINT)
+    assert not (run / "pid").exists()
+
+
+@contextlib.contextmanager
+def two_ranks(folder: Path, run: Path, **changes: object) -> Iterator[list[subprocess.Popen]]:
+    """Two processes that train together; all of them have begun the run's first steps."""
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    with contextlib.ExitStack() as stack:
+        yield [stack.enter_context(started(folder, run, place | {"RANK": rank, "LOCAL_RANK": rank}, **changes)) for rank in "01"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("asked", [0, 1])
+def test_two_ranks_save_and_leave_if_one_of_them_is_asked_to(tmp_path, number, asked):
+    settings = {"num_steps": 40, "eval_every": 20, "micro_batch_size": 1}
+    for run, is_stopped in ((tmp_path / "stopped", True), (tmp_path / "stopped", False), (tmp_path / "unbroken", False)):
+        with two_ranks(tmp_path, run, **settings) as ranks:
+            if is_stopped:
+                wait_for_step(ranks[0], run, 7)
+                stop(ranks[asked], number)
+            errors = [rank.communicate(timeout=120)[1] for rank in ranks if rank.poll() is None or not is_stopped]
+        codes = [rank.returncode for rank in ranks]
+        assert codes == ([0, 0] if not is_stopped else [128 + number if rank == asked else 143 for rank in (0, 1)]), errors
+        if is_stopped:
+            assert int(latest_checkpoint(run).folder.name.removeprefix("step-")) - steps_reported(run) in (0, 1)
+    assert metrics(tmp_path / "stopped") == metrics(tmp_path / "unbroken")
+    for folder in ("checkpoints/step-00000040", "export"):
+        assert digests(tmp_path / "stopped" / folder) == digests(tmp_path / "unbroken" / folder)
+
+
+@pytest.mark.slow
+def test_two_ranks_give_up_a_step_that_would_take_minutes(tmp_path):
+    run = tmp_path / "run"
+    with two_ranks(tmp_path, run, batch_size=60_000) as ranks:
+        while all(rank.poll() is None for rank in ranks) and not (run / "metrics.jsonl").exists():
+            time.sleep(0.01)
+        time.sleep(0.5)
+        stop(ranks[1], signal.SIGTERM)
+        assert ranks[0].wait(10) == 143
     assert not (run / "pid").exists()
 
 
