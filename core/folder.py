@@ -158,7 +158,7 @@ def _replaced(target: Path) -> Path:
 
 def _take_back(target: Path) -> None:
     """Undoes an `atomic_folder` that came to no end."""
-    if _replaced(target).exists() and not target.exists():
+    if os.path.exists(_replaced(target)) and not os.path.exists(target):  # Path.exists raises where it may not look
         _replaced(target).rename(target)
     for leftover in (_partial(target), _replaced(target)):
         shutil.rmtree(leftover, ignore_errors=True)

@@ -5,6 +5,8 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -122,8 +124,8 @@ from tests.test_checkpoint import save_step
 kind, folder = sys.argv[1], Path(sys.argv[2])
 if kind == "limit":
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
-if kind == "read-only":
-    (folder / "checkpoints").chmod(0o555)
+if kind in ("read-only", "unreachable"):
+    folder.chmod(0) if kind == "unreachable" else (folder / "checkpoints").chmod(0o555)
     os.setuid(65534) if os.getuid() == 0 else None
 if kind == "full":
     free = os.statvfs(folder).f_bavail * os.statvfs(folder).f_frsize
@@ -136,19 +138,31 @@ except ValueError as error:
 """
 
 
+@pytest.fixture
+def open_folder() -> Iterator[Path]:
+    """A folder that every user of this machine may enter. Those of pytest are closed again whenever another pytest starts."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        yield Path(folder)
+
+
 @pytest.mark.parametrize(
-    ("kind", "reason"), [("limit", "File too large"), ("read-only", "Permission denied"), ("full", "No space left on device")]
+    ("kind", "reason"),
+    [
+        ("limit", "File too large"),
+        ("read-only", "Permission denied"),
+        ("unreachable", "Permission denied"),
+        ("full", "No space left on device"),
+    ],
 )
-def test_a_disk_that_takes_no_more_is_one_sentence_and_the_old_checkpoint_is_intact(tmp_path, kind, reason):
-    folder = tmp_path / "disk"
+def test_a_disk_that_takes_no_more_is_one_sentence_and_the_old_checkpoint_is_intact(open_folder, kind, reason):
+    folder = open_folder / "disk"
     folder.mkdir()
     command = [sys.executable, "-c", FAULTS, kind, str(folder)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     if kind == "full":
         command = ["unshare", "-m", "sh", "-c", MOUNTED, "sh", str(folder), *command]
     else:
-        for parent in (tmp_path, tmp_path.parent, tmp_path.parent.parent):
-            parent.chmod(0o755)
         save_step(folder, 1)
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     if "mount" in done.stderr or "unshare" in done.stderr:
@@ -158,6 +172,7 @@ def test_a_disk_that_takes_no_more_is_one_sentence_and_the_old_checkpoint_is_int
     assert said[0] == f"{step_folder(folder, 2)} could not be written ({reason}); make room or choose another folder"
     assert said[1:] == (["step-00000001", "intact"] if kind == "full" else [])
     if kind != "full":
+        folder.chmod(0o755)
         assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-00000001"]
         load_checkpoint(step_folder(folder, 1))
 
