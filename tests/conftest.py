@@ -20,7 +20,8 @@ from app.__main__ import main
 from app.service import Service
 from core.checkpoint import export_model, model_tensors
 from core.config import AudioCodecConfig, Config, ImageCodecConfig, LevelConfig, MegaByteConfig, TextCodecConfig
-from core.models import build_model
+from core.models import ByteModel, build_model
+from tests.tiny_run import SEQ_LEN, tiny_config
 
 # How far logits, or bits, may lie apart that were computed in two ways; as arguments of `assert_close` and `assert_allclose`.
 TOLERANCE = {
@@ -58,6 +59,19 @@ TINY_CONFIGS = {
 @pytest.fixture(scope="session")
 def tolerance() -> dict[torch.dtype, dict[str, float]]:
     return TOLERANCE
+
+
+@pytest.fixture
+def model() -> ByteModel:
+    """The model of `tests.tiny_run`, fresh."""
+    torch.manual_seed(0)
+    return build_model(tiny_config())
+
+
+@pytest.fixture
+def byte_ids() -> torch.Tensor:
+    """A batch for it."""
+    return torch.from_numpy(np.random.default_rng(0).integers(0, 256, (4, SEQ_LEN)))
 
 
 @pytest.fixture(scope="session")

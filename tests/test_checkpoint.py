@@ -28,17 +28,10 @@ from core.checkpoint import (
 from core.config import FORMAT_VERSION
 from core.errors import UserError
 from core.folder import MANIFEST_NAME, atomic_folder, clear_leftovers
-from core.models import build_model
 from tests.tiny_run import SEQ_LEN, tiny_config
 
 STEP_FILES = ("config.json", "manifest.json", "model.safetensors", "state.json", "state.safetensors")
 CARD = {"name": "tiny", "modality": "text"}
-
-
-@pytest.fixture
-def model():
-    torch.manual_seed(0)
-    return build_model(tiny_config()).eval()
 
 
 def save_step(run: Path, step: int, value: float = 1.0) -> Path:
@@ -63,6 +56,7 @@ def reseal(target: Path) -> None:
 def test_an_exported_model_gives_the_logits_of_its_weights_rounded_to_bf16(tmp_path, model):
     export_model(tmp_path / "export", tiny_config(), model_tensors(model), CARD)
     loaded = load_model(tmp_path / "export")
+    model.eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(parameter.bfloat16().float())

@@ -5,7 +5,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -23,21 +22,9 @@ from core.checkpoint import (
 from core.config import TrainConfig
 from core.errors import UserError
 from core.learner import Learner, MeanNll, Nll
-from core.models import build_model
 from core.optim import FiniteGuard
 from core.train import explain_out_of_memory
-from tests.tiny_run import ALONE, SEQ_LEN, digests, run_tiny, tiny_config
-
-
-@pytest.fixture
-def model():
-    torch.manual_seed(0)
-    return build_model(tiny_config())
-
-
-@pytest.fixture
-def byte_ids():
-    return torch.from_numpy(np.random.default_rng(0).integers(0, 256, (4, SEQ_LEN)))
+from tests.tiny_run import ALONE, digests, run_tiny, tiny_config
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])

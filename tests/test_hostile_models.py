@@ -30,9 +30,8 @@ FIRST = "levels.0.pad"
 
 
 @pytest.fixture
-def tensors() -> dict[str, torch.Tensor]:
-    torch.manual_seed(0)
-    return model_tensors(build_model(tiny_config()).eval())
+def tensors(model) -> dict[str, torch.Tensor]:
+    return model_tensors(model)
 
 
 def change_json(path: Path, dotted: str, value: object) -> None:

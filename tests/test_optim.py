@@ -6,7 +6,6 @@ from torch import nn
 
 from core.config import TrainConfig
 from core.learner import Learner
-from core.models import build_model
 from core.optim import (
     Muon,
     average_decay,
@@ -16,13 +15,7 @@ from core.optim import (
     parameter_groups,
     set_learning_rate,
 )
-from tests.tiny_run import ALONE, tiny_config
-
-
-@pytest.fixture
-def model():
-    torch.manual_seed(0)
-    return build_model(tiny_config())
+from tests.tiny_run import ALONE
 
 
 @pytest.mark.parametrize(

@@ -23,18 +23,6 @@ from core.optim import (
 from core.train import micro_batch_size, repeatable_kernels, train
 from tests.tiny_run import ALONE, SEQ_LEN, TINY_MODEL, metrics, run_tiny, tiny_config, tiny_data
 
-
-@pytest.fixture
-def model():
-    torch.manual_seed(0)
-    return build_model(tiny_config())
-
-
-@pytest.fixture
-def byte_ids():
-    return torch.from_numpy(np.random.default_rng(0).integers(0, 256, (4, SEQ_LEN)))
-
-
 # What is learned
 
 
