@@ -77,18 +77,19 @@ def test_the_65536_strings_of_two_bytes_have_probability_one_together(name):
     assert (law.sum(-1) - 1).abs().max() < 1e-6
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", CASES)
-def test_the_cache_gives_the_full_pass_at_every_length_of_the_context(name, tolerance):
-    model, byte_ids = build(CASES[name]), random_bytes(1, CONTEXT)
+def test_the_cache_gives_the_full_pass_at_every_length_of_the_context(name, dtype, tolerance):
+    model, byte_ids = build(CASES[name]).to(dtype), random_bytes(1, CONTEXT)
     with torch.no_grad():
-        full = model(byte_ids).log_softmax(-1)
-    for length in range(CONTEXT):
-        cache = model.new_cache(1, CONTEXT)
-        logits = [model.prefill(byte_ids[:, :length], cache)]
-        for t in range(length, min(length + model.config.patch_size + 1, CONTEXT - 1)):
-            logits.append(model.step(byte_ids[:, t], cache))
-        found = torch.stack(logits, 1).log_softmax(-1)
-        torch.testing.assert_close(found, full[:, length : length + found.shape[1]], **tolerance[torch.float32])
+        full = model(byte_ids).float().log_softmax(-1)
+        for length in range(CONTEXT):
+            cache = model.new_cache(1, CONTEXT)
+            logits = [model.prefill(byte_ids[:, :length], cache)]
+            for t in range(length, min(length + model.config.patch_size + 1, CONTEXT - 1)):
+                logits.append(model.step(byte_ids[:, t], cache))
+            found = torch.stack(logits, 1).float().log_softmax(-1)
+            torch.testing.assert_close(found, full[:, length : length + found.shape[1]], **tolerance[dtype])
 
 
 @pytest.mark.parametrize("name", ["exact", "recipe_all", "three_levels", "flat", "perceiver_both"])

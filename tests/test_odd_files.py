@@ -21,7 +21,7 @@ MAX_SECONDS = 2.0
 MAX_BYTES = 300e6  # beyond the program's own start
 NAMES = list(odd_files())
 LIBRARY_WORDS = re.compile(
-    r"PIL|Pillow|libsndfile|soundfile|numpy|Error|Exception|Traceback|errno|0x[0-9a-f]+|cannot identify|truncated|broken data"
+    r"PIL|Pillow|libsndfile|soundfile|numpy|Error|Exception|Traceback|errno|\b0x[0-9a-f]+|cannot identify|truncated|broken data"
     r"|unrecognized|decoder|buffer|IDAT|IHDR|<.*>",
 )
 
