@@ -29,6 +29,7 @@ from core.errors import UserError
 
 MAX_FILE_SIZE = "64mb"
 QUEUE_SIZE = 32
+MAX_SESSIONS = 500  # that are remembered, a quarter of a megabyte each
 # Seconds between clean-ups of Gradio's cache, and the age at which a file goes: long enough for an open page.
 DELETE_CACHE = (1800, 6 * 3600)
 SYSTEM_FONT = ["ui-sans-serif", "system-ui", "sans-serif"]
@@ -43,7 +44,19 @@ HEADER = """
 
 
 class Page(gr.Blocks):
-    """Blocks that refuse a value of the wrong kind in a sentence; Gradio's own answer is a traceback on the terminal."""
+    """Blocks that refuse a value of the wrong kind in a sentence, and whose sessions do not grow with every event.
+
+    Gradio's own answer to a wrong value is a traceback on the terminal.
+    """
+
+    async def postprocess_data(self, block_fn: Any, predictions: Any, state: Any) -> list[Any]:
+        values = await super().postprocess_data(block_fn, predictions, state)
+        if state is not None:
+            # Gradio 6.31 keeps what an update turns a component into under a number of its own, and the value with it, for ever.
+            for kept in (state.blocks_config.blocks, state.config_values):
+                for number in [number for number in kept if number not in self.blocks]:
+                    kept.pop(number, None)
+        return values
 
     async def preprocess_data(self, block_fn: Any, *arguments: Any, **options: Any) -> list[Any]:
         try:
@@ -106,6 +119,7 @@ def launch_options() -> dict[str, Any]:
         "run_history": False,
         "max_threads": 200,  # whoever follows a job holds one, most of the time asleep
         "max_file_size": MAX_FILE_SIZE,
+        "state_session_capacity": MAX_SESSIONS,
         "footer_links": ["api", "settings"],
         "allowed_paths": [str(SAMPLES_FOLDER)],
         "app_kwargs": {"middleware": [Middleware(Guard, cache=Path(get_upload_folder()))]},

@@ -18,6 +18,33 @@ def load(page: PageProcess, weights: Path, num_users: int, seconds: float) -> di
     return json.loads(done.stdout.splitlines()[-1])
 
 
+EVENTS_OF_A_SESSION = """
+import asyncio
+from app import ui
+import gradio as gr
+from gradio.state_holder import SessionState
+
+with ui.Page() as page:
+    gr.Button().click(lambda: None, None, [gr.JSON(), gr.JSON()])
+state, [event] = SessionState(page), page.fns.values()
+
+async def happen():
+    for number in range(10):
+        await page.postprocess_data(event, [gr.skip(), gr.skip()], state)
+        await page.postprocess_data(event, [{"number": number}, {}], state)
+
+before = set(state.blocks_config.blocks)
+asyncio.run(happen())
+assert set(state.blocks_config.blocks) == before, "components"
+assert set(state.config_values) <= before, "values"
+"""
+
+
+def test_a_session_does_not_grow_with_its_events():
+    """In a process of its own: Gradio leaves an event loop open."""
+    subprocess.run([sys.executable, "-c", EVENTS_OF_A_SESSION], cwd=ROOT, check=True)
+
+
 @pytest.mark.parametrize(
     ("num_users", "seconds"),
     [(4, 6), pytest.param(10, 120, marks=pytest.mark.slow), pytest.param(50, 600, marks=pytest.mark.slow)],

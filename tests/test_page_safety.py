@@ -215,6 +215,7 @@ def test_limits_are_set():
     options = ui.launch_options()
     assert options["max_file_size"] == "64mb"
     assert options["share"] is False
+    assert options["state_session_capacity"] <= 1000
     assert [str(path) for path in options["allowed_paths"]] == [str(ROOT / "app" / "samples")]
     assert ui.QUEUE_SIZE == 32
     assert max(ui.DELETE_CACHE) <= 6 * 3600
