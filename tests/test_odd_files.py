@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+from gradio_client import Client, handle_file
+from gradio_client.exceptions import AppError
 from odd_files import ROOT, exif, odd_files, picture, pixels, samples, sound, wav
 from PIL import Image
 
@@ -53,10 +55,14 @@ def check_bounds(opened: dict, max_seconds: float = MAX_SECONDS, max_bytes: floa
 def check_sentence(sentence: str, path: Path) -> None:
     """One line that names the file, says what is wrong and what to do, in our own words."""
     assert sentence.startswith(shown(path))
-    assert sentence.isprintable()
     said = sentence.removeprefix(shown(path))
+    check_plain(said)
     assert re.search(r"[;,] (\w+ )*(give|score|make|save|which|cut|resample|so)", said), sentence
-    assert not LIBRARY_WORDS.search(said), sentence
+
+
+def check_plain(sentence: str) -> None:
+    assert sentence.isprintable()
+    assert not LIBRARY_WORDS.search(sentence), sentence
 
 
 def test_there_are_enough_of_them():
@@ -88,6 +94,30 @@ def test_each_takes_little_time_and_memory_and_starts_nothing(folder):
         check_bounds(opened)
         if "bomb" in opened["name"]:
             check_bounds(opened, 1.0, 100e6)
+
+
+def test_the_command_line_has_a_score_or_a_sentence_for_each(folder, cli):
+    paths = [folder / name for name in NAMES]
+    exit_code, out, err = cli("score", "--json", "--", *paths)
+    scored = [json.loads(line)["file"] for line in out[:-1]]
+    refused = [line for line in err if line.startswith("error: ")]
+    assert exit_code == 1
+    assert len(scored) + len(refused) == len(paths)
+    assert len(scored) > len(paths) // 3
+    for path in paths:
+        [said] = [line for line in refused if line.startswith(f"error: {path}: ")] if str(path) not in scored else [""]
+        check_plain(said.removeprefix(f"error: {path}: "))
+
+
+@pytest.mark.parametrize("every", [8, pytest.param(1, marks=pytest.mark.slow)])
+def test_the_page_has_a_score_or_a_sentence_for_each(folder, page_server, every):
+    client, logged = Client(page_server.url, verbose=False), page_server.log.stat().st_size
+    for name in NAMES[::every]:
+        try:
+            assert client.predict(handle_file(folder / name), "", api_name="/score")["num_bytes"] > 0
+        except AppError as error:
+            check_plain(str(error))
+    assert "Traceback" not in page_server.log.read_bytes()[logged:].decode(errors="replace")
 
 
 @pytest.mark.slow
