@@ -47,7 +47,8 @@ class Expected:
 class User:
     """One user, who asks for one thing after another until the time is over."""
 
-    def __init__(self, number: int, url: str, expected: Expected, deadline: float) -> None:
+    def __init__(self, number: int, url: str, expected: Expected, deadline: float, folder: Path) -> None:
+        self._downloads = folder / str(number)  # of its own: clients name a file after its content
         self._choices = random.Random(number)
         self._url = url
         self._expected = expected
@@ -58,7 +59,7 @@ class User:
 
     def run(self) -> None:
         try:
-            self._client = Client(self._url, verbose=False, download_files=True)
+            self._client = Client(self._url, verbose=False, download_files=self._downloads)
             while time.monotonic() < self._deadline:
                 task = self._choices.choice([self._complete, self._complete, self._score, self._plan, self._cancel])
                 started = time.monotonic()
@@ -105,7 +106,7 @@ def main(url: str, pid: str, weights: str, num_users: str, seconds: str) -> None
     with TemporaryDirectory() as folder:
         expected = Expected(Path(weights), Path(folder))
         deadline = time.monotonic() + float(seconds)
-        users = [User(number, url, expected, deadline) for number in range(int(num_users))]
+        users = [User(number, url, expected, deadline, Path(folder)) for number in range(int(num_users))]
         threads = [threading.Thread(target=user.run, daemon=True) for user in users]
         for thread in threads:
             thread.start()
