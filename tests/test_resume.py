@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -70,6 +72,34 @@ def test_a_signal_between_two_passes_gives_up_the_step_or_the_validation_and_not
     assert found[-1:] == ([] if saved is None else [f"step-{saved:08d}"])
     run_tiny(tmp_path, "stopped", resume=True)
     require_same_end(tmp_path / "stopped", tmp_path / "unbroken")
+
+
+SAVED_AGAIN = """
+import sys
+from pathlib import Path
+from core.checkpoint import latest_checkpoint, save_checkpoint, step_folder
+from core.learner import Learner
+from core.models import build_model
+from tests.tiny_run import ALONE
+
+saved = latest_checkpoint(Path(sys.argv[1]))
+learner = Learner(build_model(saved.config), saved.config.train, ALONE)
+learner.restore(saved)
+save_checkpoint(step_folder(Path(sys.argv[2]), learner.step), saved.config, learner.weights, learner.capture())
+"""
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_new_process_that_loads_a_checkpoint_saves_the_same_one(tmp_path, optimizer):
+    """Weights, moments, averages, counters, generators: every file has the same bytes."""
+    run_tiny(tmp_path, "run", tiny_config(num_steps=7, checkpoint_every=7, eval_every=7, optimizer=optimizer))
+    command = [sys.executable, "-c", SAVED_AGAIN, tmp_path / "run", tmp_path / "again"]
+    subprocess.run(command, cwd=Path(__file__).parents[1], check=True)
+    first, again = (
+        {path.name: path.read_bytes() for path in step_folder(tmp_path / out, 7).iterdir()} for out in ("run", "again")
+    )
+    assert len(first) == 5
+    assert again == first
 
 
 def test_a_crash_between_checkpoints_loses_only_the_steps_since_the_last_one(tmp_path):
