@@ -105,7 +105,8 @@ class Loader:
     from the beginning of each document. Others lie side by side from an offset that is drawn from (seed, epoch) too, so
     later epochs cut the data elsewhere, but never inside one of its units.
     Augmentation is drawn from (seed, window), so it too is the same after a restart and with any number of ranks.
-    Of the windows of a step as many bytes are read as one of `lengths` says, drawn from (seed, step).
+    Of the windows of a step as many bytes are read as one of `lengths` says: each has its turn, in an order drawn from
+    (seed, cycle).
     """
 
     def __init__(
@@ -146,8 +147,9 @@ class Loader:
 
     def batch(self, step: int) -> np.ndarray:
         """This rank's rows of the batch of `step`, uint8 (batch_size / world_size, length)."""
+        cycle, place = divmod(step, len(self._lengths))
         # The third number keeps these draws apart from those of epochs and windows.
-        length = self._lengths[np.random.default_rng([self._seed, step, 2]).integers(len(self._lengths))]
+        length = self._lengths[np.random.default_rng([self._seed, cycle, 2]).permutation(len(self._lengths))[place]]
         return np.stack([self._window(step * self._batch_size + row)[:length] for row in self._own_rows])
 
     def iterate(self, start_step: int, num_steps: int, *, pin: bool = False) -> "Iterator[torch.Tensor]":

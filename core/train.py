@@ -309,11 +309,11 @@ class _Run:
 def lengths_read(config: Config) -> tuple[int, ...]:
     """How many bytes of a training window are read: always all of them, unless the model predicts only the last of what it reads.
 
-    A picture has a beginning, so such a model reads each part of it up to its end, and learns all of the picture.
+    Such a model reads each part of a window up to its end, and so learns and is validated with every context it is scored with.
     """
     seq_len = config.train.seq_len or config.model.max_seq_len
     num_predicted = config.model.num_predicted(seq_len)
-    return tuple(range(num_predicted, seq_len + 1, num_predicted)) if config.codec.modality == "image" else (seq_len,)
+    return (*range(num_predicted, seq_len, num_predicted), seq_len)
 
 
 def micro_batch_size(settings: TrainConfig, num_ranks: int, most: int) -> int:

@@ -9,16 +9,18 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from core.checkpoint import load_model
+from core.compare import flops_per_predicted_byte
 from core.config import Config, ImageCodecConfig, PerceiverArConfig
+from core.data import ByteData, Loader
 from core.errors import UserError
-from core.likelihood import score
+from core.likelihood import Window, predicted_parts, score
 from core.models import PerceiverAr, build_model
 from core.models.loss import nll
 from core.sample import generate
 from core.train import lengths_read
 from tests.model_cases import random_bytes
 from tests.test_likelihood import stream_of
-from tests.tiny_run import metrics, run_tiny, tiny_config
+from tests.tiny_run import SEQ_LEN, TINY_MODEL, metrics, run_tiny, tiny_config
 
 CONTEXT, LATENTS = 24, 8
 
@@ -189,11 +191,32 @@ def test_a_run_trains_saves_resumes_and_loads(tmp_path):
     assert metrics(tmp_path / "run")[-1]["bytes_seen"] == result.bytes_seen
 
 
-def test_of_pictures_every_part_is_learned_and_validated():
+def test_every_part_of_a_window_is_learned_and_validated_with_the_context_it_is_scored_with():
     model = config_of(max_seq_len=48, positions="both")
     picture = Config(name="picture", model=model, codec=ImageCodecConfig(side=4, scan_patch=2))
-    assert lengths_read(picture) == (8, 16, 24, 32, 40, 48)
-    assert lengths_read(tiny_config(config_of(max_seq_len=32))) == (32,)
+    text = tiny_config(config_of(max_seq_len=48))
+    for config in (picture, text):
+        parts = predicted_parts(Window(0, 0, 48, 0), build(config.model))
+        assert lengths_read(config) == tuple(part.end for part in parts) == (8, 16, 24, 32, 40, 48)
+    assert lengths_read(tiny_config(config_of(max_seq_len=48), seq_len=20)) == (8, 16, 20)
+    assert lengths_read(tiny_config(TINY_MODEL)) == (SEQ_LEN,)
+
+
+def test_the_flops_of_a_step_are_the_mean_over_the_lengths_read():
+    config = tiny_config(config_of(max_seq_len=32))
+    model = build(config.model)
+    loader = Loader(
+        ByteData(np.zeros(400, np.uint8), np.array([0, 400])), 32, 1, seed=0, aligned=False, lengths=lengths_read(config)
+    )
+    spent = []
+    for step in range(2 * len(lengths_read(config))):
+        byte_ids = torch.from_numpy(loader.batch(step)).long()
+        with FlopCounterMode(display=False) as counter:
+            predicted = model(byte_ids).shape[1]
+        assert predicted == LATENTS
+        spent.append(counter.get_total_flops())
+    assert len(set(spent)) == 4
+    assert np.mean(spent) == pytest.approx(flops_per_predicted_byte(model, config) * LATENTS, rel=0.2)
 
 
 def test_a_model_without_a_kind_is_a_megabyte_and_every_kind_comes_back_from_its_json():
