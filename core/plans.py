@@ -1,8 +1,10 @@
 """What `core.compare` trains: for each plan its data, its models and how much computing each of them gets.
 
-Models of one plan cost about the same per predicted byte, so that with the same FLOPs they learn from about the same number
-of bytes. All have the optimizer and the schedule of the shipped model of their modality; "ours" has its architecture, too,
-in other sizes. The plain ones are as published: ReLU, no norm of queries and keys, no scalars, no softcap.
+Models of one group take steps of the same number of bytes, at least about 50 of them. In the plans of one modality they
+cost about the same per predicted byte, so that with the same FLOPs they learn from about the same number of bytes; in
+`scaling` and `ablation` cheaper models learn from more. All have the optimizer and the schedule of the shipped model of
+their modality; "ours" has its architecture, too, in other sizes. The plain ones are as published: ReLU, no
+norm of queries and keys, no scalars, no softcap.
 """
 
 from collections.abc import Callable
@@ -107,17 +109,24 @@ def _member(
     size: Size,
     group: str = "",
     codec: CodecConfig | None = None,
+    context: int = 0,
+    cpu_bytes_per_step: int = 1 << 14,
     **training: Any,
 ) -> Member:
-    """A model with the shipped recipe's training and, unless it is given, codec."""
+    """A model with the shipped recipe's training and, unless it is given, codec.
+
+    A step has as many bytes as whole windows of `context` come nearest to, from below: the group's longest, by default the
+    model's own.
+    """
     shipped = preset(modality)
-    bytes_per_step = 1 << 16 if size == "gpu" else 1 << 14
-    batch_size = max(1, bytes_per_step // model.num_predicted(model.max_seq_len))
-    micro_batch_size = max(1, min(batch_size, (1 << 16) // model.max_seq_len))
+    context = context or model.max_seq_len
+    num_windows = max(1, (1 << 16 if size == "gpu" else cpu_bytes_per_step) // context)
+    batch_size = num_windows * context // model.num_predicted(model.max_seq_len)
+    most = max(1, (1 << 16) // model.max_seq_len)
     train = replace(
         shipped.train,
-        batch_size=batch_size // micro_batch_size * micro_batch_size,
-        micro_batch_size=micro_batch_size,
+        batch_size=batch_size,
+        micro_batch_size=next(n for n in range(min(batch_size, most), 0, -1) if batch_size % n == 0),
         seq_len=0,
         augment=False,
         **{"eval_sequences": max(1, (1 << 19 if size == "gpu" else 1 << 16) // model.max_seq_len), **training},
@@ -134,9 +143,9 @@ def _level(dim: int, num_layers: int, num_heads: int, **options) -> LevelConfig:
 
 
 def _paper_form(coarse: LevelConfig, fine: LevelConfig, context: int) -> MegaByteConfig:
-    """MEGABYTE as published: learned positions, and rotary ones where it looks across patches (section 2.3)."""
+    """MEGABYTE as published: learned positions, rotary ones where it looks across patches (section 2.3), weights as in A.1."""
     positions = "both" if fine.cross_patch else "learned"
-    return MegaByteConfig(levels=(coarse, fine), max_seq_len=context, positions=positions)
+    return MegaByteConfig(levels=(coarse, fine), max_seq_len=context, positions=positions, init_std=0.006)
 
 
 def _ours(modality: str, coarse: tuple[int, int, int], fine: tuple[int, int, int], context: int) -> MegaByteConfig:
@@ -274,16 +283,19 @@ def _comparison(modality: str) -> Callable[[Size], list[Member]]:
         }
         return [
             _member("megabyte", published, modality, size, codec=_published_codec(modality)),
-            *(_member(name, model, modality, size) for name, model in models.items()),
+            *(_member(name, model, modality, size, context=context) for name, model in models.items()),
         ]
 
     return members
 
 
 def _scaling(size: Size) -> list[Member]:
-    """The three kinds with contexts of 2k to 64k bytes of text; only the context grows, so longer ones learn from fewer bytes."""
+    """The three kinds with contexts from 2k bytes of text up; only the context grows, so longer ones learn from fewer bytes.
+
+    Up to 64k on a GPU. On a CPU up to 8k: of longer ones the FLOPs pay for too few steps.
+    """
     members = []
-    for context in (2048, 8192, 32768, 65536):
+    for context in (2048, 8192, 32768, 65536) if size == "gpu" else (2048, 8192):
         if size == "gpu":
             coarse, fine = _level(512, 4, 8, patch_size=8), _level(192, 2, 3)
             flat, perceiver = _flat(160, 4, 2, context), _perceiver(160, 4, 2, context)
@@ -292,7 +304,9 @@ def _scaling(size: Size) -> list[Member]:
             flat, perceiver = _flat(80, 3, 2, context), _perceiver(80, 3, 2, context)
         models = {"megabyte": _paper_form(coarse, fine, context), "transformer": flat, "perceiver-ar": perceiver}
         group = f"{context // 1024}k"
-        members += [_member(f"{name}-{group}", model, "text", size, group) for name, model in models.items()]
+        members += [
+            _member(f"{name}-{group}", model, "text", size, group, cpu_bytes_per_step=1 << 13) for name, model in models.items()
+        ]
     test_items = 16 if size == "gpu" else 4
     return [replace(member, split=replace(member.split, segment_bytes=65536, test_items=test_items)) for member in members]
 
@@ -311,8 +325,8 @@ def _ablation(size: Size) -> list[Member]:
             "with-conv": (replace(coarse, conv_kernels=(3, 5, 7)), across),
         }
         for name, levels in variants.items():
-            model = _paper_form(*levels, _SIZES[modality, size].context)
-            members.append(_member(f"{name}-{modality}", model, modality, size, codec=_published_codec(modality)))
+            model, codec = _paper_form(*levels, _SIZES[modality, size].context), _published_codec(modality)
+            members.append(_member(f"{name}-{modality}", model, modality, size, codec=codec, cpu_bytes_per_step=1 << 13))
     return members
 
 
@@ -332,10 +346,10 @@ def _ablation_recipe(size: Size) -> list[Member]:
     for modality in ("text", "image32"):
         sizes = _SIZES[modality, size]
         ours = _ours(modality, *sizes.ours, sizes.context)
-        members.append(_member(f"ours-{modality}", ours, modality, size))
-        members += [_member(f"{name}-{modality}", model, modality, size) for name, model in _single_changes(ours)]
-        for name, training in _PLAIN_TRAINING.items():
-            members.append(_member(f"{name}-{modality}", ours, modality, size, **training))
+        changes = [("ours", ours, {}), *((name, model, {}) for name, model in _single_changes(ours))]
+        changes += [(name, ours, training) for name, training in _PLAIN_TRAINING.items()]
+        for name, model, training in changes:
+            members.append(_member(f"{name}-{modality}", model, modality, size, cpu_bytes_per_step=1 << 12, **training))
     return members
 
 
@@ -355,13 +369,13 @@ def _single_changes(model: MegaByteConfig) -> list[tuple[str, MegaByteConfig]]:
     return changes
 
 
-# FLOPs of each model: a plan takes 10 to 30 minutes on two cores and a few minutes on an H100.
+# FLOPs of each model: a plan takes 10 to 30 minutes on two cores and 5 to 20 minutes on an H100.
 _PLANS: dict[str, tuple[Callable[[Size], list[Member]], dict[Size, float]]] = {
     "text": (_comparison("text"), {"cpu": 1e13, "gpu": 1.5e15}),
     "image32": (_comparison("image32"), {"cpu": 1e13, "gpu": 1.5e15}),
     "image64": (_comparison("image64"), {"cpu": 1e13, "gpu": 1.5e15}),
     "audio": (_comparison("audio"), {"cpu": 1e13, "gpu": 1.5e15}),
-    "scaling": (_scaling, {"cpu": 4e12, "gpu": 4e14}),
+    "scaling": (_scaling, {"cpu": 6e12, "gpu": 1e15}),
     "ablation": (_ablation, {"cpu": 5e12, "gpu": 6e14}),
-    "ablation-recipe": (_ablation_recipe, {"cpu": 2e12, "gpu": 5e14}),
+    "ablation-recipe": (_ablation_recipe, {"cpu": 2.5e12, "gpu": 5e14}),
 }

@@ -6,10 +6,13 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from core.config import LevelConfig
 from core.models import MegaByte, build_model
 from core.models.megabyte import Level
+from core.plans import _paper_form
 from core.presets import preset, preset_names
 from tests.model_cases import CASES, CONTEXT, build, naive_megabyte, random_bytes, two_level
+from tests.tiny_run import tiny_config
 
 
 def test_exact_form_equals_the_equations():
@@ -188,6 +191,17 @@ def test_cache_bytes_are_those_of_the_cache(name):
 
 def test_no_bytes_in_no_logits_out():
     assert build(CASES["exact"])(random_bytes(2, 0)).shape == (2, 0, 256)
+
+
+def test_all_weights_of_the_papers_form_begin_alike():
+    """A.1: N(0, 0.006), truncated at two sigma; biases 0, norms 1 and 0."""
+    torch.manual_seed(0)
+    level = LevelConfig(dim=64, num_layers=3, num_heads=2)
+    model = build_model(tiny_config(_paper_form(dataclasses.replace(level, patch_size=4), level, 64)))
+    for name, parameter in model.named_parameters():
+        if parameter.ndim >= 2:
+            assert parameter.std().item() == pytest.approx(0.88 * 0.006, rel=0.1), name  # 0.88: what truncation leaves
+            assert parameter.abs().max() <= 0.012
 
 
 def test_lengths_beyond_the_context_are_refused():

@@ -408,17 +408,14 @@ class MegaByte(nn.Module):
 
     @torch.no_grad()
     def _init_level(self, level: Level) -> None:
-        """What lies outside the matrices, and the two of a layer that write to the residual stream."""
+        """What lies outside the matrices, and the options that begin some of them otherwise than the paper's A.1 does."""
         config = self.config
         for parameter in (level.pad, level.positions):
             if parameter is not None:
                 truncated_normal(parameter, config.init_std)
-        for block in level.transformer.blocks:
+        for block in level.transformer.blocks if config.zero_init else ():
             for linear in (block.attention.out, block.ffn_out):
-                if config.zero_init:
-                    nn.init.zeros_(linear.weight)
-                else:
-                    truncated_normal(linear.weight, config.init_std / (2 * level.config.num_layers) ** 0.5)
+                nn.init.zeros_(linear.weight)
         if level.transformer.residual_scalars is not None:
             level.transformer.residual_scalars.copy_(torch.tensor([1.0, 0.0]))
         if config.smooth_init:
