@@ -135,6 +135,7 @@ def _train_and_score(member: Member, budget: float, root: Path, out: Path, devic
         group=member.group,
         num_parameters=model.num_parameters(),
         flops_per_byte=flops_per_byte,
+        num_steps=trained.steps,
         training_flops=_BACKWARD * flops_per_byte * trained.bytes_seen,
         bytes_seen=trained.bytes_seen,
         seconds=metrics[-1]["seconds"],
@@ -196,8 +197,10 @@ def matching(root: Path, pattern: str) -> list[Path]:
 
 
 def _digest(plan: Plan) -> str:
-    """Of all that the plan says of its models and their data: it may have changed since a comparison was begun."""
-    return hashlib.sha256(repr(plan.members).encode()).hexdigest()[:16]
+    """Of the models, their data and how they are read and measured: all may have changed since a comparison was begun."""
+    lengths = [lengths_read(member.config) for member in plan.members]
+    measured = [field.name for field in dataclasses.fields(Result)]
+    return hashlib.sha256(repr((plan.members, lengths, measured)).encode()).hexdigest()[:16]
 
 
 def _claim(out: Path, facts: dict[str, Any], resume: bool) -> None:

@@ -43,6 +43,7 @@ class Result:
     Attributes:
         group: models of one group are compared with each other, on the same test items.
         flops_per_byte: forward FLOPs for each byte that is predicted.
+        num_steps: optimizer steps.
         training_flops: spent, forward and backward.
         bytes_seen: bytes the loss was of.
         seconds: of training, on `device`.
@@ -56,6 +57,7 @@ class Result:
     group: str
     num_parameters: int
     flops_per_byte: float
+    num_steps: int
     training_flops: float
     bytes_seen: int
     seconds: float
@@ -114,6 +116,8 @@ def table(results: list[Result]) -> list[list[str]]:
         "model",
         "parameters",
         "FLOPs/byte",
+        "FLOPs",
+        "steps",
         "bytes seen",
         "seconds",
         "bits/byte",
@@ -129,6 +133,8 @@ def table(results: list[Result]) -> list[list[str]]:
                 result.name,
                 f"{result.num_parameters / 1e6:.2f} M",
                 f"{result.flops_per_byte / 1e6:.2f} M",
+                f"{result.training_flops:.3g}",
+                f"{result.num_steps}",
                 f"{result.bytes_seen / 1e6:.1f} M",
                 f"{result.seconds:.0f}",
                 _rate(result.basic),

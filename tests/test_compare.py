@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections import defaultdict
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from PIL import Image
 from app.comparing import compare_models
 from core import plans
 from core.codecs import build_codec
-from core.compare import flops_per_predicted_byte
+from core.compare import flops_per_predicted_byte, with_budget
 from core.comparison import Measurement, Result, ratio_error, table
 from core.config import LevelConfig, MegaByteConfig, PerceiverArConfig, TextCodecConfig
 from core.data import build_shards, shared_items
@@ -64,6 +65,7 @@ def test_all_models_get_the_same_flops_and_the_same_test_items(tiny_plan, root, 
         step_flops = (
             result.training_flops / json.loads((tmp_path / "out" / result.name / "config.json").read_text())["train"]["num_steps"]
         )
+        assert result.training_flops == pytest.approx(step_flops * result.num_steps)
         assert abs(result.training_flops - BUDGET) <= step_flops / 2 * 1.0001
         assert sum(result.basic.item_bytes) == 5 * 64
         assert result.basic.bits_per_byte < 8.2
@@ -85,6 +87,7 @@ def test_tables_json_and_plot_say_the_same(tiny_plan, root, tmp_path):
     markdown = (tmp_path / "out" / "table.md").read_text()
     for result in found.results:
         figure = f"{result.basic.bits_per_byte:.4f} ± {result.basic.standard_error:.4f}"
+        assert f"| {result.training_flops:.3g} | {result.num_steps} |" in markdown
         assert figure in markdown
         assert figure in found.table
     assert f"Words in the scored text: {found.results[0].num_words}." in markdown
@@ -100,6 +103,7 @@ def test_a_table_of_texts_and_pictures_leaves_the_words_of_pictures_out():
         group="text",
         num_parameters=1,
         flops_per_byte=1.0,
+        num_steps=1,
         training_flops=1.0,
         bytes_seen=1,
         seconds=1.0,
@@ -199,6 +203,23 @@ def test_every_plan_can_be_built_and_its_names_are_folders(name, size):
     plan = build_plan(name, size)
     assert len({member.name for member in plan.members}) == len(plan.members) > 2
     assert all(member.name == member.name.strip("./") and "/" not in member.name for member in plan.members)
+
+
+@pytest.mark.parametrize("size", ["cpu", "gpu"])
+@pytest.mark.parametrize("name", plan_names())
+def test_the_models_of_a_group_take_equal_steps_enough_of_them_and_spend_what_they_are_given(name, size):
+    plan = build_plan(name, size)
+    bytes_per_step = defaultdict(set)
+    for member in plan.members:
+        with torch.device("meta"):
+            flops_per_byte = flops_per_predicted_byte(build_model(member.config), member.config)
+        train = with_budget(member.config, flops_per_byte, plan.budget).train
+        num_bytes = train.batch_size * member.config.model.num_predicted(member.config.model.max_seq_len)
+        bytes_per_step[member.group].add(num_bytes)
+        assert train.batch_size % train.micro_batch_size == 0
+        assert train.num_steps >= 40
+        assert train.num_steps * num_bytes * 3 * flops_per_byte == pytest.approx(plan.budget, rel=0.02)
+    assert all(len(sizes) == 1 for sizes in bytes_per_step.values())
 
 
 @pytest.mark.parametrize("size", ["cpu", "gpu"])
