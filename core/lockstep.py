@@ -19,7 +19,7 @@ zero, and adding zeros at the end of a sum changes no bit of it.
 import copy
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from weakref import WeakKeyDictionary
 
@@ -110,7 +110,8 @@ class Lockstep:
         self._top_p_B1 = self._zeros(torch.float64, 1)
         self._graphs: dict[tuple, torch.cuda.CUDAGraph] = {}
         if self.device.type == "cuda":
-            self._capture_all()
+            with self._on_device():
+                self._capture_all()
 
     @torch.inference_mode()
     def run(self, jobs: Sequence[Job]) -> Iterator[tuple[int, Chunk]]:
@@ -119,31 +120,32 @@ class Lockstep:
         rows: list[tuple[int, Job] | None] = [None] * self.num_rows
         positions = [0] * self.num_rows  # an idle row makes its first bytes over and over
         while waiting or any(rows):
-            given_BR = np.full((self.num_rows, self.round_size), -1, dtype=np.int64)
-            for row in range(self.num_rows):
-                if rows[row] is None:
-                    positions[row] = 0
-                    if waiting:
-                        rows[row] = waiting.popleft()
-                        positions[row] = self._begin(row, rows[row][1], given_BR)
-                elif positions[row] == self.cache.max_seq_len:
-                    positions[row] = self._read(self.cache.rows(slice(row, row + 1)), self._context(rows[row][1])[0])
-            num_bytes = min(self.round_size, self.cache.max_seq_len - max(positions))
-            working = [(row, *found) for row, found in enumerate(rows) if found is not None]
-            self._load(positions, given_BR, working, num_bytes)
-            for phase in self.phases(max(positions), num_bytes):
-                self.make_byte(phase)
-            bytes_BR, bits_BR = self._bytes_BR.cpu().numpy().astype(np.uint8), self._bits_BR.cpu().numpy()
-            chunks = []
-            for row, index, job in working:
-                positions[row] += num_bytes
-                first = int((given_BR[row] >= 0).sum())
-                new = slice(first, min(num_bytes, first + job.num_bytes - job.num_made))
-                chunk = Chunk(bytes_BR[row, new].copy(), bits_BR[row, new].copy())
-                job.made.append(chunk.byte_values)
-                if job.num_made == job.num_bytes:
-                    rows[row] = None
-                chunks.append((index, chunk))
+            with self._on_device():  # left before the chunks are: what the caller does between rounds is its own
+                given_BR = np.full((self.num_rows, self.round_size), -1, dtype=np.int64)
+                for row in range(self.num_rows):
+                    if rows[row] is None:
+                        positions[row] = 0
+                        if waiting:
+                            rows[row] = waiting.popleft()
+                            positions[row] = self._begin(row, rows[row][1], given_BR)
+                    elif positions[row] == self.cache.max_seq_len:
+                        positions[row] = self._read(self.cache.rows(slice(row, row + 1)), self._context(rows[row][1])[0])
+                num_bytes = min(self.round_size, self.cache.max_seq_len - max(positions))
+                working = [(row, *found) for row, found in enumerate(rows) if found is not None]
+                self._load(positions, given_BR, working, num_bytes)
+                for phase in self.phases(max(positions), num_bytes):
+                    self.make_byte(phase)
+                bytes_BR, bits_BR = self._bytes_BR.cpu().numpy().astype(np.uint8), self._bits_BR.cpu().numpy()
+                chunks = []
+                for row, index, job in working:
+                    positions[row] += num_bytes
+                    first = int((given_BR[row] >= 0).sum())
+                    new = slice(first, min(num_bytes, first + job.num_bytes - job.num_made))
+                    chunk = Chunk(bytes_BR[row, new].copy(), bits_BR[row, new].copy())
+                    job.made.append(chunk.byte_values)
+                    if job.num_made == job.num_bytes:
+                        rows[row] = None
+                    chunks.append((index, chunk))
             yield from chunks
 
     def phases(self, longest: int, num_bytes: int) -> Iterator[tuple[int, int]]:
@@ -322,6 +324,10 @@ class Lockstep:
     def _surprisal(logits_BV: Tensor, chosen_B1: Tensor) -> Tensor:
         wide_BV = logits_BV.double()
         return nats_to_bits(wide_BV.logsumexp(1, keepdim=True) - wide_BV.gather(1, chosen_B1)).float()
+
+    def _on_device(self) -> AbstractContextManager:
+        """Streams and graphs are those of the current GPU, which need not be the model's."""
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
 
     def _zeros(self, dtype: torch.dtype, *shape: int) -> Tensor:
         return torch.zeros(self.num_rows, *shape, dtype=dtype, device=self.device)

@@ -89,3 +89,16 @@ def test_the_app_works_on_the_gpu(tiny_models, tmp_path):
     for _ in job.run():
         pass
     assert [result.engine for result in job.results] == ["cuda-bf16"] * 3
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two CUDA devices on this machine")
+def test_a_model_on_another_gpu_than_the_current_one_makes_the_same_bytes_there():
+    model = build(CASES["all_rotary"]).to("cuda:0")
+    expected = generate(model, b"abc", 20, seed=5, num_samples=2)
+    torch.cuda.synchronize(0)
+    taken = torch.cuda.memory_reserved(0)
+    other = build(CASES["all_rotary"]).to("cuda:1")
+    made = generate(other, b"abc", 20, seed=5, num_samples=2)
+    assert all(map(np.array_equal, made, expected))
+    assert torch.cuda.memory_reserved(0) == taken  # nothing was captured there
+    assert torch.cuda.current_device() == 0
