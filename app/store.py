@@ -188,7 +188,7 @@ class ModelStore:
 
 
 def _describe(folder: Path) -> ModelInfo:
-    checkpoint = load_checkpoint(folder)
+    checkpoint = load_checkpoint(folder, averaged=True)
     config, card = checkpoint.config, checkpoint.card
     measured = card.get("bits_per_byte", {})
     return ModelInfo(

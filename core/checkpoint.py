@@ -6,7 +6,7 @@ export  config.json  model.safetensors  card.json                      manifest.
 
 import logging
 import shutil
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from core.models.layers import Rotary
 
 WEIGHTS_FOLDER = Path(__file__).parents[1] / "weights"
 _STATE_TENSORS_NAME = "state.safetensors"
+_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _MOST_TABLE_BYTES = 1 << 30  # a context of a million bytes with heads of 128 channels
 
@@ -56,7 +57,8 @@ class Checkpoint:
     config: Config
     tensors: dict[str, Tensor]
     card: dict[str, Any]  # empty for a step of a run
-    digest: str  # SHA-256 of model.safetensors in hex
+    digest: str  # SHA-256 in hex of the file that the tensors are from
+    has_state: bool  # whether there is all that a run needs to go on
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -88,8 +90,10 @@ def export_model(
         write_json(partial / "card.json", card)
 
 
-def load_checkpoint(folder: Path) -> Checkpoint:
-    """The configuration and weights of a step or an export.
+def load_checkpoint(folder: Path, *, averaged: bool = False) -> Checkpoint:
+    """The configuration and weights of a step or an export; with `averaged` those that an export of the step would have.
+
+    What the manifest does not list is not looked at.
 
     Raises:
         UserError: if a file is missing or not what the manifest says; nothing of the folder is used then.
@@ -98,12 +102,15 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     for name in ("config.json", "model.safetensors"):
         if name not in digests:
             raise UserError(f"{folder / MANIFEST_NAME} does not list {name}; this is not a model folder")
+    has_state = {"state.json", _STATE_TENSORS_NAME} <= digests.keys()
+    average = load_train_state(folder).average if averaged and has_state else {}
     return Checkpoint(
         folder=folder,
         config=load_config(folder / "config.json"),
-        tensors=_load_tensors(folder / "model.safetensors"),
+        tensors=average or _load_tensors(folder / "model.safetensors"),
         card=read_json(folder / "card.json") if "card.json" in digests else {},
-        digest=digests["model.safetensors"],
+        digest=digests[_STATE_TENSORS_NAME if average else "model.safetensors"],
+        has_state=has_state,
     )
 
 
@@ -182,11 +189,8 @@ def load_model(name_or_dir: str | Path, device: str = "cpu") -> ByteModel:
     Raises:
         UserError: if there is no such model, or its files are damaged or do not fit each other.
     """
-    checkpoint = load_checkpoint(resolve_model(name_or_dir))
+    checkpoint = load_checkpoint(resolve_model(name_or_dir), averaged=True)
     _require_modality(checkpoint)
-    if (checkpoint.folder / _STATE_TENSORS_NAME).exists():
-        average = load_train_state(checkpoint.folder).average
-        checkpoint = replace(checkpoint, tensors=average or checkpoint.tensors)
     with torch.device("meta"):
         _require_fitting(build_model(checkpoint.config), checkpoint)  # before there is memory for a model of any size
     model = build_model(checkpoint.config)
@@ -220,8 +224,8 @@ def _require_fitting(model: nn.Module, checkpoint: Checkpoint) -> None:
         found, wanted = tuple(tensor.shape), tuple(expected[name].shape)
         if found != wanted:
             raise UserError(f"{path}: tensor {name} has shape {found}, its config.json asks for {wanted}")
-        if not tensor.is_floating_point():
-            raise UserError(f"{path}: tensor {name} is of type {tensor.dtype}, a floating-point type is expected")
+        if tensor.dtype not in _TYPES:
+            raise UserError(f"{path}: tensor {name} is of type {tensor.dtype}, float32, bfloat16 or float16 is expected")
         if not tensor.isfinite().all():
             raise UserError(f"{path}: tensor {name} holds values that are no finite numbers; use another export or step")
     table_bytes = sum(module.num_bytes for module in model.modules() if isinstance(module, Rotary))

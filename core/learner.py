@@ -170,6 +170,8 @@ class Learner:
         Raises:
             UserError: if it belongs to another model or lacks a part of the state.
         """
+        if not checkpoint.has_state:
+            raise UserError(f"{checkpoint.folder} lists no state of a run to go on from; start a new run instead")
         state = load_train_state(checkpoint.folder)
         load_weights(self.model, checkpoint)
         device = self._ranks.device

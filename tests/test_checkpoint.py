@@ -28,7 +28,9 @@ from core.checkpoint import (
 from core.config import FORMAT_VERSION
 from core.errors import UserError
 from core.folder import MANIFEST_NAME, atomic_folder, clear_leftovers
-from tests.tiny_run import SEQ_LEN, tiny_config
+from core.learner import Learner
+from core.models import build_model
+from tests.tiny_run import ALONE, SEQ_LEN, tiny_config
 
 STEP_FILES = ("config.json", "manifest.json", "model.safetensors", "state.json", "state.safetensors")
 CARD = {"name": "tiny", "modality": "text"}
@@ -107,6 +109,28 @@ def test_a_step_of_a_run_that_averages_is_loaded_as_its_export_would_be(tmp_path
         save_checkpoint(step_folder(tmp_path / "run", 1), tiny_config(), weights, state)
         for name, tensor in model_tensors(load_model(tmp_path / "run")).items():
             assert torch.equal(tensor, weights[name] + shift)
+
+
+def test_a_state_that_the_manifest_does_not_list_is_not_looked_at(tmp_path, model):
+    weights = model_tensors(model)
+    average = {f"average.{name}": tensor + 1 for name, tensor in weights.items()}
+    state = TrainState(step=1, bytes_seen=7, seconds=0.5, best_bits_per_byte=None, tensors=average)
+    step = step_folder(tmp_path / "run", 1)
+    save_checkpoint(step, tiny_config(), weights, state)
+    digests = {name: folder._describe(step / name)["sha256"] for name in ("model.safetensors", "state.safetensors")}
+    assert load_model(step).digest == digests["state.safetensors"]
+    assert load_checkpoint(step).digest == digests["model.safetensors"]
+    (tmp_path / "aside").mkdir()
+    for name in ("state.json", "state.safetensors"):
+        (step / name).rename(tmp_path / "aside" / name)
+    reseal(step)
+    for name in ("state.json", "state.safetensors"):
+        (tmp_path / "aside" / name).rename(step / name)
+    loaded = load_model(step)
+    assert loaded.digest == digests["model.safetensors"]
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in model_tensors(loaded).items())
+    with pytest.raises(UserError, match="lists no state of a run to go on from"):
+        Learner(build_model(tiny_config()), tiny_config().train, ALONE).restore(load_checkpoint(step))
 
 
 def test_all_files_of_a_folder_may_be_read_by_those_who_may_read_new_files(tmp_path, model):

@@ -76,7 +76,11 @@ WRONG_TENSORS = {
     "shape": (lambda made: made.update({FIRST: torch.zeros(3)}), rf"tensor {FIRST} has shape \(3,\), .* asks for \(32,\)"),
     "type": (
         lambda made: made.update({FIRST: torch.zeros(32, dtype=torch.int8)}),
-        rf"tensor {FIRST} is of type torch.int8, a floating-point type is expected",
+        rf"tensor {FIRST} is of type torch.int8, float32, bfloat16 or float16 is expected",
+    ),
+    "eight bits": (
+        lambda made: made.update({FIRST: torch.zeros(32, dtype=torch.float8_e4m3fn)}),
+        rf"tensor {FIRST} is of type torch.float8_e4m3fn, float32, bfloat16 or float16 is expected",
     ),
     "not finite": (
         lambda made: made.update({FIRST: torch.full((32,), torch.inf)}),
