@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from core.config import Config, load_config
 from core.distributed import share_of, usable_device
 from core.errors import UserError
-from core.folder import MANIFEST_NAME, atomic_folder, read_json, verify_folder, write_json
+from core.folder import MANIFEST_NAME, atomic_folder, present_folder, read_json, verify_folder, write_json
 from core.models import ByteModel, build_model
 from core.models.layers import Rotary
 
@@ -172,7 +172,7 @@ def resolve_model(name_or_dir: str | Path) -> Path:
     if str(name_or_dir) in shipped_models():
         return WEIGHTS_FOLDER / name_or_dir
     folder = Path(name_or_dir)
-    for candidate in (folder, folder / "export"):
+    for candidate in map(present_folder, (folder, folder / "export")):
         if (candidate / MANIFEST_NAME).exists():
             return candidate
     if step_folders(folder):

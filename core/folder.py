@@ -1,6 +1,7 @@
 """Folders that are whole or not there: written beside their place, synced, then renamed; every file known by its SHA-256."""
 
 import contextlib
+import ctypes
 import hashlib
 import json
 import os
@@ -17,12 +18,16 @@ from core.errors import UserError
 
 MANIFEST_NAME = "manifest.json"
 
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of linux/fcntl.h and linux/fs.h
+
 
 @contextlib.contextmanager
 def atomic_folder(target: Path) -> Iterator[Path]:
     """An empty folder to fill; it becomes `target`, manifest included, if the block ends without an error.
 
-    Whatever goes wrong at whatever moment, `target` is afterwards the old folder or the new one.
+    Whatever goes wrong at whatever moment, `target` is the old folder or the new one. One exception: where two names cannot be
+    exchanged at once, a kill between two renames leaves the old one aside, where `present_folder` finds it; the next
+    `atomic_folder` or `clear_leftovers` puts it back.
 
     Raises:
         UserError: if the disk is full or does not take the files.
@@ -57,6 +62,12 @@ def clear_leftovers(parent: Path) -> None:
             shutil.rmtree(leftover, ignore_errors=True)
         else:
             leftover.unlink()  # of a single file that was being written
+
+
+def present_folder(target: Path) -> Path:
+    """Where the files of `target` are: there, or aside if a writer was killed, or is at work, between its two renames."""
+    is_aside = os.path.exists(_replaced(target)) and not os.path.exists(target)  # Path.exists raises where it may not look
+    return _replaced(target) if is_aside else target
 
 
 def verify_folder(folder: Path) -> dict[str, str]:
@@ -165,10 +176,20 @@ def _take_back(target: Path) -> None:
 
 
 def _replace_folder(source: Path, target: Path) -> None:
-    """Renames `source` to `target`. A full folder cannot be renamed over, so an old one steps aside first."""
-    replaced = _replaced(target)
-    if target.exists():
-        target.rename(replaced)
-    source.rename(target)
+    """Renames `source` to `target`. A full folder cannot be renamed over: it changes places with the new one, or steps aside."""
+    old = source if target.exists() and _exchange(source, target) else _replaced(target)
+    if old != source:
+        if target.exists():
+            target.rename(old)
+        source.rename(target)
     sync(target.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Gives two folders each other's names at one moment; False where the system or the disk cannot, and nothing is done."""
+    try:
+        rename = ctypes.CDLL(None).renameat2  # of Linux, glibc 2.28 or newer
+    except (AttributeError, OSError):
+        return False
+    return rename(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0

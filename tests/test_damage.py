@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from core import checkpoint
-from core.checkpoint import latest_checkpoint, load_checkpoint, step_folder, step_folders
+from core import folder as folders
+from core.checkpoint import latest_checkpoint, load_checkpoint, resolve_model, step_folder, step_folders
 from core.folder import clear_leftovers
 from tests.test_checkpoint import save_step
 from tests.test_stops import train_arguments
@@ -190,8 +191,13 @@ load_checkpoint(step_folder(Path(sys.argv[1]), 1)); print("intact")' "$folder"
 """
 
 
-def test_a_kill_before_any_call_while_writing_leaves_a_whole_checkpoint_and_nothing_else_after_the_next_start(tmp_path):
-    """The same step is written again, so that the old folder has to step aside. The process dies before its k-th call."""
+@pytest.mark.parametrize("exchanges", [True, False], ids=["exchanged", "aside"])
+def test_a_kill_before_any_call_while_writing_leaves_a_whole_checkpoint_and_nothing_else_after_the_next_start(
+    exchanges, tmp_path, monkeypatch
+):
+    """The same step is written again, so that the old folder has to make place. The process dies before its k-th call."""
+    if not exchanges:
+        monkeypatch.setattr(folders, "_exchange", lambda *_: False)
     watched = re.compile(r"open|os\.(rename|mkdir|remove|rmdir|chmod|listdir|scandir)|shutil\..*")
     save_step(tmp_path, 1, value=1.0)
     fsync = os.fsync
@@ -209,6 +215,8 @@ def test_a_kill_before_any_call_while_writing_leaves_a_whole_checkpoint_and_noth
             save_step(tmp_path, 1, value=2.0)
             os._exit(0)
         was_killed = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+        assert exchanges <= step_folder(tmp_path, 1).exists()
+        assert load_checkpoint(resolve_model(step_folder(tmp_path, 1))).config == tiny_config()  # a reader before that start
         clear_leftovers(tmp_path / "checkpoints")  # as the next start does
         assert load_checkpoint(step_folder(tmp_path, 1)).tensors["w"][0] in ((1.0, 2.0) if was_killed else (2.0,))
         assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
