@@ -1,8 +1,12 @@
 """The native engine: torch's logits, and torch itself wherever the engine cannot run."""
 
+import functools
 import os
+import resource
 import shutil
 import stat
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -402,3 +406,82 @@ def test_what_is_built_in_the_background_is_built_once(compiler, tmp_path, monke
         list(threads.map(lambda _: native.build(), range(2)))
     assert native.compile_model(rounded(SUPPORTED["exact"])) is not None
     assert count.read_text().split() == ["built"]
+
+
+IN_LITTLE_MEMORY = """
+import resource
+from pathlib import Path
+
+import numpy as np
+
+from core import native
+from tests.model_cases import random_bytes
+from tests.test_native import SUPPORTED, rounded
+
+model = rounded(SUPPORTED["flat"])
+byte_ids = random_bytes(8).tolist()
+
+
+def logits(alone):
+    cache = model.new_cache(1, 32)
+    model.prefill(random_bytes(1, 0), cache)
+    sequence = native.compile_model(model).sequence(cache, alone=alone)
+    return np.stack([sequence.step(byte).copy() for byte in byte_ids])
+
+
+native.num_cores = lambda: 2
+expected = logits(alone=False)
+taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+limit = taken + (1 << 22)  # a new thread's stack is larger
+resource.setrlimit(resource.RLIMIT_AS, (limit, resource.getrlimit(resource.RLIMIT_AS)[1]))
+print(np.array_equal(logits(alone=True), expected), len(list(Path("/proc/self/task").iterdir())))
+native.compile_model(model).structure.levels[0].ffn_dim = 1 << 24
+try:
+    logits(alone=False)
+except MemoryError as error:
+    print(error)
+"""
+
+
+@pytest.mark.usefixtures("engine")
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the system does not say how much memory a process has")
+def test_without_memory_for_a_thread_it_works_alone_and_without_memory_at_all_it_says_so():
+    stack = 1 << 23, resource.getrlimit(resource.RLIMIT_STACK)[1]
+    done = subprocess.run(
+        [sys.executable, "-c", IN_LITTLE_MEMORY],
+        cwd=Path(__file__).parents[1],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        preexec_fn=functools.partial(resource.setrlimit, resource.RLIMIT_STACK, stack),
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.splitlines() == ["True 1", "out of memory for what a sequence is computed with; make fewer at once"], (
+        done.stderr
+    )
+
+
+@pytest.mark.parametrize(
+    ("groups", "files", "quotas"),
+    [
+        ("0::/", {"cpu.max": "250000 100000"}, [2.5]),
+        ("0::/a/b", {"a/b/cpu.max": "max 100000", "a/cpu.max": "150000 100000"}, [1.5]),
+        ("0::/not-there", {"cpu.max": "50000 100000"}, [0.5]),
+        ("0::/", {"cpu.max": "max 100000"}, []),
+        ("5:memory:/a\n4:cpu,cpuacct:/a", {"cpu/a/cpu.cfs_quota_us": "300000", "cpu/a/cpu.cfs_period_us": "100000"}, [3.0]),
+        ("4:cpu:/docker/1", {"cpu/cpu.cfs_quota_us": "100000", "cpu/cpu.cfs_period_us": "50000"}, [2.0]),
+        ("4:cpu:/", {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, []),
+        (None, {}, []),
+    ],
+)
+def test_a_container_s_share_of_time_counts_as_cores(groups, files, quotas, tmp_path, monkeypatch):
+    for name, content in files.items():
+        path = tmp_path / "groups" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"{content}\n")
+    if groups is not None:
+        (tmp_path / "process").write_text(f"{groups}\n")
+    found = list(native._quotas(tmp_path / "process", tmp_path / "groups"))
+    assert found == quotas
+    monkeypatch.setattr(native, "_quotas", lambda: found)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(8), raising=False)
+    assert native.num_cores() == (max(1, int(quotas[0])) if quotas else 8)

@@ -8,8 +8,10 @@ The library is built at first use, see `core.kernels`.
 Without a compiler, on a GPU and for a model that is not supported `compile_model` gives None and torch does the work.
 """
 
+import contextlib
 import ctypes
 import os
+from collections.abc import Iterator
 from ctypes import POINTER, Structure, byref, c_double, c_int64, c_void_p
 from functools import lru_cache
 from pathlib import Path
@@ -170,8 +172,10 @@ class NativeSequence:
             woken=_pointer(cache.woken_B),
             logits=self._logits_V.ctypes.data,
         )
-        self._handle = library.sequence_open(byref(decoder.structure), byref(state), has_helper)
         self._library = library
+        self._handle = library.sequence_open(byref(decoder.structure), byref(state), has_helper)
+        if not self._handle:
+            raise MemoryError("out of memory for what a sequence is computed with; make fewer at once")
 
     def __del__(self) -> None:
         if handle := self.__dict__.pop("_handle", None):
@@ -236,8 +240,31 @@ def quantize(weight_RC: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def num_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Cores that this process may use: those it may run on, or the whole ones that its container's share of time amounts to."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min((cores, *map(int, _quotas()))))
+
+
+def _quotas(process: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> Iterator[float]:
+    """Cores' worth of time that each Linux control group of this process has, those without a limit left out."""
+    for line in process.read_text(encoding="utf-8").splitlines() if process.exists() else ():
+        _, controllers, name = line.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        top = root / "cpu" if controllers else root  # version 1 names the controllers of a line, version 2 has one line
+        group = top / name.lstrip("/")
+        for folder in (group, *group.parents):  # in a container the group's own name may not be there, only the top
+            if folder.is_relative_to(top):
+                yield from _quota(folder)
+
+
+def _quota(group: Path) -> Iterator[float]:
+    names = ("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")
+    for files in names:
+        with contextlib.suppress(OSError, ValueError):  # none there, or "max": no limit
+            quota, period = map(int, " ".join((group / name).read_text() for name in files).split())
+            if quota > 0:
+                yield quota / period
 
 
 def _has_supported_form(model: ByteModel) -> bool:

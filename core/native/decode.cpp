@@ -10,6 +10,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <new>
 #include <vector>
 
 #include "law.h"
@@ -283,8 +284,13 @@ struct Sequence {
 
 extern "C" {
 
+// Null if there is no memory for it.
 Sequence* sequence_open(const Model* model, const State* state, int64_t has_helper) {
-  return new Sequence(*model, *state, has_helper != 0);
+  try {
+    return new Sequence(*model, *state, has_helper != 0);
+  } catch (const std::bad_alloc&) {
+    return nullptr;
+  }
 }
 
 void sequence_close(Sequence* sequence) { delete sequence; }

@@ -14,12 +14,18 @@
 #include <condition_variable>
 #include <cstdint>
 #include <mutex>
+#include <system_error>
 #include <thread>
 
 class Team {
  public:
   explicit Team(bool has_helper) {
-    if (has_helper) helper_ = std::thread([this] { help(); });
+    if (!has_helper) return;
+    try {
+      helper_ = std::thread([this] { help(); });
+    } catch (const std::system_error&) {
+      // The system gives no thread: the caller works alone.
+    }
   }
 
   ~Team() {
