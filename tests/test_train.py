@@ -87,7 +87,7 @@ def test_validation_is_the_global_sum_over_the_global_count(model):
         log_p = model.eval()(torch.from_numpy(windows).long()).double().log_softmax(-1)
     expected = -log_p.gather(-1, torch.from_numpy(windows).long()[..., None]).mean() / math.log(2)
     for batch_size in (1, 3, 7, 100):
-        assert learner.evaluate(windows, batch_size, (windows.shape[1],)) == pytest.approx(expected.item(), abs=1e-6)
+        assert learner.evaluate(windows, batch_size, (windows.shape[1],)) == pytest.approx(expected.item(), rel=1e-6)
 
 
 def test_micro_batches_add_up_to_the_whole_batch(tmp_path):
