@@ -14,6 +14,7 @@ from typing import Any
 MAX_BODY_BYTES = 16 << 20  # of a call; files come by themselves
 MAX_CACHE_BYTES = 4 << 30  # of uploads and of the copies that the page shows
 MIN_CACHE_AGE_S = 600.0  # a younger file may still be in use
+UPLOAD_ROUTE = "/gradio_api/upload"
 _ADDRESS = re.compile(r"\s*[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 
 Message = MutableMapping[str, Any]
@@ -37,9 +38,9 @@ class Guard:
             await self._app(scope, receive, send)
             return
         path = scope["path"]
-        if any(_is_address(path.partition(route)[2]) for route in ("/file=", "/proxy=")):
+        if any(_is_address(path.partition(route)[2]) for route in ("/file=", "/file/", "/proxy=")):
             await _refuse(send, 403, "files of other machines are not served here")
-        elif scope["method"] == "POST" and path.rstrip("/").endswith("/upload"):
+        elif scope["method"] == "POST" and path.removeprefix(scope.get("root_path", "")).rstrip("/") == UPLOAD_ROUTE:
             if make_room(self._cache, self._max_cache_bytes):
                 await self._app(scope, receive, send)
             else:

@@ -33,10 +33,11 @@ def open_page(browser: Any, page_url: str) -> Iterator[Callable[..., Any]]:
     def open_page(width: int = 1280, height: int = 900, color_scheme: str = "light", url: str = page_url) -> Any:
         context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=color_scheme)
         contexts.append(context)
+        context.on("request", lambda request: note_foreign(request.url))
+        context.on("weberror", lambda found: complaints.append(f"script error: {found.error}"))
+        context.on("console", note_caught)
+        context.on("dialog", lambda dialog: (complaints.append(f"dialog: {dialog.message}"), dialog.dismiss()))
         page = context.new_page()
-        page.on("request", lambda request: note_foreign(request.url))
-        page.on("pageerror", lambda error: complaints.append(f"script error: {error}"))
-        page.on("dialog", lambda dialog: complaints.append(f"dialog: {dialog.message}"))
         page.goto(url)
         if url == page_url:
             page.wait_for_function("localStorage.getItem('megabyte-visitor')")  # its events are bound, the first has run
@@ -45,6 +46,11 @@ def open_page(browser: Any, page_url: str) -> Iterator[Callable[..., Any]]:
     def note_foreign(address: str) -> None:
         if not address.startswith((page_url, "file://", "data:", "blob:")):
             complaints.append(f"request to {address}")
+
+    def note_caught(message: Any) -> None:
+        """Gradio catches the errors of a view's script and only writes them to the console."""
+        if message.type == "error" and message.text.startswith(("Error in watch callback", "Error executing js_on_load")):
+            complaints.append(f"script error: {message.text}")
 
     yield open_page
     found = list(complaints)  # closing breaks off requests that are under way, which scripts may report

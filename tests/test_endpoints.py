@@ -19,6 +19,7 @@ import pytest
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 from page_server import free_port, wait_for_page
+from waiting import wait_until
 
 from app.__main__ import main
 from app.calls import owner_of
@@ -132,18 +133,16 @@ def test_a_short_call_does_not_wait_for_long_ones_and_a_cancelled_one_ends(page_
     callers = [Client(page_url, verbose=False) for _ in range(5)]
     settings = {"keep": 1.0, "samples": 1, "api_name": "/generate"}
     long_calls = [caller.submit(None, "Once", "", num_bytes=1_000_000, **settings) for caller in callers]
-    time.sleep(1)
-    started = time.monotonic()
+
+    def states() -> list[str]:
+        return [job["state"] for caller in callers for job in caller.predict(api_name="/jobs")]
+
+    wait_until(lambda: states() == ["running"] * 5, every_s=0.05)
     client.predict(None, "Once", "", num_bytes=50, **settings)
-    among_others = time.monotonic() - started
-    assert not any(call.done() for call in long_calls)
+    assert states() == ["running"] * 5
     for call in long_calls:
         call.cancel()
-    time.sleep(3)
-    started = time.monotonic()
-    client.predict(None, "Once", "", num_bytes=50, **settings)
-    alone = time.monotonic() - started
-    assert alone < among_others < 10
+    wait_until(lambda: states() == ["stopped"] * 5, every_s=0.05)
 
 
 def test_sigterm_ends_a_busy_page_cleanly(tmp_path, make_text):
@@ -157,8 +156,7 @@ def test_sigterm_ends_a_busy_page_cleanly(tmp_path, make_text):
         callers[0].predict(handle_file(make_text()), "", api_name="/score")
         for caller in callers:
             caller.submit(None, "Once", "", keep=1.0, num_bytes=1_000_000, api_name="/generate")
-        while len(list(temporary.glob("jobs-*/*"))) < 6:
-            time.sleep(0.05)
+        wait_until(lambda: len(list(temporary.glob("jobs-*/*"))) == 6, every_s=0.05)
         children = Path(f"/proc/{page.pid}/task/{page.pid}/children").read_text().split()
         page.send_signal(signal.SIGTERM)
         _, err = page.communicate(timeout=10)
@@ -315,9 +313,8 @@ def test_a_client_lists_stops_and_reads_its_own_jobs_alone(page_url, make_text):
     client, other = (Client(page_url, verbose=False) for _ in range(2))
     assert client.predict(api_name="/jobs") == []
     call = client.submit(None, "Once", "", keep=1.0, num_bytes=1_000_000, api_name="/generate")
-    while not (jobs := client.predict(api_name="/jobs")) or jobs[0]["num_reports"] < 5:
-        time.sleep(0.05)
-    [job] = jobs
+    wait_until(lambda: any(job["num_reports"] >= 5 for job in client.predict(api_name="/jobs")), every_s=0.05)
+    [job] = client.predict(api_name="/jobs")
     assert (job["kind"], job["state"]) == ("generate by a script", "running")
     for endpoint in ("/stop", "/result"):
         with pytest.raises(AppError, match="no such job"):

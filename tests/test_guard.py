@@ -56,6 +56,14 @@ def test_a_file_on_another_machine_is_refused(tmp_path, address):
         assert b"upload the file instead" in said
     for route in ("file", "proxy"):
         assert answer(tmp_path, f"/gradio_api/{route}={address}", method="GET")[0] == 403
+    assert answer(tmp_path, f"/gradio_api/file/{address}", method="GET")[0] == 403
+
+
+@pytest.mark.parametrize("path", ["/gradio_api/run/upload", "/gradio_api/call/upload/", "/gradio_api/run/gradio_api/upload"])
+def test_a_call_that_is_named_like_an_upload_is_none(tmp_path, path):
+    assert answer(tmp_path, path, file_at("https://example.org/a.png"))[0] == 400
+    assert answer(tmp_path, path, b"x" * 1025, max_body_bytes=1024)[0] == 413
+    assert answer(tmp_path, "/gradio_api/upload", b"x" * 1025, max_body_bytes=1024)[0] == 200
 
 
 def test_a_body_is_read_up_to_its_limit_only(tmp_path):

@@ -7,6 +7,7 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+from waiting import wait_until
 
 from app.jobs import Job, JobLimits, JobStore, UnknownJobError
 from app.messages import OUR_FAULT
@@ -58,13 +59,6 @@ def ended(store: JobStore, owner: str, job_id: str):
     view = store.look(owner, job_id, wait_s=10)
     assert not view.is_running
     return view
-
-
-def wait_until(is_so: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 10
-    while not is_so():
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
 
 
 def test_a_job_reports_and_gives_its_result(store):

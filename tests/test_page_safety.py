@@ -102,7 +102,7 @@ def places(secret: Path) -> Iterator[str]:
         yield f"/gradio_api/custom_component/x/client/component/../../../../..{file}"
         yield f"/theme.css?v=../../..{file}"
     for address in ("http://127.0.0.1:1/a", "https://example.org/a", "http://[::1]:1/a", "HTTP://169.254.169.254/a"):
-        for route in ("gradio_api/file=", "gradio_api/proxy=", "proxy=", "file="):
+        for route in ("gradio_api/file=", "gradio_api/file/", "gradio_api/proxy=", "proxy=", "file="):
             yield f"/{route}{address}"
 
 

@@ -8,6 +8,7 @@ from contextlib import closing
 
 import numpy as np
 import pytest
+from waiting import wait_until
 
 from app import turns
 from app.service import Service
@@ -28,13 +29,6 @@ def in_thread(work: Callable[[], object], name: str | None = None) -> threading.
     thread = threading.Thread(target=run)
     thread.start()
     return thread
-
-
-def wait_until(is_so: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 10
-    while not is_so():
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
 
 
 def order_of_turns(names: list[str], each: int = 1) -> list[str]:

@@ -206,7 +206,7 @@ def test_the_difference_of_two_files_is_exported_as_drawn(store, scored, make_te
     kept = likelihood.kept_scores(store, "me", view.id)
     asked = {"id": first["id"], "other": second["id"], "form": "png", "measure": "difference", "palette": "viridis"}
     value = next(steps := likelihood.export_steps(kept, gr.EventData(None, asked)))
-    with Image.open(value["path"]) as image:
+    with Image.open(value["file"]["path"]) as image:
         colours = np.asarray(image.convert("RGB")).reshape(-1, 3)
     assert (colours == DIVERGING[0]).all(axis=1).any()
     steps.close()
@@ -243,10 +243,10 @@ def test_exports_are_files_of_the_asked_form(store, scored, make_png, form):
     steps = likelihood.export_steps(kept, gr.EventData(None, asked))
     value = next(steps)
     starts = {"png": b"\x89PNG", "csv": b"offset,value,bits", "npz": b"PK", "html": b"<!doctype html>"}
-    assert value["orig_name"] == f"lake.{form}"
-    assert Path(value["path"]).read_bytes().startswith(starts[form])
+    assert value["file"]["orig_name"] == f"lake.{form}"
+    assert Path(value["file"]["path"]).read_bytes().startswith(starts[form])
     steps.close()
-    assert not Path(value["path"]).exists()
+    assert not Path(value["file"]["path"]).exists()
     for nobodys in (likelihood.kept_scores(store, "you", view.id), likelihood.kept_scores(store, "me", "")):
         with pytest.raises(gr.Error, match="no longer kept"):
             next(likelihood.export_steps(nobodys, gr.EventData(None, asked)))

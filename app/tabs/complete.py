@@ -94,9 +94,9 @@ def build_tab(service: Service, store: JobStore, visitor: gr.BrowserState, arriv
 
     def open_source(*values: Any) -> list[Any]:
         """A new file or text, or another form of it: the prompt's end goes to where it suits it."""
-        values = list(values)
+        *values, _ = values
         values[3] = ALL
-        return [*preview(service, request(*values)), ALL]
+        return [*preview(service, request(*values)), ALL, ""]
 
     def open_file(file: str | None, *settings: Any) -> list[Any]:
         """A new file; a result of ours brings its settings with it."""
@@ -108,9 +108,10 @@ def build_tab(service: Service, store: JobStore, visitor: gr.BrowserState, arriv
         return [*restored, kept, first, value, words if made is None else f"{_says_origin(service, made, changes)}{words}"]
 
     def move_cut(event: gr.EventData, *values: Any) -> list[Any]:
-        values = list(values)
+        """Another end of the prompt; the first bytes of a branch belong to the old one."""
+        *values, _ = values
         values[3] = int(event.offset)
-        return [*replan(service, request(*values)), values[3]]
+        return [*replan(service, request(*values)), values[3], ""]
 
     def submit(visitor: str, *values: Any) -> tuple[Any, ...]:
         with refusals_shown():
@@ -146,14 +147,14 @@ def build_tab(service: Service, store: JobStore, visitor: gr.BrowserState, arriv
     source.change(_show_inputs, source, [file_inputs, text_inputs], queue=False, **QUIET)
     file.change(open_file, [file, *settings], [*settings, keep, first_bytes, prompt, plan], trigger_mode="always_last", **QUIET)
     gr.on(
-        [source.change, text.change, model.input, framing.input, upside_down.input], open_source, form, [prompt, plan, keep],
-        trigger_mode="always_last", **QUIET,
+        [source.change, text.change, model.input, framing.input, upside_down.input],
+        open_source, form, [prompt, plan, keep, first_bytes], trigger_mode="always_last", **QUIET,
     )  # fmt: skip
     gr.on(
         [num_bytes.input, samples.release, temperature.release, top_k.release, top_p.release, seed.input],
         lambda *values: replan(service, request(*values))[1], form, plan, trigger_mode="always_last", **QUIET,
     )  # fmt: skip
-    prompt.cut(move_cut, form, [prompt, plan, keep], trigger_mode="always_last", **QUIET)
+    prompt.cut(move_cut, form, [prompt, plan, keep, first_bytes], trigger_mode="always_last", **QUIET)
     new_seed.click(lambda: secrets.randbelow(2**31), None, seed, queue=False, **QUIET)
     following = link.follow(new_display, [start, stop, results])
     begun = start.click(submit, [visitor, *form], [*link.outputs, choices], cancels=[following], **QUIET)

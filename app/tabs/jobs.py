@@ -50,6 +50,7 @@ def listed(store: JobStore, visitor: str) -> dict[str, Any]:
         "title": "No jobs yet",
         "text": "What you start in the other tabs is listed here, also after a reload or when its tab was closed.",
         "note": f"Results stay on the machine that serves this page for {limits.retention_s / 3600:.0f} hours, your newest "
-        f"{limits.max_kept_of_owner} of them. Work ends after {limits.time_limit_s / 60:.0f} minutes, or when no page has "
+        f"{limits.max_kept_of_owner} of them; scores go when their tab scores something else. "
+        f"Work ends after {limits.time_limit_s / 60:.0f} minutes, or when no page has "
         f"shown it for {limits.unseen_s / 60:.0f} minutes.",
     }

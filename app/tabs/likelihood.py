@@ -1,5 +1,6 @@
 """The Likelihood tab: drop files, see which of their bytes the model expects and which surprise it."""
 
+import secrets
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -61,12 +62,13 @@ def build_tab(service: Service, store: JobStore, visitor: gr.BrowserState, arriv
     link = JobLink(store, KIND, visitor)
 
     def submit(visitor: str, old: str, files: list[str] | None, model: str, second: str, *options: Any) -> tuple[str, str]:
-        store.forget(visitor, old)  # a new wish ends the scoring of the last one
-        if not files:
-            return "", ""
-        with refusals_shown():
-            work = scoring_work(service, [Path(file) for file in files], [model or None, *([second] if second else [])], *options)
-            job_id = store.submit(visitor, KIND, title_of([Path(file).name for file in files]), work)
+        job_id = ""
+        if files:
+            with refusals_shown():
+                paths, models = [Path(file) for file in files], [model or None, *([second] if second else [])]
+                work = scoring_work(service, paths, models, *options)
+                job_id = store.submit(visitor, KIND, title_of([path.name for path in paths]), work)
+        store.forget(visitor, old)  # a new wish takes the place of the last one
         return job_id, job_id
 
     def export(visitor: str, job_id: str, event: gr.EventData) -> Iterator[Any]:
@@ -79,6 +81,7 @@ def build_tab(service: Service, store: JobStore, visitor: gr.BrowserState, arriv
         trigger_mode="multiple", **AT_ONCE,
     )  # fmt: skip
     link.remember(changed)
+    link.resume(changed)
     link.take_up(arrived)
     stop.click(link.stop, link.inputs, None, **AT_ONCE)
     view.export(export, link.inputs, download, **QUIET)
@@ -206,7 +209,9 @@ def export_steps(scored: Scored, event: gr.EventData) -> Iterator[Any]:
         if name not in scored:
             raise UserError("these scores are no longer kept on the server; score the file again to export it")
         with tempfile.TemporaryDirectory(prefix="export-") as folder:
-            yield score_values.file_value(write_export(wanted, Path(folder), scored[name], scored.get(other_name)))
+            file = score_values.file_value(write_export(wanted, Path(folder), scored[name], scored.get(other_name)))
+            # The same export again is the same file: without the token the page would see no change.
+            yield {"file": file, "token": secrets.token_hex(8)}
 
 
 def _message(view: JobView, board: Board | None) -> dict[str, Any]:

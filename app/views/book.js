@@ -148,10 +148,11 @@ class Shade {
 }
 
 const listeners = { items: [], document: [], shade: [], cursor: [], selection: [] };
+const NONE_OPEN = { file: null, other: null, otherId: "", shade: null, cursor: -1, anchor: -1, selection: null };
 const opened = new Map(); // id -> promise of a document; the last few stay
 
 const book = {
-  items: [], item: null, problem: "", file: null, other: null, otherId: "", shade: null, cursor: -1, selection: null,
+  ...NONE_OPEN, items: [], item: null, problem: "", wish: null,
   options: { measure: "bits", palette: "viridis", isAuto: false },
   on(event, listener) {
     listeners[event].push(listener);
@@ -172,16 +173,16 @@ const book = {
   async choose(item) {
     Object.assign(this, { item, problem: "" });
     if (!item?.document) {
-      Object.assign(this, { file: null, other: null, otherId: "", shade: null, cursor: -1, selection: null });
+      Object.assign(this, NONE_OPEN);
       return this.tell("document");
     }
     const file = await this.open(item).catch((error) => ({ problem: error.message }));
     if (this.item !== item || this.file === file) return;
     if (file.problem) {
-      Object.assign(this, { problem: `Its views cannot be shown: ${file.problem}. Choose it again, or score it again.`, file: null });
+      Object.assign(this, NONE_OPEN, { problem: `Its views cannot be shown: ${file.problem}. Choose it again, or score it again.` });
       return this.tell("document");
     }
-    Object.assign(this, { file, other: null, otherId: "", cursor: -1, selection: null });
+    Object.assign(this, NONE_OPEN, { file });
     if (this.options.measure === "difference") this.options.measure = "bits";
     this.shade = new Shade(file, null, this.options);
     this.tell("document");
@@ -192,14 +193,18 @@ const book = {
     const fits = ({ id, document: d }) => d && id !== item.id && d.kind === item.document.kind && d.width === item.document.width;
     return item?.document ? this.items.filter(fits) : [];
   },
-  /** Compares with another file, by its id; "" ends it. */
+  /** Compares with another file, by its id; "" ends it. The last wish counts, whichever file is read first. */
   async compare(id) {
     const item = this.items.find((candidate) => candidate.id === id);
     const { file } = this;
-    const other = item ? await this.open(item) : null;
-    if (this.file !== file) return;
-    Object.assign(this, { other, otherId: other ? id : "" });
+    const wish = (this.wish = {});
+    const found = item ? await this.open(item).catch((error) => ({ problem: error.message })) : null;
+    if (this.file !== file || this.wish !== wish) return;
+    const problem = found?.problem ? `It cannot be compared with ${item.name}: ${found.problem}.` : "";
+    const other = problem ? null : found;
+    Object.assign(this, { problem, other, otherId: other ? id : "" });
     this.set({ measure: other ? "difference" : "bits" });
+    this.tell("items");
   },
   set(options) {
     Object.assign(this.options, options);
@@ -207,11 +212,14 @@ const book = {
     this.shade = new Shade(this.file, this.other, this.options);
     this.tell("shade");
   },
+  /** Moves the cursor; extending, it selects from where the cursor was set last. */
   move(offset, isExtending = false) {
+    if (!this.file) return;
     const to = Math.max(0, Math.min(this.file.count - 1, offset));
-    if (isExtending) this.select([[Math.min(this.anchor ?? to, to), Math.max(this.anchor ?? to, to) + 1]]);
-    else this.anchor = to;
-    if (!isExtending && this.selection) this.select(null);
+    if (!isExtending) this.anchor = to;
+    else if (this.anchor < 0) this.anchor = Math.max(0, this.cursor);
+    if (isExtending) this.select([[Math.min(this.anchor, to), Math.max(this.anchor, to) + 1]]);
+    else if (this.selection) this.select(null);
     this.cursor = to;
     this.tell("cursor");
   },
@@ -259,15 +267,17 @@ async function inflate(base64) {
 /** A byte as a person reads it: in pictures and sounds its value, elsewhere its character if it has one. */
 function byteName(value) {
   if (book.file.kind === "image" || book.file.kind === "audio") return `${value}`;
-  if (value === 32) return "space";
-  if (value === 10) return "newline";
-  return value > 32 && value < 127 ? String.fromCharCode(value) : `0x${bytes.hex(value, 2)}`;
+  const name = { 9: "tab", 10: "new line", 13: "return", 32: "space" }[value];
+  return name ?? (value > 32 && value < 127 ? String.fromCharCode(value) : `0x${bytes.hex(value, 2)}`);
 }
 
 const percent = (p) => (p >= 0.995 ? `${(100 * p).toFixed(1)}%` : p >= 0.095 ? `${Math.round(100 * p)}%` : `${(100 * p).toFixed(p < 0.0095 ? 2 : 1)}%`);
 
-/** A view of the open file: `show` a new one, `paint` new colours, `mark` cursor and selection; hidden unless its kind fits. */
-function follow(element, kinds, { show, paint, mark }) {
+/**
+ * A view of the open file: `show` a new one, `paint` new colours, `mark` cursor and selection, `reveal` a cursor that has moved.
+ * It is hidden unless its kind fits. Only `reveal` scrolls, so that who has scrolled away from the cursor may stay there.
+ */
+function follow(element, kinds, { show, paint, mark, reveal = mark }) {
   book.on("document", () => {
     element.hidden = !book.file || (kinds && !kinds.includes(book.file.kind));
     delete element.dataset.ready;
@@ -277,7 +287,7 @@ function follow(element, kinds, { show, paint, mark }) {
   });
   const ifShown = (act) => () => element.hidden || act();
   book.on("shade", ifShown(paint));
-  book.on("cursor", ifShown(mark));
+  book.on("cursor", ifShown(reveal));
   book.on("selection", ifShown(mark));
 }
 
@@ -303,6 +313,8 @@ function pointer(target, at, drag = (from, to) => book.select([[Math.min(from, t
     isDragged = false;
   });
 }
+
+bytes.onTheme(() => book.tell("shade"));
 
 let hinted = -1;
 

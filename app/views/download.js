@@ -1,7 +1,7 @@
 // Saves a file that was just made. The link is in the page only while it is clicked.
 watch("value", () => {
-  const file = props.value;
-  if (!file) return;
+  if (!props.value) return;
+  const { file } = props.value;
   const link = Object.assign(document.createElement("a"), { href: file.url, download: file.orig_name });
   element.append(link);
   link.click();

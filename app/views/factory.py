@@ -39,7 +39,7 @@ def message_view(value: dict[str, Any]) -> gr.HTML:
 
 
 def download_view() -> gr.HTML:
-    """Nothing to see: it saves the file of each new value, one of `app.views.score_values.file_value`."""
+    """Nothing to see: it saves the `file` of each new value, one of `app.views.score_values.file_value`."""
     return _view("download")
 
 

@@ -90,10 +90,8 @@ function at(event) {
   return column >= 0 && column < columns && offset < book.file.count ? offset : -1;
 }
 
-function mark() {
-  if (book.cursor < 0) rows.paint();
-  else rows.show(Math.floor(book.cursor / grid.columns));
-}
+const mark = () => rows.paint();
+const reveal = () => rows.show(Math.floor(book.cursor / grid.columns));
 
 function steps() {
   const { columns } = grid;
@@ -127,4 +125,4 @@ for (const event of ["pointerdown", "pointermove"]) overview.addEventListener(ev
 pointer(rows.canvas, at);
 arrowKeys(stage, steps);
 new ResizeObserver(layOut).observe(stage);
-follow(element, null, { show, paint, mark });
+follow(element, null, { show, paint, mark, reveal });

@@ -4,6 +4,7 @@ import base64
 import gzip
 import html
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -26,10 +27,8 @@ def write_page(scored: Sequence[tuple[FileScore, dict[str, Any]]], path: Path) -
         "script": likelihood_script(),
         "value": json.dumps(value).replace("<", "\\u003c"),
     }
-    page = asset("offline.html")
-    for name, text in contents.items():
-        before, after = page.split(f"@{name}@", 1)
-        page = before + text + after
+    # All places at once: a name or a text that looks like one of them is not filled in.
+    page = re.sub(f"@({'|'.join(contents)})@", lambda place: contents[place[1]], asset("offline.html"))
     with atomic_file(path) as file:
         file.write(page.encode("utf-8"))
 

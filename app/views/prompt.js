@@ -77,7 +77,7 @@ const DRAW = {
     const words = scrollable(make("div", "words"), "Text of the source");
     const bytes = decode(media.bytes);
     // Bytes that are no UTF-8 are shown one character each, so that a place in the text is a byte.
-    const toText = media.is_utf8 ? (part) => new TextDecoder().decode(part) : (part) => Array.from(part, (value) => (value > 31 && value < 127 ? String.fromCharCode(value) : "·")).join("");
+    const toText = media.is_utf8 ? (part) => new TextDecoder("utf-8", { ignoreBOM: true }).decode(part) : (part) => Array.from(part, (value) => (value > 31 && value < 127 ? String.fromCharCode(value) : "·")).join("");
     parts = { words, bytes, toText, kept: make("span", "kept"), caret: make("span", "caret"), rest: make("span", "rest") };
     words.append(parts.kept, parts.caret, parts.rest);
     words.addEventListener("click", (event) => {
@@ -156,6 +156,6 @@ function draw() {
 range.addEventListener("input", () => moveTo(Number(range.value), false));
 range.addEventListener("change", () => moveTo(Number(range.value), true));
 number.addEventListener("change", () => moveTo(Number(number.value), true));
-new MutationObserver(() => shown && MOVE[shown.kind]()).observe(document.body, { attributes: true, attributeFilter: ["class"] });
+bytes.onTheme(() => shown && MOVE[shown.kind]());
 watch("value", draw);
 draw();

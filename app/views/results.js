@@ -13,7 +13,9 @@ function drawPicture(canvas, { width, height, left, top, box_width, rgba }) {
 }
 
 /** Lowest and highest sample of each column; columns after `kept` are new. */
-function drawWave(canvas, { low, high, kept }) {
+function drawWave(canvas, media) {
+  const { low, high, kept } = media;
+  canvas.drawn = media;
   const lows = new Int8Array(decode(low).buffer);
   const highs = new Int8Array(decode(high).buffer);
   const style = getComputedStyle(root);
@@ -134,5 +136,8 @@ function draw() {
   element.dataset.state = value.state;
 }
 
+bytes.onTheme(() => {
+  for (const canvas of root.querySelectorAll("canvas.wave")) drawWave(canvas, canvas.drawn);
+});
 watch("value", draw);
 draw();

@@ -139,7 +139,6 @@ const bytes = (window.byteViews ??= (() => {
       this.canvas = scroller.querySelector("canvas");
       this.spacer = scroller.querySelector(".spacer");
       scroller.addEventListener("scroll", () => (this.frame ??= requestAnimationFrame(() => this.paint())));
-      matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => this.paint());
     }
     resize(count) {
       this.count = count;
@@ -181,12 +180,18 @@ const bytes = (window.byteViews ??= (() => {
     }
   }
 
+  /** Calls `act` whenever the page turns dark or light, by the system's wish or by its own switch. */
+  function onTheme(act) {
+    matchMedia("(prefers-color-scheme: dark)").addEventListener("change", act);
+    new MutationObserver(act).observe(document.body, { attributes: true, attributeFilter: ["class"] });
+  }
+
   const colours = (element) => {
     const style = getComputedStyle(element);
     return { text: style.color, faint: style.getPropertyValue("--body-text-color-subdued") || style.color };
   };
 
   return {
-    PALETTES, VirtualRows, characterStart, colours, decode, decodeAt, fit, frame, hatch, hex, ink, make, number, scrollable, tooltip, underline, visible,
+    PALETTES, VirtualRows, characterStart, colours, decode, decodeAt, fit, frame, hatch, hex, ink, make, number, onTheme, scrollable, tooltip, underline, visible,
   };
 })());

@@ -15,7 +15,7 @@ function measure(ranges) {
   const { file, shade } = book;
   const { low, high, plane } = shade;
   const fine = new Uint32Array(FINE);
-  let [count, sum, squares, bits, above, below, most] = [0, 0, 0, 0, 0, 0, -Infinity];
+  let [count, sum, bits, above, below, most] = [0, 0, 0, 0, 0, -Infinity];
   const scale = (FINE - 1) / (high - low);
   for (const [start, end] of ranges) {
     for (let i = start; i < end; i++) {
@@ -26,7 +26,6 @@ function measure(ranges) {
       if (value < low) below++;
       count++;
       sum += value;
-      squares += value * value;
       bits += file.units[i];
       if (value > most) most = value;
     }
@@ -39,8 +38,7 @@ function measure(ranges) {
   const within = Array.from({ length: BINS }, (_, i) => fine.subarray((i * FINE) / BINS, ((i + 1) * FINE) / BINS).reduce((a, b) => a + b, 0));
   within[0] -= below;
   within[BINS - 1] -= above;
-  const mean = sum / count;
-  return { count, mean, deviation: Math.sqrt(Math.max(0, squares / count - mean * mean)), most, bits: bits / BITS_UNIT, median: quantile(0.5), high: quantile(0.9), counts: [below, ...within, above] };
+  return { count, mean: sum / count, most, bits: bits / BITS_UNIT, median: quantile(0.5), high: quantile(0.9), counts: [below, ...within, above] };
 }
 
 function draw() {
@@ -79,7 +77,7 @@ function drawFigures() {
 /** The bars of the scale, between one for what lies below it and one for what lies above. */
 function drawHistogram() {
   const width = histogram.parentElement.clientWidth;
-  if (!bins.file || !book.shade || !width) return; // not counted or not coloured yet
+  if (!bins.file || !width) return; // nothing is counted yet
   const context = bytes.fit(histogram, width, HEIGHT);
   const step = width / BARS;
   const colour = (bar) => (bar === 0 ? BELOW : bar === BARS - 1 ? ABOVE : Math.round(((bar - 0.5) / BINS) * 255));
@@ -190,6 +188,10 @@ const [drawLater, surprisesLater] = [later(draw), later(drawSurprises)];
 histogram.addEventListener("click", jump);
 without.addEventListener("change", draw);
 new ResizeObserver(drawHistogram).observe(histogram.parentElement);
+book.on("document", () => {
+  element.hidden = !book.file;
+  bins = { file: null, selection: null }; // of the last file
+});
 for (const event of ["document", "shade"]) {
   book.on(event, drawLater);
   book.on(event, surprisesLater);

@@ -126,10 +126,8 @@ function at(event) {
   return column < cellsBetween(starts[row], starts[row + 1]) ? inRow(row, column) : -1;
 }
 
-function mark() {
-  if (book.cursor < 0) rows.paint();
-  else rows.show(rowOf(book.cursor));
-}
+const mark = () => rows.paint();
+const reveal = () => rows.show(rowOf(book.cursor));
 
 function steps() {
   const { values } = book.file;
@@ -154,4 +152,4 @@ function show() {
 pointer(rows.canvas, at);
 arrowKeys(stage, steps);
 new ResizeObserver(layOut).observe(stage);
-follow(element, ["text"], { show, paint, mark });
+follow(element, ["text"], { show, paint, mark, reveal });

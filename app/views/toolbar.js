@@ -17,12 +17,13 @@ const exports = element.querySelector(".exports");
 for (const [form, name] of Object.entries(EXPORTS)) {
   const button = Object.assign(bytes.make("button", "", name), { type: "button" });
   button.dataset.form = form;
-  button.addEventListener("click", () => trigger("export", { id: book.item.id, other: book.otherId, form, measure: book.options.measure, palette: book.options.palette }));
+  button.addEventListener("click", () => trigger("export", { id: book.file.id, other: book.otherId, form, measure: book.options.measure, palette: book.options.palette }));
   exports.append(button);
 }
 exports.hidden = Boolean(props.value?.is_offline);
 
 function legend() {
+  for (const button of exports.querySelectorAll("button")) button.disabled = !book.file;
   if (!book.shade) return;
   const { shade, options, other: against } = book;
   const { measure } = shade;

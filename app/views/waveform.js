@@ -18,7 +18,6 @@ const sampleOf = (offset) => Math.floor(offset / book.file.bytes_per_sample);
 const offsetOf = (sample) => sample * book.file.bytes_per_sample;
 
 function show() {
-  stop();
   const { file } = book;
   view = { from: 0, to: file.num_samples };
   peak = file.samples.reduce((highest, sample) => Math.max(highest, Math.abs(sample)), 1);
@@ -85,23 +84,26 @@ function drawOverview(context, width) {
 /** Puts a box where the samples from `start` to `end` are; hides it where they are out of sight. */
 function put(box, start, end) {
   const share = (sample) => Math.max(0, Math.min(1, (sample - view.from) / (view.to - view.from)));
-  box.hidden = end < view.from || start > view.to;
+  box.hidden = Math.max(end, start + 1) <= view.from || start >= view.to;
   box.style.left = `${100 * share(start)}%`;
   box.style.width = `${100 * (share(end) - share(start))}%`;
 }
 
 function mark() {
   const { cursor, selection, file } = book;
-  if (cursor >= 0) {
-    const sample = sampleOf(cursor);
-    if (sample < view.from || sample >= view.to) return look(sample - (view.to - view.from) / 2, view.to - view.from);
-    put(marker, sample, sample + 1);
-  }
   marker.hidden = cursor < 0;
+  if (cursor >= 0) put(marker, sampleOf(cursor), sampleOf(cursor) + 1);
   chosen.hidden = !selection;
   if (selection) put(chosen, sampleOf(selection[0][0]), sampleOf(selection.at(-1)[1] - 1) + 1);
   sight.style.left = `${(100 * view.from) / file.num_samples}%`;
   sight.style.width = `${(100 * (view.to - view.from)) / file.num_samples}%`;
+}
+
+/** Brings the cursor into sight, in the middle. */
+function reveal() {
+  const sample = sampleOf(book.cursor);
+  if (sample >= view.from && sample < view.to) return mark();
+  look(sample - (view.to - view.from) / 2, view.to - view.from);
 }
 
 /** Shows `length` samples from `from` on, as far as there are so many. */
@@ -183,4 +185,5 @@ arrowKeys(stage, () => {
   return { ArrowLeft: -step, ArrowRight: step, PageUp: -page, PageDown: page, Home: -book.file.count, End: book.file.count };
 });
 new ResizeObserver(() => element.hidden || paint()).observe(stage);
-follow(element, ["audio"], { show, paint, mark });
+book.on("document", stop);
+follow(element, ["audio"], { show, paint, mark, reveal });
