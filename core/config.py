@@ -260,7 +260,7 @@ class TrainConfig:
     weight_decay: float = 0.1
     grad_clip: float = 1.0
     ema_decay: float = 0.0  # decay per step of the averaged weights that are evaluated and exported; 0 turns it off
-    precision: Literal["bf16", "fp32"] = "bf16"  # bf16 is autocast: weights, optimizer and loss stay float32
+    precision: Literal["bf16", "fp32"] = "bf16"  # of matrix products; a CPU that cannot multiply bf16 stays at fp32
     parallel: Literal["ddp", "fsdp"] = "ddp"  # of several processes: each holds all weights (ddp) or a share of them (fsdp)
     compile: bool = False
     checkpoint_activations: bool = False  # run layers again in the backward pass instead of keeping what is inside them

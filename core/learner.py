@@ -11,6 +11,7 @@ from core.checkpoint import Checkpoint, TrainState, load_train_state, load_weigh
 from core.config import TrainConfig
 from core.distributed import Ranks, share_of
 from core.errors import UserError
+from core.kernels import multiplies_bf16
 from core.likelihood import nats_to_bits
 from core.models.layers import Block
 from core.models.loss import nll
@@ -206,6 +207,11 @@ class Learner:
                 yield from ((names[parameter], optimizer, parameter) for parameter in group["params"])
 
 
+def trains_in_bf16(device: torch.device, precision: str) -> bool:
+    """Whether matrix products run in bf16: where the run asks for it, but not on a CPU to which that is ten times the work."""
+    return precision == "bf16" and (device.type != "cpu" or multiplies_bf16())
+
+
 def _autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
-    """Matrix products in bf16 where the run asks for it; weights, norms, logits and the loss stay float32."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+    """Matrix products in the run's precision; weights, norms, logits and the loss stay float32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=trains_in_bf16(device, precision))

@@ -21,7 +21,8 @@ class Report:
         self._path = path
         self._bytes_per_step = bytes_per_step
         self._speaks = speaks
-        self._began = time.monotonic() - seconds
+        self._seconds = seconds  # before the interval at hand
+        self._num_bytes, self._began, self._stopped = 0, time.monotonic(), None
         # disable=None: no bar where stderr is not a terminal.
         self._bar = tqdm(
             total=num_steps * bytes_per_step,
@@ -34,7 +35,6 @@ class Report:
             lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
             with atomic_file(path) as file:
                 file.writelines(f"{line}\n".encode() for line in lines if _step_of(line) <= step)
-        self.restart_clock()
 
     def __enter__(self) -> "Report":
         return self
@@ -44,8 +44,8 @@ class Report:
 
     @property
     def seconds(self) -> float:
-        """Spent training, over all starts."""
-        return time.monotonic() - self._began
+        """Spent training, over all starts, without the pauses in which a run validates, exports and saves."""
+        return self._seconds + self._interval()
 
     def advance(self) -> None:
         """Counts one finished step."""
@@ -54,11 +54,19 @@ class Report:
 
     def bytes_per_s(self) -> float:
         """Speed since the last line or pause; true only while the device has nothing left to do."""
-        return self._num_bytes / (time.monotonic() - self._interval_began)
+        return self._num_bytes / self._interval()
+
+    def stop_clock(self) -> None:
+        """Begins a pause: what is done until `restart_clock` does not count as training."""
+        self._stopped = time.monotonic()
 
     def restart_clock(self) -> None:
-        """Begins a new interval for the speed, so that evaluating and saving do not count as training."""
-        self._num_bytes, self._interval_began = 0, time.monotonic()
+        """Ends a pause and begins a new interval for the speed."""
+        self._seconds = self.seconds
+        self._num_bytes, self._began, self._stopped = 0, time.monotonic(), None
+
+    def _interval(self) -> float:
+        return (time.monotonic() if self._stopped is None else self._stopped) - self._began
 
     def write(self, **values: float | None) -> None:
         """Appends a line of metrics."""

@@ -7,6 +7,7 @@ import contextlib
 import fcntl
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
@@ -62,14 +63,18 @@ def _lock(descriptor: int, out: Path) -> None:
 
 
 class StopSignals:
-    """Notes Ctrl-C or SIGTERM, so that the loop can save before it leaves; a second signal ends the process at once."""
+    """Notes Ctrl-C or SIGTERM, so that the loop can save before it leaves; a second signal ends the process at once.
+
+    In another thread than the main one nothing is noted: Python hands signals to that one alone.
+    """
 
     def __init__(self) -> None:
         self.received: int | None = None
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignals":
-        self._previous = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        if threading.current_thread() is threading.main_thread():
+            self._previous = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -18,7 +18,7 @@ from core.data import Loader, build_shards, evaluation_windows, shared_files
 from core.distributed import Ranks, join_ranks, keep_gradients_local, whole
 from core.errors import UserError
 from core.folder import MANIFEST_NAME
-from core.learner import Learner, MeanNll
+from core.learner import Learner, MeanNll, trains_in_bf16
 from core.likelihood import engine_name
 from core.models import build_model
 from core.optim import FiniteGuard, learning_rate_fraction
@@ -36,7 +36,7 @@ class TrainResult:
 
     steps: int
     bytes_seen: int
-    bits_per_byte: float  # on the validation data, of the exported weights
+    bits_per_byte: float  # on the validation data, of the exported weights before they were rounded to bf16
     export: Path
 
 
@@ -149,7 +149,9 @@ class _Run:
 
         with self.new_report() as report:
             if learner.unvalidated is not None:
+                report.stop_clock()
                 self.finish_step(learner.unvalidated, report, stop, is_evaluating=True, is_reporting=True, is_saving=True)
+                report.restart_clock()
             for batch in batches:
                 lr_fraction = learning_rate_fraction(learner.step, settings)
                 random_states = learner.random_states()
@@ -227,6 +229,7 @@ class _Run:
             stop.leave()
 
     def note_progress(self, report: Report) -> None:
+        report.stop_clock()
         self.learner.bytes_seen, self.learner.seconds = self.learner.step * self.bytes_per_step, report.seconds
 
     def is_asked_to_stop(self, stop: StopSignals) -> bool:
@@ -302,7 +305,7 @@ class _Run:
                     "num_bytes": self.windows.size,
                 }
             },
-            "engine": engine_name(self.ranks.device, config.train.precision == "bf16"),
+            "engine": engine_name(self.ranks.device, trains_in_bf16(self.ranks.device, config.train.precision)),
         }
 
 

@@ -6,12 +6,15 @@ import json
 import math
 import re
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
+from core import learner, report
 from core.checkpoint import load_checkpoint, load_train_state, step_folder
 from core.config import LevelConfig, MegaByteConfig, PerceiverArConfig, TrainConfig
 from core.errors import UserError
@@ -20,7 +23,7 @@ from core.models import build_model
 from core.optim import (
     learning_rate_fraction,
 )
-from core.train import micro_batch_size, repeatable_kernels, train
+from core.train import _Run, micro_batch_size, repeatable_kernels, train
 from tests.tiny_run import ALONE, SEQ_LEN, TINY_MODEL, metrics, run_tiny, tiny_config, tiny_data
 
 # What is learned
@@ -168,6 +171,41 @@ def test_bf16_autocast_keeps_weights_and_moments_in_float32(tmp_path):
 
 
 # What is refused
+
+
+@pytest.mark.parametrize("multiplies", [True, False])
+def test_a_cpu_that_cannot_multiply_bf16_trains_in_fp32_and_the_card_says_so(multiplies, tmp_path, monkeypatch):
+    monkeypatch.setattr(learner, "multiplies_bf16", lambda: multiplies)
+    asked = run_tiny(tmp_path, "asked", tiny_config(precision="bf16"))
+    run_tiny(tmp_path, "fp32", tiny_config(precision="fp32"))
+    assert (metrics(tmp_path / "asked") == metrics(tmp_path / "fp32")) is not multiplies
+    assert load_checkpoint(asked.export).card["engine"] == ("torch-bf16" if multiplies else "torch-fp32")
+
+
+def test_validating_and_saving_are_no_seconds_of_training(tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(report, "time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    def taking(seconds, do):
+        def timed(*arguments):
+            now[0] += seconds
+            return do(*arguments)
+
+        return timed
+
+    for name, seconds in (("accumulate_gradients", 1.0), ("evaluate", 100.0), ("save", 10.0)):
+        monkeypatch.setattr(_Run, name, taking(seconds, getattr(_Run, name)))
+    run_tiny(tmp_path, config=tiny_config(num_steps=4, eval_every=2, checkpoint_every=3))
+    result = run_tiny(tmp_path, config=tiny_config(num_steps=12, eval_every=2, checkpoint_every=3), resume=True)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["seconds"] for line in lines] == list(range(1, 13))
+    assert {line["bytes_per_s"] for line in lines} == {4 * SEQ_LEN}
+    assert load_checkpoint(result.export).card["train_seconds"] in range(1, 13)
+
+
+def test_training_works_in_any_thread(tmp_path):
+    with ThreadPoolExecutor(1) as thread:
+        assert thread.submit(run_tiny, tmp_path).result().steps == 12
 
 
 def test_a_new_run_never_mixes_with_what_is_there(tmp_path):
