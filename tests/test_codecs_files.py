@@ -26,6 +26,25 @@ ODD_TEXTS = [
     b"\xff\xfeU\x00T\x00F\x00",
     b"\xef\xbb\xbfwith a mark\r\nand\rmixed\nlines\x00\x1b[31m",
     b"\x80\x81 invalid UTF-8 \xf0\x9f",
+    b"dns.google answers at 8.8.8.8",
+    b"DDS is a kind of texture",
+    b"DDS and others are textures",
+    b"icns, BLP1 and qoif are pictures",
+    b"BLP2 too",
+    b"qoif as well",
+    b"8BPS begins a Photoshop picture",
+    b"....moov",
+    b"The mdat box follows",
+    b"They ftypavif",
+    b"P1 2 3",
+    b"P1 2 3 are the first of ten parts",
+    b"P2 10 20 30 and so on",
+    b"P4 8 8 is a seat",
+    b"P7 1 2 3",
+    b"wvpk begins a WavPack sound",
+    b"RF64 is a long WAV",
+    b"#!AMRita",
+    b"gimp xcf files",
 ]
 
 
@@ -64,6 +83,20 @@ def test_text_codec_changes_nothing(content):
         (b"\x00\x00\x00\x20ftypavif", "AVIF"),
         (b"FORM\x00\x00\x00\x00AIFF", "AIFF"),
         (b"RIFF\x00\x00\x00\x00AVI ", "video"),
+        (b"\x00\x00\x00\x08moov", "MP4"),
+        (b"DDS \x7c\x00\x00\x00", "picture"),
+        (b"icns\x00\x00\x12\x34", "picture"),
+        (b"BLP2\x01\x00\x00\x00", "picture"),
+        (b"qoif\x00\x00\x01\x00", "picture"),
+        (b"gimp xcf v011\x00", "picture"),
+        (b"8BPS\x00\x01", "Photoshop"),
+        (b"P4\n# a comment\n8 8\n", "PNM"),
+        (b"P7\nWIDTH 8\nHEIGHT 8\n", "PNM"),
+        (b"dns.\x18\x00\x00\x00", "AU"),
+        (b".snd\x00\x00\x00\x18", "AU"),
+        (b"wvpk\x00\x01\x00\x00\x10\x04", "sound"),
+        (b"RF64\xff\xff\xff\xffWAVE", "sound"),
+        (b"#!AMR\n", "sound"),
     ],
 )
 def test_a_known_container_that_is_not_listed_is_refused_with_what_works(tmp_path, head, what):
@@ -72,6 +105,14 @@ def test_a_known_container_that_is_not_listed_is_refused_with_what_works(tmp_pat
     with pytest.raises(UserError, match=f"{what}.*PNG, WebP, JPEG.*WAV, FLAC.*--bytes file"):
         read_media(path)
     assert read_raw(path).data.tobytes() == head + b"\x00" * 50
+
+
+@pytest.mark.parametrize("content", [b"P1\n# a comment\n3 2\n0 1 0\n101\n", b"P2 2 2 255 1 2 3 4\n", b"P3\n1 1\n255\n1 2 3\n"])
+def test_a_picture_in_numbers_is_refused(tmp_path, content):
+    path = tmp_path / "file.txt"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"PNM.*PNG, WebP, JPEG"):
+        read_media(path)
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ class FileKind:
 
 RAW = FileKind("raw", "text")
 
-# A signature of two letters would claim ordinary text, so BMP and PPM are known by the header fields behind theirs.
+# Letters alone would claim ordinary text, so many kinds are known by a header field behind or before them as well.
 _LISTED = {
     rb"\x89PNG\r\n\x1a\n": FileKind("png", "image"),
     rb"RIFF.{4}WEBP": FileKind("webp", "image"),
@@ -52,17 +52,23 @@ _NOT_LISTED = {
     rb"7z\xbc\xaf\x27\x1c": "a 7-Zip archive",
     rb"Rar!\x1a\x07": "a RAR archive",
     rb"II\*\x00|MM\x00\*|II\+\x00|MM\x00\+": "a TIFF picture",
-    rb".{4}ftyp(avi[fs]|heic|heix|hevc|mif1|msf1)": "an AVIF or HEIF picture",
-    rb".{4}(ftyp|moov|mdat)": "an MP4 or QuickTime file",
+    rb"[\x00-\x08].{3}ftyp(avi[fs]|heic|heix|hevc|mif1|msf1)": "an AVIF or HEIF picture",
+    rb"[\x00-\x08].{3}(ftyp|moov|mdat)": "an MP4 or QuickTime file",
     rb"\x00\x00\x00\x0c(jP  |JXL )|\xff\x4f\xff\x51|\xff\x0a": "a JPEG 2000 or JPEG XL picture",
-    rb"8BPS": "a Photoshop picture",
-    rb"icns|BLP[12]|DDS |qoif|\x76\x2f\x31\x01|#\?RADIANCE|gimp xcf": "a picture of a kind that is not listed",
-    rb"P[123457]\s+(#[^\n]*\n\s*)*\d+\s+\d+\s": "a PNM picture of a kind that is not listed",
+    rb"8BPS\x00[\x01\x02]": "a Photoshop picture",
+    rb"icns[\x00-\x08]|BLP[12][\x00\x01]\x00\x00\x00|DDS \x7c\x00\x00\x00|qoif\x00|\x76\x2f\x31\x01|#\?RADIANCE\s|"
+    rb"gimp xcf (file|v\d{3})\x00": "a picture of a kind that is not listed",
+    rb"(P1\s+(#[^\n]*\n\s*)*\d+\s+\d+\s+[01\s]+\Z|P[23]\s+(#[^\n]*\n\s*)*\d+\s+\d+\s+\d+\s+[\d\s]+\Z|"
+    rb"P4\s*\n(#[^\n]*\n\s*)*\d+\s+\d+\s|P7\n(#[^\n]*\n)*(WIDTH|HEIGHT|DEPTH|MAXVAL|TUPLTYPE) |P7 332\n)": (
+        "a PNM picture of a kind that is not listed"
+    ),
     rb"ID3[\x02-\x04]|\xff[\xfb\xfa\xf3\xf2]": "an MP3 file",
     rb"\xff[\xf1\xf9]": "an AAC file",
     rb"FORM.{4}(AIFF|AIFC)": "an AIFF sound",
-    rb"\.snd\x00\x00|dns\.": "an AU sound",
-    rb"caff\x00\x01|#!AMR|MThd\x00|wvpk|RF64|riff\x2e\x91": "a sound of a kind that is not listed",
+    rb"\.snd\x00\x00|dns\..{2}\x00\x00": "an AU sound",
+    rb"caff\x00\x01|#!AMR(-WB)?\n|MThd\x00|wvpk.{4}[\x02-\x10]\x04|RF64.{4}WAVE|riff\x2e\x91": (
+        "a sound of a kind that is not listed"
+    ),
     rb"\x1a\x45\xdf\xa3": "a Matroska or WebM video",
     rb"RIFF.{4}AVI |FLV\x01|\x30\x26\xb2\x75\x8e\x66|\x00\x00\x01\xba": "a video",
 }
