@@ -105,17 +105,10 @@ def test_grid_rule_leaves_out_partial_tiles():
     assert np.array_equal(codec.decode(stream, layout).pixels, picture.pixels[:16, :8])
 
 
-@pytest.mark.parametrize("rule", ["tile", "grid", "crop"])
+@pytest.mark.parametrize("rule", ["tile", "grid"])
 def test_a_picture_smaller_than_a_tile_is_refused_with_a_way_out(rule):
     with pytest.raises(UserError, match=r"12x7 pixels.*8x8.*--adapt"):
         make_codec().encode(random_picture(7, 12), rule=rule)
-
-
-def test_crop_rule_takes_the_centre():
-    codec, picture = make_codec(), random_picture(12, 20)
-    stream, layout = codec.encode(picture, rule="crop")
-    assert np.array_equal(codec.decode(stream, layout).pixels, picture.pixels[2:10, 6:14])
-    assert layout.notes == ("cropped from 20x12 to 8x8 pixels",)
 
 
 def test_fit_rule_scales_what_the_square_covers():
@@ -134,7 +127,7 @@ def test_fit_rule_scales_a_ramp_to_a_ramp(height, width):
     assert (fitted == fitted[:, :1]).all()
 
 
-@pytest.mark.parametrize("rule", ["fit", "crop", "tile"])
+@pytest.mark.parametrize("rule", ["fit", "tile"])
 def test_a_picture_of_the_right_size_is_left_alone_by_every_rule(rule):
     codec, picture = make_codec(), random_picture(SIDE, SIDE)
     stream, layout = codec.encode(picture, rule=rule)

@@ -30,7 +30,7 @@ _STRIP_PIXELS = 2**17  # pictures are converted in strips, so that only two copi
 _ORIENTATION_TAG = 0x0112
 OFFER = "score its raw bytes with --bytes file"
 
-Rule = Literal["tile", "grid", "fit", "crop"]
+Rule = Literal["tile", "grid", "fit"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,7 +166,7 @@ class ImageCodec:
             media: The picture.
             rule: "tile": all of it at its own size; the last row and column of tiles shift inward, and what they overlap is
                 counted once. "grid": whole tiles only, the rest at the right and the bottom is left out. "fit": one tile,
-                scaled until it is covered. "crop": one tile, cut from the centre.
+                scaled until it is covered.
 
         Returns:
             The stream, uint8 (T,), and its layout.
@@ -269,12 +269,6 @@ def _crop_to_whole_tiles(picture: Picture, side: int) -> Picture:
     return replace(picture, pixels=picture.pixels[:height, :width])
 
 
-def _crop_centre(picture: Picture, side: int) -> Picture:
-    _keep_all(picture, side)
-    top, left = (picture.height - side) // 2, (picture.width - side) // 2
-    return _reframed(picture, _tile(picture.pixels, (top, left), side), "cropped")
-
-
 def _fit(picture: Picture, side: int) -> Picture:
     pixels, known = picture.pixels, picture.known
     if known is not None:
@@ -284,14 +278,14 @@ def _fit(picture: Picture, side: int) -> Picture:
         shares = ImageOps.fit(Image.fromarray(known.astype(np.float32)), (side, side), Image.Resampling.BOX)
         known = np.asarray(shares) > 0.999
     fitted = ImageOps.fit(Image.fromarray(pixels), (side, side), Image.Resampling.LANCZOS)
-    return replace(_reframed(picture, np.asarray(fitted), "scaled and cropped"), known=known)
+    return replace(_reframed(picture, np.asarray(fitted)), known=known)
 
 
-def _reframed(picture: Picture, pixels: np.ndarray, verb: str) -> Picture:
+def _reframed(picture: Picture, pixels: np.ndarray) -> Picture:
     height, width, _ = pixels.shape
     if (height, width) == (picture.height, picture.width):
         return replace(picture, pixels=pixels)
-    note = f"{verb} from {picture.width}x{picture.height} to {width}x{height} pixels"
+    note = f"scaled and cropped from {picture.width}x{picture.height} to {width}x{height} pixels"
     return Picture(np.ascontiguousarray(pixels), (*picture.notes, note))
 
 
@@ -299,7 +293,6 @@ _FRAMINGS: dict[Rule, Callable[[Picture, int], Picture]] = {
     "tile": _keep_all,
     "grid": _crop_to_whole_tiles,
     "fit": _fit,
-    "crop": _crop_centre,
 }
 
 

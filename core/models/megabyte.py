@@ -332,9 +332,6 @@ class MegaByte(nn.Module):
     def num_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters())
 
-    def num_parameters_per_level(self) -> list[int]:
-        return [sum(parameter.numel() for parameter in level.parameters()) for level in self.levels]
-
     def flops_per_byte(self, num_bytes: int) -> float:
         """Forward FLOPs per byte of a sequence of `num_bytes`, two per multiply-add, attention included."""
         total = 2.0 * NUM_BYTE_VALUES * self.levels[-1].config.dim
