@@ -184,7 +184,8 @@ def resolve_model(name_or_dir: str | Path) -> Path:
 def load_model(name_or_dir: str | Path, device: str = "cpu") -> ByteModel:
     """A model ready for use: float32, in evaluation mode, with its name, card and digest as attributes.
 
-    Of a run's step it has the averaged weights if the run keeps them, as its export would.
+    Of a run's step it has the averaged weights if the run keeps them, as its export would. It is for one thread at a time:
+    the first sample on a CPU moves its matrices in memory.
 
     Raises:
         UserError: if there is no such model, or its files are damaged or do not fit each other.

@@ -103,7 +103,7 @@ class TorchRow:
 def lay_out(model: ByteModel) -> None:
     """Moves the matrices, values unchanged, so that a product with one vector is one long walk through large pages.
 
-    On a CPU; once for each model, and again if a matrix was replaced.
+    On a CPU; once for each model, and again if a matrix was replaced. No other thread may compute with the model meanwhile.
     """
     linears = [module for module in model.modules() if isinstance(module, nn.Linear) and module.weight.device.type == "cpu"]
     if _laid_out.get(model) == [linear.weight.data_ptr() for linear in linears]:

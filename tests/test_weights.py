@@ -1,13 +1,17 @@
 """The shipped models hold nothing they should not know, and what there is to see of them is made the same way each time."""
 
 import hashlib
+import lzma
 from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
+from PIL import Image
 
 from app.service import Service
 from core.checkpoint import load_model, shipped_models
+from core.errors import UserError
 from core.likelihood import score
 from weights import make_samples
 
@@ -52,5 +56,21 @@ def test_samples_of_all_models_are_made_the_same_way_each_time(tiny_models, make
     assert set(found[0]) == {"README.md", "image32.png", "audio-1.wav", "audio-2.wav", "audio-3.wav"}
     page = (tmp_path / "first" / "README.md").read_text()
     assert page.count("Made:") == make_samples.NUM_TEXTS
-    with pytest.raises(ValueError, match="is missing; lay out the test sets"):
+    with pytest.raises(UserError, match="is missing; lay out the data"):
         make_samples.make(tmp_path / "first", tmp_path / "third", service)
+
+    # The same as one mosaic, a FLAC in a folder, and packed.
+    pictures = [np.asarray(Image.open(path)) for path in sorted((tmp_path / "image/photos64_test").iterdir())]
+    for path in (tmp_path / "image/photos64_test").iterdir():
+        path.unlink()
+    Image.fromarray(np.hstack(pictures)).save(tmp_path / "image/photos64_test/all.webp", lossless=True)
+    (tmp_path / "audio/wake16k_test/more").mkdir()
+    for path in (tmp_path / "audio/wake16k_test").glob("*.wav"):
+        samples, rate = soundfile.read(path, dtype="int16")
+        soundfile.write(tmp_path / "audio/wake16k_test/more" / f"{path.stem}.flac", samples, rate)
+        path.unlink()
+    text = tmp_path / "text/novels_test.txt"
+    text.with_suffix(".txt.xz").write_bytes(lzma.compress(text.read_bytes()))
+    text.unlink()
+    make_samples.make(tmp_path, tmp_path / "third", service)
+    assert {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in (tmp_path / "third").iterdir()} == found[0]

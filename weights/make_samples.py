@@ -1,18 +1,24 @@
 """Makes what there is to see and hear of the shipped models: `python -m weights.make_samples ROOT` writes weights/samples/.
 
 A contact sheet for each model of pictures, three sounds for each model of sound, four texts for each model of text, and a
-README.md that shows them. ROOT holds the test sets as the project's README lays them out. On one engine the same weights
+README.md that shows them. ROOT holds the data as the project's README lays it out. On one engine the same weights
 give the same bytes again; nothing is picked by hand, the files are spread evenly over the test set.
 """
 
 import argparse
+import itertools
 import shutil
+import tempfile
 from pathlib import Path
 
+import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from app.service import Completion, ModelInfo, Service
-from core.codecs import read_media
+from core.codecs import Picture, read_media
+from core.compare import matching
+from core.data import ByteData, build_shards
+from core.plans import split_of
 
 HERE = Path(__file__).parent
 NUM_PICTURES, NUM_SOUNDS, NUM_TEXTS = 16, 3, 4
@@ -35,15 +41,20 @@ def complete(service: Service, source: Path | None, **settings) -> list[Completi
     return job.results
 
 
-def contact_sheet(service: Service, model: ModelInfo, folder: Path) -> Image.Image:
+def contact_sheet(service: Service, model: ModelInfo, data: ByteData, work: Path) -> Image.Image:
     """Two columns of rows: a test picture, the half that is kept, and four completions of it."""
-    rows = []
-    for number, path in enumerate(spread(sorted(folder.glob("*.png")), NUM_PICTURES)):
+    codec = service.model(model.path).codec
+    side = codec.config.side
+    _, layout = codec.encode(Picture(np.zeros((side, side, 3), np.uint8)))
+    rows, path = [], work / "picture.png"
+    documents = list(itertools.pairwise(data.document_offsets.tolist()))
+    for number, (start, end) in enumerate(spread(documents, NUM_PICTURES)):
+        picture = codec.decode(data.bytes[start:end], layout)
+        codec.write(picture, path)
         job = service.complete(path, model=model.path, keep=0.5, samples=COMPLETIONS_OF_A_PICTURE, seed=number)
         for _ in job.run():
             pass
-        rows.append([read_media(path).pixels, job.kept.pixels, *(result.media.pixels for result in job.results)])
-    side = rows[0][0].shape[0]
+        rows.append([picture.pixels, job.kept.pixels, *(result.media.pixels for result in job.results)])
     cell = side * -(-CELL // side)
     header, half = 20, -(-len(rows) // 2)
     width = len(rows[0]) * (cell + _GAP)
@@ -60,9 +71,9 @@ def contact_sheet(service: Service, model: ModelInfo, folder: Path) -> Image.Ima
     return sheet
 
 
-def sounds(service: Service, model: ModelInfo, folder: Path, out: Path) -> list[str]:
+def sounds(service: Service, model: ModelInfo, data: ByteData, out: Path) -> list[str]:
     """Writes three test sounds whose second half the model made; a line for each."""
-    files = [path for path in sorted(folder.glob("*.wav")) if SECONDS[0] <= _seconds(path) <= SECONDS[1]]
+    files = [path for path in data.files if SECONDS[0] <= _seconds(path) <= SECONDS[1]]
     lines = []
     for number, path in enumerate(spread(files, NUM_SOUNDS)):
         [result] = complete(service, path, model=model.path, keep=0.5, seed=number)
@@ -72,13 +83,12 @@ def sounds(service: Service, model: ModelInfo, folder: Path, out: Path) -> list[
     return lines
 
 
-def texts(service: Service, model: ModelInfo, path: Path) -> list[str]:
+def texts(service: Service, model: ModelInfo, text: bytes) -> list[str]:
     """Four continuations of the test text, as Markdown."""
-    data = path.read_bytes()
     lines = []
     for number in range(NUM_TEXTS):
-        start = data.index(b"\n\n", (2 * number + 1) * len(data) // (2 * NUM_TEXTS)) + 2
-        prompt = data[start : start + PROMPT_BYTES]
+        start = text.index(b"\n\n", (2 * number + 1) * len(text) // (2 * NUM_TEXTS)) + 2
+        prompt = text[start : start + PROMPT_BYTES]
         settings = {"num_bytes": TEXT_BYTES, "temperature": TEXT_TEMPERATURE, "seed": number}
         [result] = complete(service, None, model=model.path, text=prompt, **settings)
         whole = result.media.data.tobytes()
@@ -91,7 +101,7 @@ def make(root: Path, out: Path, service: Service) -> None:
     """Makes the samples of every shipped model in `out`, in place of those that are there.
 
     Raises:
-        ValueError: if a test set is missing.
+        UserError: if a test set is missing.
     """
     sources = {model.name: _test_set(root, model) for model in service.models()}
     if out.exists():
@@ -105,23 +115,22 @@ def make(root: Path, out: Path, service: Service) -> None:
     ]
     for model in service.models():
         lines += ["", f"## {model.name}", ""]
-        source = sources[model.name]
-        if model.modality == "image":
-            contact_sheet(service, model, source).save(out / f"{model.name}.png", optimize=True)
-            lines += [f"![Test pictures, the half that was kept, and four completions]({model.name}.png)"]
-        elif model.modality == "audio":
-            lines += sounds(service, model, source, out)
-        else:
-            lines += texts(service, model, source)
+        with tempfile.TemporaryDirectory() as name:
+            work = Path(name)
+            data = build_shards(sources[model.name], service.model(model.path).codec, work, print)
+            if model.modality == "image":
+                contact_sheet(service, model, data, work).save(out / f"{model.name}.png", optimize=True)
+                lines += [f"![Test pictures, the half that was kept, and four completions]({model.name}.png)"]
+            elif model.modality == "audio":
+                lines += sounds(service, model, data, out)
+            else:
+                lines += texts(service, model, data.bytes.tobytes())
     (out / "README.md").write_text("\n".join(lines).rstrip("\n") + "\n", encoding="utf-8")
 
 
-def _test_set(root: Path, model: ModelInfo) -> Path:
-    pictures = "image/cifar10_test" if model.max_seq_len == 3 * 32 * 32 else "image/photos64_test"
-    path = root / {"image": pictures, "audio": "audio/wake16k_test", "text": "text/novels_test.txt"}[model.modality]
-    if not path.exists():
-        raise ValueError(f"{path} is missing; lay out the test sets as the README says")
-    return path
+def _test_set(root: Path, model: ModelInfo) -> list[Path]:
+    pictures = "image32" if model.max_seq_len == 3 * 32 * 32 else "image64"
+    return matching(root, split_of({"image": pictures}.get(model.modality, model.modality), "gpu").test)
 
 
 def _seconds(path: Path) -> float:
