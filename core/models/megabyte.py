@@ -278,13 +278,14 @@ class MegaByte(nn.Module):
 
         run = partial(checkpoint, measure_chunk, use_reentrant=False) if recompute else measure_chunk
         plan = plan_chunks(*whole_BT.shape, row, past, chunk_bytes(whole_BT.device, recompute))
-        found = [[run(chunk) for chunk in group] for group in plan]
-        # On a CPU autocast refuses to join float16 tensors, which some measures are.
-        with torch.autocast(whole_BT.device.type, enabled=False):
-            return {
-                name: torch.cat([torch.cat([part[name] for part in parts], dim=1) for parts in found])[:, : byte_ids_BT.shape[1]]
-                for name in found[0][0]
-            }
+        found: dict[str, Tensor] = {}
+        for chunk in (chunk for group in plan for chunk in group):
+            for name, values in run(chunk).items():
+                # Room for all: what a chunk leaves behind would lie between the memory of the next ones and keep it apart.
+                if name not in found:
+                    found[name] = values.new_empty(*whole_BT.shape, *values.shape[2:])
+                found[name][chunk.sequences, chunk.start : chunk.end] = values
+        return {name: values[:, : byte_ids_BT.shape[1]] for name, values in found.items()}
 
     def new_cache(self, batch_size: int, max_seq_len: int) -> Cache:
         """Buffers for `batch_size` sequences of up to `max_seq_len` bytes (rounded up to whole coarsest patches).
