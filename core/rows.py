@@ -3,6 +3,7 @@
 A row is decoded at batch size 1, so no neighbour and no batch size can change a byte of it.
 """
 
+import os
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +23,7 @@ from core.native import NativeDecoder
 
 _laid_out: WeakKeyDictionary[ByteModel, list[int]] = WeakKeyDictionary()  # where the matrices of laid out models are
 _setting = threading.Lock()  # the number of threads of torch
+_other_thread = ThreadPoolExecutor(1)
 
 
 class Row(Protocol):
@@ -126,14 +128,25 @@ def _byte_ids(stream: np.ndarray) -> torch.Tensor:
 def _one_thread() -> Iterator[None]:
     """For steps at batch 1, too short to share: waking a second thread takes longer than its half of the work.
 
-    `torch.set_num_threads` sets this thread's number and that with which new threads begin; the latter is put back at once.
+    `torch.set_num_threads` sets this thread's number and that with which new threads begin; the latter is put back at once,
+    by a thread that is kept for it: to begin one for every chunk takes a fiftieth of the time of its bytes.
     """
-    with _setting, ThreadPoolExecutor(1) as new_thread:
-        num_threads = new_thread.submit(torch.get_num_threads).result()
+    with _setting:
+        num_threads = torch.get_num_threads()
         torch.set_num_threads(1)
-        new_thread.submit(torch.set_num_threads, num_threads).result()
+        _other_thread.submit(torch.set_num_threads, num_threads).result()
     try:
         yield
     finally:
         with _setting:
             torch.set_num_threads(num_threads)
+
+
+def _renew_other_thread() -> None:
+    """A forked process has none of its parent's threads, and its locks as they happened to be."""
+    global _setting, _other_thread
+    _setting, _other_thread = threading.Lock(), ThreadPoolExecutor(1)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_other_thread)

@@ -22,6 +22,7 @@ Transformers found worth its cost: squared ReLU, normalised queries and keys, re
 # Shapes: B batch, T bytes, N elements of a level (T / span), K rows, L elements of a row, P children, D width, V = 256.
 
 import math
+from contextlib import nullcontext
 from functools import partial
 
 import torch
@@ -55,6 +56,8 @@ class PatchEmbedder(nn.Module):
             h_BTE = h_BTE + self._positions(byte_ids_BT.shape[1], start)
         for conv, tail in zip(self.convs, conv_tails or [None] * len(self.convs), strict=True):
             h_BTE = conv(h_BTE, tail)
+        if self.span == 1:
+            return h_BTE
         return self.project(rearrange(h_BTE, "b (n s) e -> b n (s e)", s=self.span))
 
     def _positions(self, length: int, start: int | Tensor) -> Tensor:
@@ -399,7 +402,8 @@ class MegaByte(nn.Module):
     def to_logits(self, h: Tensor) -> Tensor:
         """Eq. 6: the output matrix is the last level's byte embedding."""
         # fp32: bf16 keeps 8 significant bits, too few for a per-byte likelihood that is summed over a whole file.
-        with torch.autocast(h.device.type, enabled=False):
+        is_mixed = torch.is_autocast_enabled(h.device.type)  # entering it for nothing takes as long as a layer's norm
+        with torch.autocast(h.device.type, enabled=False) if is_mixed else nullcontext():
             logits = F.linear(h.float(), self.levels[-1].embedder.embedding.weight.float())
             cap = self.config.logit_softcap
             return cap * torch.tanh(logits / cap) if cap else logits
