@@ -21,9 +21,10 @@ SMALL = MegaByteConfig(
     max_seq_len=1 << 15,
     positions="both",
 )
+# A step needs a third of what it is given: small things that it keeps of each chunk lie between the freed tensors.
 MODELS = [
     pytest.param(SMALL, 200e6, 400e6, id="32768 bytes"),
-    pytest.param(preset("bench-tiny-p64").model, 600e6, 3e9, id="a million bytes", marks=pytest.mark.slow),
+    pytest.param(preset("bench-tiny-p64").model, 600e6, 4.5e9, id="a million bytes", marks=pytest.mark.slow),
 ]
 
 

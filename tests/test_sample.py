@@ -1,5 +1,6 @@
 """Samples follow the law that was asked for and depend on seed and sample number alone."""
 
+import multiprocessing
 import threading
 import time
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from core import sample
+from core import rows, sample
 from core.config import ImageCodecConfig
 from core.errors import UserError
 from core.law import draw, sampling_law, uniforms
@@ -267,6 +268,20 @@ def test_the_number_of_threads_is_afterwards_what_it_was(monkeypatch):
         assert (first.result(), second.result()) == (3, 3)
     with ThreadPoolExecutor(1) as pool:
         assert pool.submit(torch.get_num_threads).result() == 3
+
+
+def test_a_forked_process_draws_without_the_threads_of_its_parent(monkeypatch):
+    monkeypatch.setenv("MEGABYTE_ENGINE", "torch")
+    generate(build(CASES["exact"]), b"ab", 1)  # begins a thread, which the child will lack
+    child = multiprocessing.get_context("fork").Process(target=_draw_nothing, daemon=True)
+    child.start()
+    child.join(10)
+    assert child.exitcode == 0
+
+
+def _draw_nothing() -> None:
+    with rows._one_thread():
+        pass
 
 
 @pytest.mark.usefixtures("three_threads")
