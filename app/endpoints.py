@@ -20,10 +20,10 @@ from app.jobs import Job, JobStore
 from app.palette import SEQUENTIAL
 from app.render import MEASURES, differences
 from app.scoring import ReferenceSizes
-from app.service import FileScore, Service
+from app.service import CompletionJob, FileScore, Service
 from app.settings import FRAMINGS, CompletionSettings
 from app.tabs import batch, complete
-from app.tabs.refusals import ENDPOINT_WORDS, refusals_shown
+from app.tabs.refusals import ENDPOINT_WORDS, refusals_shown, without_path
 from app.tabs.sources import title_of
 from app.views import batch_values, score_values
 from core.errors import UserError
@@ -126,7 +126,7 @@ def _add_completions(service: Service, calls: Calls) -> None:
                 file, text, keep, keep_bytes, model=model, num_bytes=num_bytes, samples=samples, temperature=temperature,
                 top_k=top_k, top_p=top_p, seed=seed, framing=framing, upside_down=upside_down, first_bytes=first_bytes,
             )  # fmt: skip
-            work = gallery_work(lambda: service.complete(**form))
+            work = gallery_work(lambda: complete.prepared(service, form))
             view = yield from calls.finished(request, "generate", "text" if text else Path(file).name, work)
         yield answer_of(view)
 
@@ -135,7 +135,12 @@ def _add_completions(service: Service, calls: Calls) -> None:
         with refusals_shown(ENDPOINT_WORDS):
             if not file:
                 raise UserError("there is nothing to repeat: give a result")
-            work = gallery_work(lambda: service.repeat(Path(file)))
+
+            def prepare() -> CompletionJob:
+                with without_path(file):
+                    return service.repeat(Path(file))
+
+            work = gallery_work(prepare)
             view = yield from calls.finished(request, "repeat", Path(file).name, work)
         yield answer_of(view)
 

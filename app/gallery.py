@@ -113,10 +113,10 @@ class Gallery:
 
     def stop(self, folder: Path) -> None:
         """Keeps of the samples at work what is there."""
-        at_work, self.at_work = self.at_work, {}
-        for progress in at_work.values():
+        for progress in self.at_work.values():
             if (completion := progress.stopped()) is not None:
                 self._add(completion, folder)
+        self.at_work = {}
 
     def _add(self, completion: Completion, folder: Path) -> None:
         stem = None if completion.is_whole else "stopped"

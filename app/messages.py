@@ -23,7 +23,7 @@ def duration(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
 
 
-def plain_sentence(error: Exception, file: Path | None) -> str:
+def plain_sentence(error: Exception, file: Path | str | None) -> str:
     """What a person is told about an error: our own words, or the system's where it refuses a file."""
     text = str(error)
     if isinstance(error, OSError) and error.strerror:

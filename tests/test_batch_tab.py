@@ -39,6 +39,7 @@ def test_the_plan_comes_first_with_its_cost_and_its_problems(service, make_png, 
     assert (planned["state"], planned["title"]) == ("plan", "1 item")
     assert planned["text"] == "96 bytes to make, about a second, 1 cannot be done"
     assert [(row["name"], row["state"]) for row in planned["rows"]] == [("picture.png", "planned"), ("b.txt", "failed")]
+    assert "--" not in planned["rows"][1]["says"]
     assert json.dumps(planned)
 
 

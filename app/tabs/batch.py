@@ -16,7 +16,7 @@ from app.provenance import sidecar_of
 from app.recipe import Item, parse_recipe
 from app.service import Service
 from app.tabs.following import AT_ONCE, QUIET, JobLink
-from app.tabs.refusals import refusals_shown
+from app.tabs.refusals import refusals_shown, reworded
 from app.tabs.sources import sample_buttons, title_of
 from app.views import batch_values, factory
 from core.codecs import atomic_file
@@ -104,7 +104,7 @@ def preview(service: Service, files: list[str] | None, recipe: str) -> dict[str,
             batch = Batch(service, read_form(files, recipe), Path("results"))
             for _ in batch.plan():
                 pass
-            return batch_values.plan(batch)
+            return _worded(batch_values.plan(batch))
     except gr.Error as error:
         return batch_values.message("This is no recipe yet", error.message)
 
@@ -157,7 +157,12 @@ def shown(view: JobView) -> dict[str, Any]:
         return batch_values.message("Waiting", "The job has begun.") if view.is_running else EMPTY
     path = view.folder / ZIP_NAME
     has_results = not view.is_running and path.exists() and any(row.results for row in batch.rows)
-    return batch_values.progress(batch, view, path if has_results else None)
+    return _worded(batch_values.progress(batch, view, path if has_results else None))
+
+
+def _worded(table: dict[str, Any]) -> dict[str, Any]:
+    """A table with the words of the page in its rows."""
+    return table | {"rows": [row | {"says": reworded(row["says"])} for row in table["rows"]]}
 
 
 def _finder(files: list[Path]) -> Callable[[str], list[Path]]:

@@ -14,7 +14,7 @@ from app.provenance import Provenance, read_provenance
 from app.service import CompletionJob, Service
 from app.settings import CompletionSettings
 from app.tabs.following import AT_ONCE, QUIET, JobLink
-from app.tabs.refusals import refusals_shown, reworded
+from app.tabs.refusals import refusals_shown, reworded, without_path
 from app.tabs.sources import model_choices, sample_buttons
 from app.views import cards, factory
 from core.errors import UserError
@@ -73,11 +73,8 @@ def build_tab(service: Service, store: JobStore, visitor: gr.BrowserState, arriv
                     *BOUNDS["top_p"], value=1.0, step=0.01, label="Top-p",
                     info="Only the likeliest bytes that reach this probability", elem_id="complete-top-p",
                 )  # fmt: skip
-                with gr.Row(elem_classes="actions", equal_height=False):
-                    seed = gr.Number(
-                        0, label="Seed", info="The same seed gives the same bytes", precision=0, elem_id="complete-seed"
-                    )
-                    new_seed = gr.Button("Random", size="sm", elem_id="complete-new-seed")
+                seed = gr.Number(0, label="Seed", info="The same seed gives the same bytes", precision=0, elem_id="complete-seed")
+                new_seed = gr.Button("Random seed", size="sm", elem_id="complete-new-seed")
             plan = gr.Textbox(NO_PLAN, label="Plan", lines=2, max_lines=12, interactive=False, elem_id="complete-plan")
             with gr.Row(elem_classes="actions"):
                 start = gr.Button("Complete", variant="primary", elem_id="complete-start")
@@ -118,7 +115,7 @@ def build_tab(service: Service, store: JobStore, visitor: gr.BrowserState, arriv
             wanted = request(*values)
             if wanted is None:
                 raise UserError("there is nothing to complete: drop a file, try a sample or type a text")
-            job = service.complete(**wanted)  # so that a refusal is said at once
+            job = prepared(service, wanted)  # so that a refusal is said at once
             title = "typed text" if job.source is None else job.source.name
             job_id = store.submit(visitor, KIND, title, gallery_work(lambda: job))
         return job_id, job_id, NO_CHOICE
@@ -194,6 +191,16 @@ def request(
     }
 
 
+def prepared(service: Service, wanted: dict[str, Any]) -> CompletionJob:
+    """The completions that a form asks for.
+
+    Raises:
+        UserError: if the file or a setting cannot be used.
+    """
+    with without_path(wanted["path"]):
+        return service.complete(**wanted)
+
+
 def preview(service: Service, wanted: dict[str, Any] | None) -> tuple[dict[str, Any], str]:
     """The source with the end of its kept part, and the plan in words, for a form that was changed.
 
@@ -203,9 +210,9 @@ def preview(service: Service, wanted: dict[str, Any] | None) -> tuple[dict[str, 
         return EMPTY, NO_PLAN
     try:
         with refusals_shown():
-            job = service.complete(**wanted)
+            job = prepared(service, wanted)
     except gr.Error as error:
-        return _without_end(service, wanted, error.message), error.message
+        return _without_end(service, wanted, error.message), _capital(error.message)
     return cards.prompt(job), plan_in_words(job)
 
 
@@ -215,9 +222,9 @@ def replan(service: Service, wanted: dict[str, Any] | None) -> tuple[Any, str]:
         return gr.skip(), NO_PLAN
     try:
         with refusals_shown():
-            job = service.complete(**wanted)
+            job = prepared(service, wanted)
     except gr.Error as error:
-        return gr.skip(), error.message
+        return gr.skip(), _capital(error.message)
     return cards.cut(job), plan_in_words(job)
 
 
@@ -292,7 +299,7 @@ def _without_end(service: Service, wanted: dict[str, Any], sentence: str) -> dic
     """The source all the same, if it is only the end of the kept part or a setting that is refused."""
     try:
         neutral = {"keep_bytes": None, "num_bytes": 1, "samples": 1, "first_bytes": ""}
-        return cards.prompt(service.complete(**(wanted | neutral)))
+        return cards.prompt(prepared(service, wanted | neutral))
     except (ValueError, OSError):
         return cards.message("This cannot be completed", sentence, "error")
 

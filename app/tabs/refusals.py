@@ -2,10 +2,12 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 
 import gradio as gr
 
 from app.messages import plain_sentence
+from core.errors import UserError
 
 STORED_FILE = "The file as it is stored"
 ADAPT = "Adapt it to the model"
@@ -28,3 +30,16 @@ def refusals_shown(words: Mapping[str, str] = PAGE_WORDS) -> Iterator[None]:
         yield
     except (ValueError, OSError) as error:
         raise gr.Error(reworded(plain_sentence(error, None), words), print_exception=False) from None
+
+
+@contextmanager
+def without_path(file: str | Path | None) -> Iterator[None]:
+    """A refusal of a file speaks of "the file": where it lies on this machine is nobody's business.
+
+    Raises:
+        UserError: with the sentence of a refusal inside the block.
+    """
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise UserError(plain_sentence(error, file)) from None

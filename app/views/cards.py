@@ -11,7 +11,7 @@ from app.service import CompletionJob, Progress
 from app.views.score_values import file_value
 from core.codecs import Media, Picture, Raw, Sound
 
-WAVE_COLUMNS = 560
+WAVE_COLUMNS = 1024
 SHOWN_KEPT = 600  # characters of a text's kept part that a card shows
 SHOWN_MADE = 20_000  # and of the new part, which is sent again and again while it grows; the file has all of it
 SHOWN_TEXT_BYTES = 20_000  # of a text in the prompt view
@@ -52,11 +52,12 @@ class Display:
 
     def results(self, gallery: Gallery, *, is_running: bool) -> dict[str, Any]:
         """The cards of everything that is made, and of what is at work."""
+        at_work = gallery.at_work if is_running else {}  # before `own`, so that a sample that is finished meanwhile is in both
         own = {made.completion.sample: self._card(made) for made in gallery.own}
-        if is_running:
-            at_work = gallery.at_work.items()
-            own |= {sample: self._card_at_work(gallery, progress) for sample, progress in at_work if sample not in own}
-        return {"state": "done", "items": [*map(self._card, gallery.earlier), *(own[sample] for sample in sorted(own))]}
+        own |= {sample: self._card_at_work(gallery, progress) for sample, progress in at_work.items() if sample not in own}
+        cards = [*map(self._card, gallery.earlier), *(own[sample] for sample in sorted(own))]
+        self._sent = {card["id"]: self._sent[card["id"]] for card in cards if card["id"] in self._sent}
+        return {"state": "done", "items": cards}
 
     def _card_at_work(self, gallery: Gallery, progress: Progress) -> dict[str, Any]:
         done = f"{progress.done_bytes:,} of {progress.total_bytes:,} bytes"
@@ -163,7 +164,7 @@ def _wave(samples: np.ndarray, total_samples: int) -> dict[str, Any]:
     coarse = (samples * (127 / max(1, np.abs(samples.astype(np.int32)).max(initial=0)))).astype(np.int8)
     low = np.minimum.reduceat(coarse, edges) if edges.size else coarse
     high = np.maximum.reduceat(coarse, edges) if edges.size else coarse
-    return {"low": _base64(low), "high": _base64(high)}
+    return {"low": _base64(low), "high": _base64(high), "columns": WAVE_COLUMNS}
 
 
 def _text(kept: bytes, made: bytes) -> dict[str, Any]:
