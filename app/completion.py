@@ -13,7 +13,7 @@ import numpy as np
 from app.canvas import Canvas, PictureCanvas, StreamCanvas
 from app.framing import source_of
 from app.settings import MAX_NUM_BYTES, CompletionSettings
-from app.store import SPEED_TEST_S, LoadedModel
+from app.store import LoadedModel
 from app.turns import Turn
 from core.codecs import Codec, Media, Picture, Raw
 from core.errors import UserError
@@ -252,7 +252,7 @@ class CompletionJob:
             num_bytes_kept=kept,
             num_bytes_to_generate=num_bytes,
             says=f"{keeps}, makes {num_bytes} bytes{begins} with {self.loaded.info.name}",
-            estimate_seconds=self.settings.samples * num_drawn / self.loaded.bytes_per_s(self.settings.samples > 1),
+            estimate_seconds=self.loaded.estimate_seconds(self.settings.samples, num_drawn),
         )
 
     def _says_what_is_rounded(self, wanted: int) -> tuple[str, ...]:
@@ -396,5 +396,4 @@ def run_together(tasks: Sequence[tuple[CompletionJob, int]]) -> Iterator[Progres
                     busy_s += time.perf_counter() - started
                     yield makings[index].take(chunk)
             num_made = sum(making.num_drawn for making in makings) - num_before
-            if busy_s >= SPEED_TEST_S:
-                loaded.note_speed(num_made / busy_s, is_together=len(makings) > 1)
+            loaded.note_seconds(len(makings), num_made / len(makings), busy_s)

@@ -17,7 +17,7 @@ from core.errors import UserError, shown
 from core.folder import MANIFEST_NAME
 from core.likelihood import scoring_engine
 from core.models import ByteModel
-from core.sample import SampleConfig, Sampler
+from core.sample import Request, SampleConfig, num_at_once, stream_batch
 
 # The shipped models of each modality that are taken unasked, the first that fits; the last fits everything.
 DEFAULT_MODELS = {"image": ("image64", "image32"), "audio": ("audio",), "text": ("text",)}
@@ -54,7 +54,7 @@ class LoadedModel:
     codec: Codec
     info: ModelInfo
     lock: FairLock = field(default_factory=FairLock)
-    _speeds: dict[bool, float] = field(default_factory=dict)  # bytes/s of samples made together, and of one alone
+    _paces: dict[int, float] = field(default_factory=dict)  # seconds a byte of each, by the samples that are made at once
 
     @property
     def modality(self) -> str:
@@ -65,28 +65,42 @@ class LoadedModel:
         """What computes its scores."""
         return scoring_engine(self.model)
 
-    def bytes_per_s(self, is_together: bool = False) -> float:
-        """How fast this machine makes bytes with this model, of one sample or of several together.
+    def estimate_seconds(self, num_samples: int, num_bytes: int) -> float:
+        """About how long samples of `num_bytes` new bytes each take here, in turns with all who work with this model now.
 
-        Measured once, with one sample, then kept up to date by finished work.
+        The pace is measured at first and then follows the work that is done; other work on the machine is in it.
         """
-        if not self._speeds:
-            self.note_speed(self._measure_speed())
-        return self._speeds.get(is_together) or next(iter(self._speeds.values()))
+        at_once, num_rounds = self._rounds(num_samples)
+        if at_once not in self._paces:
+            self._paces[at_once] = self._measure_pace(at_once)
+        return num_rounds * num_bytes * self._paces[at_once] * (1 + self.lock.num_parties)
 
-    def note_speed(self, bytes_per_s: float, is_together: bool = False) -> None:
-        self._speeds[is_together] = bytes_per_s
+    def note_seconds(self, num_samples: int, num_bytes: int, seconds: float) -> None:
+        """Notes how long samples took that had this model for themselves."""
+        if seconds >= SPEED_TEST_S:
+            at_once, num_rounds = self._rounds(num_samples)
+            self._paces[at_once] = seconds / (num_rounds * num_bytes)
 
-    def _measure_speed(self) -> float:
-        num_bytes = min(self.info.max_seq_len, 16 * self.info.patch_size)
-        sampler = Sampler(self.model, b"", num_bytes, SampleConfig())
-        started, num_made = time.perf_counter(), 0
-        with closing(sampler.stream()) as chunks:
-            for chunk in chunks:
+    def _rounds(self, num_samples: int) -> tuple[int, int]:
+        """How many samples are made at once, and how many times that is done."""
+        at_once = min(num_at_once(self.model), num_samples)
+        return at_once, -(-num_samples // at_once)
+
+    def _measure_pace(self, at_once: int) -> float:
+        """Makes a few bytes in the middle of the context, where a byte costs about what it does on average."""
+        half = self.info.max_seq_len // 2 // self.info.patch_size * self.info.patch_size
+        requests = [Request(bytes(half), self.info.max_seq_len - half, SampleConfig(), number) for number in range(at_once)]
+        begun, started, num_made = set(), 0.0, 0
+        with closing(stream_batch(self.model, requests)) as chunks:
+            for index, chunk in chunks:
+                if len(begun) < at_once:  # the first bytes of each wait for what is read before them
+                    begun.add(index)
+                    started = time.perf_counter()
+                    continue
                 num_made += len(chunk.byte_values)
                 if time.perf_counter() - started > SPEED_TEST_S:
                     break
-        return num_made / (time.perf_counter() - started)
+        return (time.perf_counter() - started) * at_once / max(1, num_made)
 
 
 class ModelStore:

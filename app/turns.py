@@ -60,6 +60,13 @@ class FairLock:
         return self._is_held
 
     @property
+    def num_parties(self) -> int:
+        """How many parties have the lock or wait for it."""
+        with self._mutex:
+            holder = list(self._last_turns)[-1:] if self._is_held else []
+            return len({*holder, *(ticket.party for ticket in self._waiting)})
+
+    @property
     def is_wanted(self) -> bool:
         """Whether somebody waits."""
         return bool(self._waiting)

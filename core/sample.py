@@ -31,7 +31,7 @@ from core.lockstep import Job, borrowed_lockstep
 from core.models import ByteModel, MegaByte
 from core.rows import NativeRow, Row, TorchRow
 
-__all__ = ["Chunk", "Request", "SampleConfig", "Sampler", "generate", "next_byte_law", "stream_batch"]
+__all__ = ["Chunk", "Request", "SampleConfig", "Sampler", "generate", "next_byte_law", "num_at_once", "stream_batch"]
 
 MAX_NUM_BYTES = 1 << 24  # of one sample, as many as the longest context
 MAX_SAMPLES = 1 << 16  # of one prefix
@@ -148,9 +148,17 @@ def stream_batch(model: ByteModel, requests: Sequence[Request]) -> Iterator[tupl
     engine = _choose_engine(model)
     if engine in _LOCKSTEP:
         return _in_lockstep(model, engine, requests)
-    # Only the native engine's rows gain from working side by side: torch shares its matrix products itself.
-    num_workers = min(native.num_cores(), len(streams)) if engine in _NATIVE else 1
+    num_workers = min(num_at_once(model), len(streams))
     return _side_by_side([sampler.stream(number, alone=num_workers == 1) for sampler, number in streams], num_workers)
+
+
+def num_at_once(model: ByteModel) -> int:
+    """How many samples `stream_batch` works on at a time on this machine; the others wait."""
+    engine = _choose_engine(model)
+    if engine in _LOCKSTEP:
+        return _LOCKSTEP[engine][1]
+    # Only the native engine's rows gain from working side by side: torch shares its matrix products itself.
+    return native.num_cores() if engine in _NATIVE else 1
 
 
 def generate(
