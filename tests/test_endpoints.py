@@ -21,7 +21,6 @@ from gradio_client.exceptions import AppError
 from page_server import free_port, wait_for_page
 from waiting import wait_until
 
-from app.__main__ import main
 from app.calls import owner_of
 from app.endpoints import completion_form
 from app.exports import write_csv, write_png
@@ -47,13 +46,6 @@ def client(page_url: str) -> Client:
     return Client(page_url, verbose=False)
 
 
-@pytest.fixture
-def command_line(tiny_models, monkeypatch):
-    """Runs one call on the tiny models."""
-    monkeypatch.setattr("app.service.Service", functools.partial(Service, weights=tiny_models, runs=tiny_models / "no-runs"))
-    return lambda *arguments: main([str(argument) for argument in arguments])
-
-
 def zipped(archive: str) -> dict[str, bytes]:
     with zipfile.ZipFile(archive) as files:
         return {name: files.read(name) for name in files.namelist()}
@@ -72,27 +64,6 @@ def test_score_adapts_or_reads_the_stored_file_when_asked(client, make_png):
     assert all(words in str(refusal.value) for words in ENDPOINT_WORDS.values())
     assert client.predict(handle_file(path), "", adapt=True, api_name="/score")["num_bytes"] == 192
     assert client.predict(handle_file(path), "", scored_as="file", api_name="/score")["num_bytes"] == path.stat().st_size
-
-
-@pytest.mark.parametrize("make", ["make_png", "make_wav", "make_text"])
-def test_client_batch_and_command_line_give_equal_bytes_for_equal_seeds(client, command_line, request, make, tmp_path):
-    path, out = request.getfixturevalue(make)(), tmp_path / "out"
-    settings = {"keep": 0.5, "num_bytes": 48, "samples": 2, "seed": 5}
-    options = [part for name, value in settings.items() for part in (f"--{name.replace('_', '-')}", value)]
-    assert command_line("generate", path, "--out", out, *options) == 0
-    written = {file.name: file.read_bytes() for file in out.glob(f"{path.stem}-*")}
-    expected = {name: content for name, content in written.items() if not name.endswith(".json")}
-    assert len(expected) == 2
-
-    files, facts = client.predict(handle_file(path), "", "", **settings, api_name="/generate")
-    assert {Path(file).name: Path(file).read_bytes() for file in files} == expected
-    assert [(each["source"], each["seed"]) for each in facts] == [(path.name, 5)] * 2
-
-    archive, facts = client.predict([handle_file(path)], RECIPE, api_name="/batch")
-    made = zipped(archive)
-    assert {name: made[name] for name in written} == written
-    assert set(made) == {*written, "jobs.toml", "results.jsonl"}
-    assert [json.loads(line) for line in made["results.jsonl"].splitlines()] == facts
 
 
 def test_a_batch_plan_tells_every_item_and_makes_nothing(client, make_png, make_text):
@@ -122,6 +93,11 @@ def test_a_recipe_on_the_page_reaches_no_file_of_this_machine(client, make_text,
 
 
 def test_no_endpoint_tells_a_path_of_this_machine(client, make_text):
+    wrong = handle_file(make_text("b.txt", b"%PDF-1.7"))
+    for endpoint, arguments in {"/generate": [wrong, ""], "/repeat": [wrong], "/score": [wrong, ""]}.items():
+        with pytest.raises(AppError, match=r"the file (is|holds)") as refusal:
+            client.predict(*arguments, api_name=endpoint)
+        assert "/" not in str(refusal.value)
     files = [handle_file(make_text("a.txt")), handle_file(make_text("b.txt", b"%PDF-1.7"))]
     plan = client.predict(files, RECIPE, api_name="/batch_plan")
     archive, facts = client.predict(files, RECIPE, api_name="/batch")
