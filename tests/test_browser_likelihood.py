@@ -132,6 +132,9 @@ def test_statistics_follow_the_selection_and_lead_to_the_surprises(open_page, se
     page.wait_for_selector("#statistics-view li button")
     mean = page.locator("#statistics-view tbody tr", has_text="Mean")
     assert mean.locator("td").all_inner_texts() == [f"{bits.mean():.2f} bits"]
+    most = page.locator("#statistics-view tbody tr", has_text="Nine of ten").locator("td").inner_text()
+    assert np.quantile(bits, 0.9) > 8  # beyond the scale, where the histogram has one bar for all
+    assert float(most.split()[0]) == pytest.approx(np.quantile(bits, 0.9), abs=0.02)
     page.focus("#hex-view .stage")
     page.keyboard.press("Home")
     for _ in range(9):

@@ -4,41 +4,49 @@ const without = element.querySelector("input");
 const [head, rows] = ["thead", "tbody"].map((name) => element.querySelector(name));
 const BINS = 64;
 const BARS = BINS + 2;
-const FINE = 1024; // bins that quantiles are read from
+const FINE = 8192; // bins that quantiles are read from
 const HEIGHT = 120; // CSS pixels
 const MOST = 20;
 const STRETCH = { image: 24, audio: 32, text: 16, raw: 16 }; // bytes
 let bins = { file: null, selection: null };
 
+const isDifference = () => book.shade.measure === MEASURES.difference;
+
+/** The bar of a value: one for each step of the scale, between one for what lies below it and one for what lies above. */
+function barOf(value) {
+  const { low, high } = book.shade;
+  if (value < low) return 0;
+  if (value > high) return BARS - 1;
+  return 1 + Math.min(BINS - 1, Math.floor(((value - low) / (high - low)) * BINS));
+}
+
 /** Counts and figures of the chosen measure over some ranges of bytes. */
 function measure(ranges) {
-  const { file, shade } = book;
-  const { low, high, plane } = shade;
-  const fine = new Uint32Array(FINE);
-  let [count, sum, bits, above, below, most] = [0, 0, 0, 0, 0, -Infinity];
-  const scale = (FINE - 1) / (high - low);
-  for (const [start, end] of ranges) {
-    for (let i = start; i < end; i++) {
-      const value = plane[i];
-      if (Number.isNaN(value) || (without.checked && file.isHatched(i))) continue;
-      fine[Math.max(0, Math.min(FINE - 1, Math.round((value - low) * scale)))]++;
-      if (value > high) above++;
-      if (value < low) below++;
-      count++;
-      sum += value;
-      bits += file.units[i];
-      if (value > most) most = value;
+  const { file, shade: { plane } } = book;
+  const counts = new Uint32Array(BARS);
+  let [count, sum, bits, least, most] = [0, 0, 0, Infinity, -Infinity];
+  const every = (take) => {
+    for (const [start, end] of ranges) {
+      for (let i = start; i < end; i++) if (!Number.isNaN(plane[i]) && !(without.checked && file.isHatched(i))) take(plane[i], i);
     }
-  }
+  };
+  every((value, i) => {
+    counts[barOf(value)]++;
+    count++;
+    sum += value;
+    bits += file.units[i];
+    if (value < least) least = value;
+    if (value > most) most = value;
+  });
+  // Quantiles come from finer bins over all values, because many may lie beyond the scale.
+  const fine = new Uint32Array(FINE);
+  const scale = (FINE - 1) / (most - least || 1);
+  every((value) => fine[Math.round((value - least) * scale)]++);
   const quantile = (share) => {
     let seen = 0;
-    const bin = fine.findIndex((number) => (seen += number) >= share * count);
-    return low + bin / scale;
+    return least + fine.findIndex((number) => (seen += number) >= share * count) / scale;
   };
-  const within = Array.from({ length: BINS }, (_, i) => fine.subarray((i * FINE) / BINS, ((i + 1) * FINE) / BINS).reduce((a, b) => a + b, 0));
-  within[0] -= below;
-  within[BINS - 1] -= above;
-  return { count, mean: sum / count, most, bits: bits / BITS_UNIT, median: quantile(0.5), high: quantile(0.9), counts: [below, ...within, above] };
+  return { count, sum, mean: sum / count, most, bits: bits / BITS_UNIT, median: quantile(0.5), high: quantile(0.9), counts };
 }
 
 function draw() {
@@ -60,7 +68,7 @@ function drawFigures() {
     Median: ({ median }) => format(median),
     "Nine of ten below": ({ high }) => format(high),
     Largest: ({ most }) => format(most),
-    "Bits in all": ({ bits }) => bytes.number(Math.round(bits)),
+    ...(isDifference() ? { "Difference in all": ({ sum }) => `${sum < 0 ? "−" : "+"}${bytes.number(Math.round(Math.abs(sum)))} bits` } : { "Bits in all": ({ bits }) => bytes.number(Math.round(bits)) }),
   };
   const cells = (tag, scope, texts) => texts.map((text) => Object.assign(bytes.make(tag, "", text), scope ? { scope } : {}));
   const line = (...nodes) => {
@@ -107,22 +115,16 @@ function drawHistogram() {
 function jump(event) {
   const { file, shade, cursor } = book;
   const wanted = Math.floor((event.offsetX / histogram.clientWidth) * BARS);
-  const bar = (value) => {
-    if (value < shade.low) return 0;
-    if (value > shade.high) return BARS - 1;
-    return 1 + Math.floor((Math.round(((value - shade.low) / (shade.high - shade.low)) * (FINE - 1)) * BINS) / FINE);
-  };
   for (let i = 1; i <= file.count; i++) {
     const offset = (Math.max(0, cursor) + i) % file.count;
-    if (bar(shade.plane[offset]) === wanted) return book.move(offset);
+    if (barOf(shade.plane[offset]) === wanted) return book.move(offset);
   }
 }
 
 /** The stretches of a few bytes with the most bits, or with the largest differences; none overlaps another. */
 function surprises() {
   const { file, shade } = book;
-  const isDifference = shade.measure === MEASURES.difference;
-  const value = isDifference ? (i) => shade.plane[i] || 0 : (i) => file.units[i] / BITS_UNIT;
+  const value = isDifference() ? (i) => shade.plane[i] || 0 : (i) => file.units[i] / BITS_UNIT;
   const length = Math.min(STRETCH[file.kind], file.count);
   const whole = file.kind === "image" ? 3 : file.bytes_per_sample ?? 1; // a stretch begins with a pixel or a sample
   const best = []; // of each block as long as a stretch, the stretch that begins there and has the largest sum
@@ -156,13 +158,12 @@ function snippet({ start, end }) {
 
 function drawSurprises() {
   if (!book.file) return;
-  const isDifference = book.shade.measure === MEASURES.difference;
   const found = surprises();
-  element.querySelector(".surprises h2").textContent = isDifference ? "Largest differences" : "Most surprising places";
-  element.querySelector(".surprises .line").textContent = `Stretches of ${STRETCH[book.file.kind]} bytes by ${isDifference ? "difference" : "bits"} per byte.`;
+  element.querySelector(".surprises h2").textContent = isDifference() ? "Largest differences" : "Most surprising places";
+  element.querySelector(".surprises .line").textContent = `Stretches of ${STRETCH[book.file.kind]} bytes by ${isDifference() ? "difference" : "bits"} per byte.`;
   const buttons = found.map((stretch) => {
     const button = Object.assign(bytes.make("button"), { type: "button" });
-    const figure = bytes.make("span", "figure", isDifference ? signed(stretch.mean) : stretch.mean.toFixed(2));
+    const figure = bytes.make("span", "figure", isDifference() ? signed(stretch.mean) : stretch.mean.toFixed(2));
     button.append(bytes.make("span", "where", bytes.number(stretch.start)), bytes.make("span", "what", snippet(stretch)), figure);
     button.addEventListener("click", () => {
       book.move(stretch.start);
