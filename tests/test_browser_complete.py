@@ -1,6 +1,7 @@
 """The Complete tab in a real headless Chromium."""
 
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,20 @@ def test_a_picture_is_cut_by_its_line_made_in_a_gallery_and_downloaded(open_page
         assert download(page, tmp_path / "got", number).read_bytes() == expected.read_bytes()
         shown = pixels_of(page, f"#results-view .card:nth-child({number + 1}) canvas")
         np.testing.assert_array_equal(shown[..., :3], made.media.pixels)
+
+
+@pytest.mark.parametrize(("width", "rows"), [(1280, [4]), (390, [2, 2])])
+def test_the_rows_of_a_gallery_are_filled_evenly(open_page, make_png, width, rows):
+    page = open_complete(open_page, width=width)
+    open_source(page, make_png())
+    set_number(page, "samples", 4)
+    wait_for_plan(page, "4 times")
+    complete(page, 4)
+    tops = page.eval_on_selector_all("#results-view .card", "cards => cards.map((card) => card.getBoundingClientRect().top)")
+    assert list(Counter(tops).values()) == rows
+    box = page.locator("#results-view .card:last-child .actions").bounding_box()
+    button = page.locator("#results-view .card:last-child button").bounding_box()
+    assert button["x"] + button["width"] <= box["x"] + box["width"]
 
 
 def test_stop_ends_within_a_second_and_keeps_what_was_painted(open_page):

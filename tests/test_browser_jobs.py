@@ -12,6 +12,7 @@ from app.service import Service
 
 pytestmark = pytest.mark.browser
 STOP_LIMIT_S = 1.0
+BLOCKED_STORAGE = "Object.defineProperty(window, 'localStorage', { get() { throw new DOMException('', 'SecurityError'); } })"
 LONG = '[[jobs]]\ntext = "{}"\nnum_bytes = 1000000'
 
 
@@ -130,6 +131,21 @@ def test_two_tabs_and_two_visitors_do_not_mix(open_page):
     wait_for_state(second, "stopped")
 
 
+def test_visitors_whose_browser_stores_nothing_share_nothing(browser, page_url, make_text):
+    contexts = [browser.new_context() for _ in range(2)]
+    for number, context in enumerate(contexts):
+        context.add_init_script(BLOCKED_STORAGE)
+        page = context.new_page()
+        page.goto(page_url, wait_until="networkidle")
+        upload(page, make_text(f"{number}.txt"))
+        page.wait_for_selector(f"#headline-view .subtitle:has-text('{number}.txt')")
+    for number, context in enumerate(contexts):
+        context.pages[0].get_by_role("tab", name="Jobs").click()
+        context.pages[0].wait_for_selector("#jobs-view tbody tr")
+        assert context.pages[0].locator("#jobs-view td.source").all_inner_texts() == [f"{number}.txt"]
+        context.close()
+
+
 @pytest.mark.parametrize("color_scheme", ["light", "dark"])
 def test_a_phone_shows_the_table_without_sideways_scroll(open_page, color_scheme):
     page = open_page(width=390, height=844, color_scheme=color_scheme)
@@ -176,12 +192,14 @@ def test_a_completion_goes_on_through_a_reload_and_keeps_what_is_there(open_page
 
 
 def test_the_jobs_tab_lists_stops_and_shows_the_jobs_of_this_browser(open_page):
-    page = open_page()
+    page = open_page(width=390)
     open_batch(page)
     start(page, LONG.format("Once"))
     wait_for_state(page, "running")
     page.get_by_role("tab", name="Jobs").click()
     row = page.locator("#jobs-view tbody tr")
+    row.wait_for()
+    assert page.eval_on_selector("#jobs-view .scroller", "table => table.scrollWidth <= table.clientWidth")
     row.get_by_role("button", name="Stop").click()
     page.wait_for_selector("#jobs-view tr.stopped")
     assert row.count() == 1

@@ -121,8 +121,11 @@ def test_a_list_is_no_look(store, clock):
 def test_an_empty_owner_owns_nothing(store):
     with pytest.raises(ValueError, match="needs an owner"):
         store.submit("", "score", "a.txt", quick)
-    store.submit("me", "score", "a.txt", quick)
+    job_id = store.submit("me", "score", "a.txt", quick)
     assert store.list("") == []
+    assert store.left_alone("", "score") is None
+    with pytest.raises(UnknownJobError):
+        store.look("", job_id)
 
 
 def test_each_job_is_stopped_on_its_own_and_keeps_what_it_reported(store):

@@ -27,7 +27,7 @@ def sample_buttons(file: gr.File, prefix: str) -> None:
 def model_choices(service: Service) -> list[tuple[str, str]]:
     """Dropdown entries: the model that suits the file first, then every model by name."""
     models = [(f"{m.name}: {m.modality}, {m.num_parameters / 1e6:.1f} M parameters", m.name) for m in service.models()]
-    return [("Chosen by the file's content", ""), *models]
+    return [("Chosen by the content", ""), *models]
 
 
 def title_of(names: Sequence[str]) -> str:

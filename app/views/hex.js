@@ -5,11 +5,12 @@ const sight = element.querySelector(".sight");
 const jump = element.querySelector("input");
 const LINE = 22; // CSS pixels
 const OVERVIEW = 28;
+const WIDEST = 46; // of a cell
 const FONT = "12.5px ui-monospace, 'DejaVu Sans Mono', Menlo, Consolas, monospace";
 let colours = null;
 let grid = { columns: 16, cell: 25, letter: 8, bytesAt: 84, textAt: 494 };
 
-/** 16 columns where they fit, 8 on a phone; the offsets take only the digits that the file needs. */
+/** 16 columns where they fit, 8 on a phone, 32 on a wall; the offsets take only the digits that the file needs. */
 function layOut() {
   const { file } = book;
   const width = stage.clientWidth;
@@ -20,8 +21,8 @@ function layOut() {
   const digits = Math.max(4, (file.count - 1).toString(16).length);
   const bytesAt = 8 + digits * letter + 10;
   const needed = (columns, cell) => bytesAt + columns * (cell + letter) + 18;
-  const columns = needed(16, 2 * letter + 4) <= width ? 16 : 8;
-  const cell = Math.min(38, Math.max(2 * letter + 2, (width - bytesAt - 18) / columns - letter));
+  const columns = needed(32, WIDEST) <= width ? 32 : needed(16, 2 * letter + 4) <= width ? 16 : 8;
+  const cell = Math.min(WIDEST, Math.max(2 * letter + 2, (width - bytesAt - 18) / columns - letter));
   grid = { columns, cell, letter, digits, bytesAt, textAt: bytesAt + columns * cell + 10 };
   rows.resize(Math.ceil(file.count / columns));
   paint();

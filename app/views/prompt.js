@@ -1,14 +1,13 @@
 // What is to be completed: a picture with a line to drag, a waveform with a handle, a text with a caret. The line, the slider
 // and the byte offset are one number, which goes to the server when it is let go.
-const { decode, make, scrollable } = bytes;
+const { decode, make, scrollable, wave } = bytes;
 const root = element.querySelector(".byte-prompt");
 const message = root.querySelector(".message");
 const source = root.querySelector(".source");
 const stage = root.querySelector(".stage");
 const range = root.querySelector("input[type=range]");
 const number = root.querySelector("input[type=number]");
-const WAVE = { width: 560, height: 110 }; // canvas pixels
-const SIDE = 420; // CSS pixels of a picture's longer side at most
+const SIDE = 420; // CSS pixels of a picture's longer side; less if small pixels stay whole
 let shown = null; // the newest value with media
 let cut = 0;
 let parts = {};
@@ -48,8 +47,10 @@ const DRAW = {
     canvas.setAttribute("role", "img");
     canvas.setAttribute("aria-label", `The source, ${width} by ${height} pixels`);
     canvas.getContext("2d").putImageData(new ImageData(new Uint8ClampedArray(decode(rgba)), width, height), 0, 0);
-    const factor = Math.max(1, Math.floor(SIDE / Math.max(width, height)));
-    frame.style.width = `min(100%, ${width * factor}px)`;
+    const factor = SIDE / Math.max(width, height);
+    const isSmall = factor >= 2;
+    canvas.classList.toggle("small", isSmall);
+    frame.style.width = `min(100%, ${width * (isSmall ? Math.floor(factor) : factor)}px)`;
     parts = { shade: make("div", "shade"), line: make("div", "line") };
     frame.append(canvas, parts.shade, parts.line);
     dragged(frame, (event) => {
@@ -59,11 +60,9 @@ const DRAW = {
     });
     return frame;
   },
-  audio({ low, high }) {
+  audio() {
     const frame = make("div", "frame wide");
-    parts = { canvas: make("canvas", "wave"), line: make("div", "line upright"), lows: new Int8Array(decode(low).buffer), highs: new Int8Array(decode(high).buffer) };
-    parts.canvas.width = WAVE.width;
-    parts.canvas.height = WAVE.height;
+    parts = { canvas: make("canvas", "wave"), line: make("div", "line upright") };
     parts.canvas.setAttribute("role", "img");
     parts.canvas.setAttribute("aria-label", "Waveform of the source");
     frame.append(parts.canvas, parts.line);
@@ -102,18 +101,11 @@ const MOVE = {
     parts.shade.style[far] = "0";
   },
   audio() {
-    const context = parts.canvas.getContext("2d");
-    const style = getComputedStyle(root);
-    const middle = WAVE.height / 2;
-    context.clearRect(0, 0, WAVE.width, WAVE.height);
-    for (let column = 0; column < parts.lows.length; column++) {
-      const isKept = column < (cut / shown.whole) * WAVE.width;
-      context.fillStyle = style.getPropertyValue(isKept ? "--color-accent" : "--body-text-color-subdued");
-      context.globalAlpha = isKept ? 1 : 0.45;
-      const [low, high] = [parts.lows[column], parts.highs[column]];
-      context.fillRect(column, middle - (high / 128) * middle, 1, Math.max(1.5, ((high - low) / 128) * middle));
-    }
-    context.globalAlpha = 1;
+    wave(parts.canvas, shown.media, () => {
+      const style = getComputedStyle(root);
+      const [kept, rest] = ["--color-accent", "--neutral-400"].map((name) => style.getPropertyValue(name));
+      return (part) => (part * shown.whole < cut ? kept : rest);
+    });
     parts.line.style.left = `calc(${(cut / shown.whole) * 100}% - 1px)`;
   },
   text() {

@@ -1,35 +1,19 @@
 // The samples of a completion: what is being made as it comes, and the finished files.
 // A card is kept between updates, so pictures and players do not flicker while others are still being made.
-const { decode, make, scrollable } = bytes;
+const { decode, make, scrollable, wave } = bytes;
 const root = element.querySelector("section");
-const WAVE = { width: 560, height: 96 }; // canvas pixels
+// Least and largest width of a card, CSS pixels; pictures share a row by five at most.
+const WIDTHS = { image: [200, 420], audio: [560, 1200], text: [400, 900] };
+const GAP = 18;
+const SMALL = 128; // pixels of a picture's longer side
 let cards = new Map();
 
 /** Pixels into their place; what is not made yet stays see-through. */
 function drawPicture(canvas, { width, height, left, top, box_width, rgba }) {
   if (canvas.width !== width || canvas.height !== height) Object.assign(canvas, { width, height });
+  canvas.classList.toggle("small", Math.max(width, height) <= SMALL);
   if (!rgba) return;
   canvas.getContext("2d").putImageData(new ImageData(new Uint8ClampedArray(decode(rgba)), box_width), left, top);
-}
-
-/** Lowest and highest sample of each column; columns after `kept` are new. */
-function drawWave(canvas, media) {
-  const { low, high, kept } = media;
-  canvas.drawn = media;
-  const lows = new Int8Array(decode(low).buffer);
-  const highs = new Int8Array(decode(high).buffer);
-  const style = getComputedStyle(root);
-  canvas.width = WAVE.width;
-  canvas.height = WAVE.height;
-  const context = canvas.getContext("2d");
-  const middle = WAVE.height / 2;
-  for (let column = 0; column < lows.length; column++) {
-    const isKept = column < kept * WAVE.width;
-    context.fillStyle = style.getPropertyValue(isKept ? "--body-text-color-subdued" : "--made-colour");
-    context.fillRect(column, middle - (highs[column] / 128) * middle, 1, Math.max(1.5, ((highs[column] - lows[column]) / 128) * middle));
-  }
-  context.fillStyle = style.getPropertyValue("--border-color-primary");
-  context.fillRect(0, middle, WAVE.width, 1);
 }
 
 const MEDIA = {
@@ -44,7 +28,11 @@ const MEDIA = {
   },
   audio(box, media, label) {
     const canvas = box.querySelector("canvas") ?? box.appendChild(make("canvas", "wave"));
-    drawWave(canvas, media);
+    wave(canvas, media, () => {
+      const style = getComputedStyle(root);
+      const [kept, made] = ["--body-text-color-subdued", "--made-colour"].map((name) => style.getPropertyValue(name));
+      return (part) => (part < media.kept ? kept : made);
+    });
     canvas.setAttribute("role", "img");
     canvas.setAttribute("aria-label", label);
   },
@@ -91,7 +79,7 @@ function pick(card, id, event) {
   if (canvas) {
     const box = canvas.getBoundingClientRect();
     const [x, y] = [(event.clientX - box.left) / box.width, (event.clientY - box.top) / box.height];
-    const place = canvas.className === "wave" ? x : Math.floor(y * canvas.height) * canvas.width + Math.floor(x * canvas.width);
+    const place = canvas.classList.contains("wave") ? x : Math.floor(y * canvas.height) * canvas.width + Math.floor(x * canvas.width);
     trigger("pick", { id, place });
     return;
   }
@@ -134,10 +122,23 @@ function draw() {
     [...cards.values()].forEach((card, i) => root.children[i] !== card && root.insertBefore(card, root.children[i] ?? null));
   }
   element.dataset.state = value.state;
+  layOut();
 }
 
+/** As few rows as the cards need, and those filled evenly: four samples are four in a row or two by two, never three and one. */
+function layOut() {
+  const kind = [...cards.values()][0]?.dataset.kind;
+  if (!kind || !root.clientWidth) return;
+  const width = root.clientWidth;
+  const [narrow, largest] = WIDTHS[kind];
+  const least = kind === "image" ? Math.max(width / 5, Math.min(narrow, (width - GAP) / 2)) : narrow;
+  const rows = Math.ceil(cards.size / Math.max(1, Math.floor((width + GAP) / (least + GAP))));
+  root.style.gridTemplateColumns = `repeat(${Math.ceil(cards.size / rows)}, minmax(0, ${largest}px))`;
+}
+
+new ResizeObserver(layOut).observe(root);
 bytes.onTheme(() => {
-  for (const canvas of root.querySelectorAll("canvas.wave")) drawWave(canvas, canvas.drawn);
+  for (const canvas of root.querySelectorAll("canvas.wave")) canvas.draw();
 });
 watch("value", draw);
 draw();

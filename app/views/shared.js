@@ -97,6 +97,29 @@ const bytes = (window.byteViews ??= (() => {
     return context;
   }
 
+  /** A waveform: lowest and highest sample of each of `columns` columns as far as they are there, sharp at every size.
+   *  `look` gives, each time it is drawn, a function from a place, 0 to 1, to its colour. */
+  function wave(canvas, { low, high, columns }, look) {
+    const [lows, highs] = [low, high].map((values) => new Int8Array(decode(values).buffer));
+    if (!canvas.draw) new ResizeObserver(() => canvas.draw()).observe(canvas);
+    canvas.draw = () => {
+      const density = window.devicePixelRatio || 1;
+      const [width, height] = [canvas.clientWidth, canvas.clientHeight].map((length) => Math.round(length * density));
+      if (!width) return;
+      Object.assign(canvas, { width, height });
+      const context = canvas.getContext("2d");
+      const colourOf = look();
+      const [middle, edge] = [height / 2, (column) => Math.round((column / columns) * width)];
+      for (let column = 0; column < lows.length; column++) {
+        context.fillStyle = colourOf(column / columns);
+        const left = edge(column);
+        const tall = Math.max(1.5 * density, ((highs[column] - lows[column]) / 128) * middle);
+        context.fillRect(left, middle - (highs[column] / 128) * middle, Math.max(1, edge(column + 1) - left), tall);
+      }
+    };
+    canvas.draw();
+  }
+
   /** The cursor's frame: white in black, so that it stands out from every colour of the scale. */
   function frame(context, x, y, width, height) {
     for (const [colour, inset] of [["#000000", 0], ["#ffffff", 1.5]]) {
@@ -192,6 +215,6 @@ const bytes = (window.byteViews ??= (() => {
   };
 
   return {
-    PALETTES, VirtualRows, characterStart, colours, decode, decodeAt, fit, frame, hatch, hex, ink, make, number, onTheme, scrollable, tooltip, underline, visible,
+    PALETTES, VirtualRows, characterStart, colours, decode, decodeAt, fit, frame, hatch, hex, ink, make, number, onTheme, scrollable, tooltip, underline, visible, wave,
   };
 })());
