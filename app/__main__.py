@@ -114,7 +114,7 @@ def run_bench(args: argparse.Namespace) -> int:
 
 def run_compare(args: argparse.Namespace) -> int:
     """Trains and scores the models of a plan, or goes on with that, and prints the table."""
-    from app.comparing import compare_models
+    from app.comparison import compare_models
     from core.distributed import usable_device
 
     place = usable_device(args.device)

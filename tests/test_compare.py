@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from app.comparing import compare_models
+from app.comparison import compare_models
 from core import plans
 from core.codecs import build_codec
 from core.compare import flops_per_predicted_byte, with_budget

@@ -35,7 +35,7 @@ LAYERS = [
     ["app.gallery"],
     ["app.service"],
     ["app.render", "app.plot"],
-    ["app.exports", "app.comparing"],
+    ["app.exports", "app.comparison"],
     ["app.batch", "app.score_folder"],
     ["app.console_batch", "app.console_bench"],
     ["app.views"],
