@@ -61,7 +61,8 @@ def test_page_client_and_command_line(open_page, client, case, tmp_path):
     page = open_page()
     page.get_by_role("tab", name="Complete").click()
     page.wait_for_selector("#complete-start", state="visible")
-    upload(page, case.path, field="complete-file")  # the page keeps half of a file by itself
+    upload(page, case.path, field="complete-file")
+    page.wait_for_function("document.querySelector('#complete-plan textarea').value.startsWith('Keeps')")  # half, by itself
     page.get_by_text("Model and sampling").click()
     for field in ("num-bytes", "samples", "seed"):
         page.fill(f"#complete-{field} input[type=number]", str(SETTINGS[field.replace("-", "_")]))
