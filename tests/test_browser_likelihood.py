@@ -296,6 +296,9 @@ def test_phone_has_no_sideways_scroll(open_page, make_wav, make_png, make_text, 
         assert page.evaluate("document.documentElement.scrollWidth") <= 390
         for name in (view, "hex"):
             assert page.locator(f"#{name}-view .stage").bounding_box()["width"] > 250
+    page.focus("#hex-view .stage")
+    page.keyboard.press("ArrowRight")
+    page.wait_for_selector("#inspector-view li")
     page.evaluate("document.querySelector('#headline-view').scrollIntoView()")
     inspector = page.locator("#inspector-view").bounding_box()
     assert inspector["y"] + inspector["height"] <= 844  # the line about the cursor stays in sight
