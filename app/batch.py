@@ -132,7 +132,8 @@ class Batch:
     def plan(self) -> Iterator[Row]:
         """Each row with what it will make and about how long that takes; nothing is written."""
         for row in self.rows:
-            self._prepare(row)
+            if (job := self._prepare(row)) is not None:
+                row.estimate_seconds = job.estimate_seconds
             yield row
 
     def run(self) -> Iterator[tuple[Row, Progress | None]]:
@@ -170,7 +171,6 @@ class Batch:
             return None
         row.says, row.notes = job.plan.says, job.notes
         row.num_bytes = job.settings.samples * job.plan.num_bytes_to_generate
-        row.estimate_seconds = job.plan.estimate_seconds
         return job
 
     def _tasks(self, row: Row, job: CompletionJob, ledger: Ledger) -> list[_Task]:

@@ -31,7 +31,6 @@ class CompletionPlan:
     num_bytes_kept: int
     num_bytes_to_generate: int  # of each sample
     says: str  # the same in words
-    estimate_seconds: float  # for all samples
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,6 +156,12 @@ class CompletionJob:
         )
 
     @property
+    def estimate_seconds(self) -> float:
+        """About how long all samples would take from now on."""
+        num_drawn = self.plan.num_bytes_to_generate - self._first_bytes.size
+        return self.loaded.estimate_seconds(self.settings.samples, num_drawn)
+
+    @property
     def kept(self) -> Media:
         """The part of the media that is kept."""
         return self._untouched.media()
@@ -247,12 +252,10 @@ class CompletionJob:
         kept = self._num_kept
         keeps = f"keeps {self.given.says(kept, self.codec)}" if kept else "starts from nothing"
         begins = f", of which {self._first_bytes.size} are given" if self._first_bytes.size else ""
-        num_drawn = num_bytes - self._first_bytes.size
         return CompletionPlan(
             num_bytes_kept=kept,
             num_bytes_to_generate=num_bytes,
             says=f"{keeps}, makes {num_bytes} bytes{begins} with {self.loaded.info.name}",
-            estimate_seconds=self.loaded.estimate_seconds(self.settings.samples, num_drawn),
         )
 
     def _says_what_is_rounded(self, wanted: int) -> tuple[str, ...]:

@@ -231,7 +231,7 @@ def replan(service: Service, wanted: dict[str, Any] | None) -> tuple[Any, str]:
 def plan_in_words(job: CompletionJob) -> str:
     """A few sentences: what is kept, what is made, about how long it takes, and what was done to the file."""
     each = f", {job.settings.samples} times" if job.settings.samples > 1 else ""
-    sentence = f"{_capital(job.plan.says)}{each}: about {duration(job.plan.estimate_seconds)}."
+    sentence = f"{_capital(job.plan.says)}{each}: about {duration(job.estimate_seconds)}."
     return "\n".join([sentence, *(f"{_capital(note)}." for note in job.notes)])
 
 
