@@ -21,10 +21,11 @@ SMALL = MegaByteConfig(
     max_seq_len=1 << 15,
     positions="both",
 )
-# A step needs a third of what it is given: small things that it keeps of each chunk lie between the freed tensors.
+# Most of a step's memory is freed already, but small things that are kept of each chunk's graph hold it apart: a quarter of
+# a million bytes take 1.0 GB, and 0.4 GB with MALLOC_MMAP_THRESHOLD_=4194304, which returns every larger tensor at once.
 MODELS = [
     pytest.param(SMALL, 200e6, 400e6, id="32768 bytes"),
-    pytest.param(preset("bench-tiny-p64").model, 600e6, 4.5e9, id="a million bytes", marks=pytest.mark.slow),
+    pytest.param(preset("bench-tiny-p64").model, 600e6, 6e9, id="a million bytes", marks=pytest.mark.slow),
 ]
 
 
