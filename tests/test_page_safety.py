@@ -4,6 +4,7 @@ import http.client
 import itertools
 import json
 import os
+import random
 import re
 import subprocess
 import sys
@@ -242,16 +243,18 @@ HOSTILE = [
 ]  # fmt: skip
 
 
-def test_hostile_text_stays_the_same_text(page_server, page_url, tmp_path):
-    client = Client(page_url, verbose=False)
-    for text in HOSTILE:
+@pytest.mark.parametrize("count", [len(HOSTILE), pytest.param(500, marks=pytest.mark.slow)])
+def test_hostile_text_stays_the_same_text(page_server, page_url, tmp_path, count):
+    client, choose = Client(page_url, verbose=False), random.Random(0)
+    texts = HOSTILE + ["".join(choose.choices(HOSTILE, k=choose.randint(2, 4))) for _ in range(count - len(HOSTILE))]
+    for text in texts:
         [file], [facts] = client.predict(None, text, "", num_bytes=4, seed=1, api_name="/generate")
         assert Path(file).read_bytes()[:-4] == text.encode(), text
         assert facts["num_bytes_kept"] == len(text.encode())
         quoted = json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
         [item] = client.predict(None, f"[[jobs]]\ntext = {quoted}\nnum_bytes = 4", api_name="/batch_plan")["items"]
         assert "error" not in item, text
-    for number, text in enumerate(HOSTILE[::3]):
+    for number, text in enumerate(texts[::3]):
         path = tmp_path / (text.replace("/", "_").replace("\\", "_")[:100] + f"{number}.txt")
         path.write_bytes(b"Once")
         answer = client.predict(handle_file(path), "", api_name="/score")
