@@ -61,7 +61,7 @@ class StreamCanvas:
         self._stream[self._num_kept + start : self._num_kept + self._num_made] = byte_values
 
     def media(self) -> Media:
-        made = self._stream[: self._num_kept + self._num_made]
+        made = self._stream[: self._num_kept + self._num_made].copy()  # a view would keep the room for all that was asked for
         if not isinstance(self._media, Sound):
             return self._codec.decode(made, self._layout)
         # mu-law has only approximated the samples before the cut.

@@ -34,7 +34,7 @@ class JobLimits:
     time_limit_s: float = 3600.0  # of a running job
     unseen_s: float = 600.0  # a running job that nobody looks at ends after this
     retention_s: float = 6 * 3600.0  # results are kept this long after the end
-    max_running: int = 32
+    max_running: int = 64
     max_running_of_owner: int = 8
     max_kept_of_owner: int = 20  # older results go
     max_kept: int = 200  # over all owners

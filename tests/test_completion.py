@@ -1,6 +1,7 @@
 """Completions of larger pictures and of files cut short, branches, and settings that make the same bytes again."""
 
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -241,3 +242,12 @@ class TestSettingsInResults:
             assert read_provenance(path) is None
         path.write_text(text)
         assert read_provenance(path).text == b"Once"
+
+
+def test_a_stopped_sample_keeps_no_room_for_what_was_not_made(service):
+    job = service.complete(None, text=b"Once", num_bytes=1_000_000)
+    with closing(job.run()) as steps:
+        progress = next(step for step in steps if step.chunk is not None)
+        data = progress.stopped().media.data
+    assert len(data) < 1000
+    assert data.base is None or data.base.nbytes < 1000
