@@ -143,9 +143,12 @@ def _level(dim: int, num_layers: int, num_heads: int, **options) -> LevelConfig:
 
 
 def _paper_form(coarse: LevelConfig, fine: LevelConfig, context: int) -> MegaByteConfig:
-    """MEGABYTE as published: learned positions, rotary ones where it looks across patches (section 2.3), weights as in A.1."""
+    """MEGABYTE as published: learned positions, rotary ones where it looks across patches (section 2.3).
+
+    Only its weights begin as wide as those of the others: A.1's 0.006 is for layers ten times as wide.
+    """
     positions = "both" if fine.cross_patch else "learned"
-    return MegaByteConfig(levels=(coarse, fine), max_seq_len=context, positions=positions, init_std=0.006)
+    return MegaByteConfig(levels=(coarse, fine), max_seq_len=context, positions=positions)
 
 
 def _ours(modality: str, coarse: tuple[int, int, int], fine: tuple[int, int, int], context: int) -> MegaByteConfig:
