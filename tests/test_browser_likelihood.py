@@ -139,7 +139,7 @@ def test_statistics_follow_the_selection_and_lead_to_the_surprises(open_page, se
     page.keyboard.press("Home")
     for _ in range(9):
         page.keyboard.press("Shift+ArrowRight")
-    page.wait_for_selector("#statistics-view thead th:has-text('Selection')")
+    page.wait_for_selector("#statistics-view tbody tr:has-text('Bytes') td:text-is('10')")
     assert mean.locator("td").all_inner_texts()[1] == f"{bits[:10].mean():.2f} bits"
 
     first = page.locator("#statistics-view li button").first
