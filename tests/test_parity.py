@@ -64,7 +64,7 @@ def in_python(weights: Path, asked: list[tuple[str, str, dict[str, Any]]]) -> li
     return lines_of([sys.executable, "-c", IN_PYTHON, str(weights), json.dumps(asked)])
 
 
-@pytest.mark.parametrize("num_seeds", [12, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("num_seeds", [4, pytest.param(100, marks=pytest.mark.slow)])
 def test_a_seed_gives_the_same_bytes_in_three_processes(tiny_models, client, files, tmp_path, num_seeds):
     asked = []
     for seed in range(num_seeds):
