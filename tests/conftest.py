@@ -17,6 +17,7 @@ from page_server import PageProcess, page_process
 from PIL import Image
 
 from app.__main__ import main
+from app.jobs import JobStore
 from app.service import Service
 from core.checkpoint import export_model, model_tensors
 from core.config import AudioCodecConfig, Config, ImageCodecConfig, LevelConfig, MegaByteConfig, TextCodecConfig
@@ -90,6 +91,20 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
         }
         export_model(folder / name, config, model_tensors(model), card)
     return folder
+
+
+@pytest.fixture(scope="module")
+def service(tiny_models: Path) -> Service:
+    """The application's services on the tiny models."""
+    return Service(weights=tiny_models, runs=tiny_models / "no-runs")
+
+
+@pytest.fixture
+def store() -> Iterator[JobStore]:
+    """Jobs that end with the test."""
+    store = JobStore()
+    yield store
+    store.close()
 
 
 @pytest.fixture(scope="session")

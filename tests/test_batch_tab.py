@@ -3,7 +3,6 @@
 import json
 import time
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import gradio as gr
@@ -14,18 +13,6 @@ from app.jobs import JobStore
 from app.service import Service
 from app.tabs import batch
 from app.tabs.following import follower, greet
-
-
-@pytest.fixture(scope="module")
-def service(tiny_models):
-    return Service(weights=tiny_models, runs=tiny_models / "no-runs")
-
-
-@pytest.fixture
-def store() -> Iterator[JobStore]:
-    store = JobStore()
-    yield store
-    store.close()
 
 
 def submit(service: Service, store: JobStore, files: list[Path], recipe: str = batch.RECIPE) -> str:

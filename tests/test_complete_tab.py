@@ -4,7 +4,7 @@ import base64
 import json
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
 from itertools import pairwise
@@ -26,18 +26,6 @@ from app.views import cards
 
 SETTINGS = {"model": "", "num_bytes": None, "samples": 1, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "seed": 3,
             "framing": "tiles", "upside_down": False}  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def service(tiny_models: Path) -> Service:
-    return Service(weights=tiny_models, runs=tiny_models / "no-runs")
-
-
-@pytest.fixture
-def store() -> Iterator[JobStore]:
-    store = JobStore()
-    yield store
-    store.close()
 
 
 def form(path: Path | None = None, text: str = "", keep_bytes: int = complete.ALL, **settings) -> dict | None:

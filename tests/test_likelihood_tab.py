@@ -1,7 +1,7 @@
 """The handlers of the Likelihood tab without a browser."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import gradio as gr
@@ -16,18 +16,6 @@ from app.tabs import likelihood
 from app.tabs.following import follower
 from app.tabs.refusals import PAGE_WORDS
 from app.views import score_values
-
-
-@pytest.fixture(scope="module")
-def service(tiny_models: Path) -> Service:
-    return Service(weights=tiny_models, runs=tiny_models / "no-runs")
-
-
-@pytest.fixture
-def store() -> Iterator[JobStore]:
-    store = JobStore()
-    yield store
-    store.close()
 
 
 @pytest.fixture
