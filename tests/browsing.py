@@ -62,3 +62,19 @@ def open_page(browser: Any, page_url: str) -> Iterator[Callable[..., Any]]:
 
 def upload(page: Any, *paths: Path, field: str = "score-file") -> None:
     page.set_input_files(f"#{field} input[type=file]", [str(path) for path in paths])
+
+
+def seconds_from_click(page: Any, button: str, is_seen: str) -> float:
+    """Clicks, and tells how long after that a person sees what a JavaScript expression looks for, by the page's own clock."""
+    page.evaluate(
+        f"""(button) => {{ window.secondsFromClick = null; document.querySelector(button).addEventListener('click', (click) => {{
+        const look = () => {{
+          if ({is_seen}) window.secondsFromClick = (performance.now() - click.timeStamp) / 1000;
+          else requestAnimationFrame(look);
+        }};
+        look();
+        }}, {{ once: true, capture: true }}); }}""",
+        button,
+    )
+    page.click(button)
+    return page.wait_for_function("window.secondsFromClick").json_value()

@@ -28,11 +28,6 @@ from app.sources import find_files
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.fixture(scope="module")
-def service(tiny_models):
-    return Service(weights=tiny_models, runs=tiny_models / "no-runs")
-
-
 def write_recipe(folder: Path, num_jobs: int, num_bad: int, num_bytes: int = 200) -> Path:
     """A recipe of many small jobs of all kinds with their files; the bad ones are spread among them."""
     generator = np.random.default_rng(0)

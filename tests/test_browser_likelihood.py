@@ -8,17 +8,10 @@ import pytest
 from browsing import HOSTILE, upload
 from PIL import Image
 
-from app.service import Service
-
 pytestmark = pytest.mark.browser
 FRAME_MS = 16.0
 OPEN_LIMIT_MS = 1000.0
 MEGABYTE = 1_000_000
-
-
-@pytest.fixture(scope="module")
-def service(tiny_models: Path) -> Service:
-    return Service(weights=tiny_models, runs=tiny_models / "no-runs")
 
 
 def score(page: Any, *paths: Path) -> None:
@@ -286,9 +279,8 @@ def test_the_tab_is_used_with_the_keyboard_alone(open_page, make_png):
     assert status(page).startswith("byte 47 ")
 
 
-@pytest.mark.parametrize("color_scheme", ["light", "dark"])
-def test_phone_has_no_sideways_scroll(open_page, make_wav, make_png, make_text, color_scheme):
-    page = open_page(width=390, height=844, color_scheme=color_scheme)
+def test_phone_has_no_sideways_scroll(open_page, make_wav, make_png, make_text):
+    page = open_page(width=390, height=844)
     score(page, make_png(), make_wav(), make_text())
     for row, view in enumerate(["picture", "waveform", "text"], start=1):
         page.click(f"#files-view tbody tr:nth-child({row}) button")

@@ -9,17 +9,12 @@ import pytest
 from PIL import Image
 
 from app.provenance import provenance_of, read_provenance, sidecar_of
-from app.service import Completion, CompletionJob, Service
+from app.service import Completion, CompletionJob
 from app.settings import CompletionSettings
 from core.codecs import read_media
 from core.sample import SampleConfig, Sampler
 
 SIDE, BLOCK = 8, 4  # of the tiny picture model
-
-
-@pytest.fixture(scope="module")
-def service(tiny_models: Path) -> Service:
-    return Service(weights=tiny_models, runs=tiny_models / "no-runs")
 
 
 def run(job: CompletionJob) -> list[Completion]:

@@ -24,7 +24,6 @@ from waiting import wait_until
 from app.calls import owner_of
 from app.endpoints import completion_form
 from app.exports import write_csv, write_png
-from app.service import Service
 from app.tabs.refusals import ENDPOINT_WORDS
 from core.codecs import read_media
 
@@ -34,11 +33,6 @@ MEDIA = {"make_png": "pixels", "make_wav": "samples"}
 NOTHING_SAID = dict.fromkeys(
     ["model", "num_bytes", "samples", "temperature", "top_k", "top_p", "seed", "framing", "upside_down", "first_bytes"]
 )
-
-
-@pytest.fixture(scope="module")
-def service(tiny_models: Path) -> Service:
-    return Service(weights=tiny_models, runs=tiny_models / "no-runs")
 
 
 @pytest.fixture(scope="module")

@@ -1,19 +1,12 @@
 """Scored files as files for other programs: complete, in stated orders, equal to the scores."""
 
 import csv
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from app import exports
-from app.service import Service
-
-
-@pytest.fixture(scope="module")
-def service(tiny_models: Path) -> Service:
-    return Service(weights=tiny_models, runs=tiny_models / "no-runs")
 
 
 def test_export_writes_bits_in_stream_order_and_in_media_shape(make_png, service, tmp_path):

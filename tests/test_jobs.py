@@ -37,11 +37,6 @@ def store(clock) -> Iterator[JobStore]:
     store.close()
 
 
-@pytest.fixture(scope="module")
-def service(tiny_models):
-    return Service(weights=tiny_models, runs=tiny_models / "no-runs")
-
-
 def endless(job: Job) -> None:
     step = 0
     while True:

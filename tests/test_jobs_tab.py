@@ -2,17 +2,8 @@
 
 import json
 
-import pytest
-
-from app.jobs import Job, JobStore
+from app.jobs import Job
 from app.tabs.jobs import listed
-
-
-@pytest.fixture
-def store():
-    store = JobStore()
-    yield store
-    store.close()
 
 
 def test_a_visitor_sees_the_own_jobs_newest_first(store):

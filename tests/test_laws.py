@@ -80,11 +80,11 @@ def test_the_65536_strings_of_two_bytes_have_probability_one_together(name):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", CASES)
 def test_the_cache_gives_the_full_pass_at_every_length_of_the_context(name, dtype, tolerance):
-    model, byte_ids = build(CASES[name]).to(dtype), random_bytes(1, CONTEXT)
+    model, byte_ids = build(CASES[name]).to(dtype), random_bytes(2, CONTEXT)
     with torch.no_grad():
         full = model(byte_ids).float().log_softmax(-1)
         for length in range(CONTEXT):
-            cache = model.new_cache(1, CONTEXT)
+            cache = model.new_cache(2, CONTEXT)
             logits = [model.prefill(byte_ids[:, :length], cache)]
             for t in range(length, min(length + model.config.patch_size + 1, CONTEXT - 1)):
                 logits.append(model.step(byte_ids[:, t], cache))

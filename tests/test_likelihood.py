@@ -203,7 +203,10 @@ def test_context_is_what_the_window_of_a_byte_held_before_it(window, hop):
         assert size == t - start
 
 
-@pytest.mark.parametrize("sample", ["lamp.txt", "lake.png", "vowels.wav"])
+_SLOW = [pytest.param(sample, marks=pytest.mark.slow) for sample in ("lake.png", "vowels.wav")]
+
+
+@pytest.mark.parametrize("sample", ["lamp.txt", *_SLOW])
 def test_bf16_moves_the_bits_of_the_shipped_models_by_far_less_than_a_thousandth(sample, monkeypatch):
     service, path = Service(), Path(__file__).parents[1] / "app/samples" / sample
     rates = {}

@@ -58,19 +58,6 @@ def test_without_the_shift_the_causality_test_fails(name, monkeypatch):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_prefill_and_steps_equal_the_full_forward_at_every_length(name, tolerance):
-    model, byte_ids = build(CASES[name]), random_bytes(2, 3 * 8 + 2)
-    patch_size = model.config.patch_size
-    with torch.no_grad():
-        full = model(byte_ids)
-    for length in range(min(3 * patch_size + 2, byte_ids.shape[1])):
-        cache = model.new_cache(2, CONTEXT)
-        logits = [model.prefill(byte_ids[:, :length], cache)]
-        logits += [model.step(byte_ids[:, t], cache) for t in range(length, byte_ids.shape[1] - 1)]
-        torch.testing.assert_close(torch.stack(logits, 1), full[:, length:], **tolerance[torch.float32])
-
-
-@pytest.mark.parametrize("name", CASES)
 def test_rows_with_prompts_of_unequal_length_decode_as_alone(name, tolerance):
     model, byte_ids = build(CASES[name]), random_bytes(3, CONTEXT)
     lengths = [0, 8, 16]

@@ -36,11 +36,6 @@ CODECS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def service(tiny_models) -> Service:
-    return Service(weights=tiny_models, runs=tiny_models / "no-runs")
-
-
 def strings(service: Service, count: int) -> Iterator[bytes]:
     """Samples of the models, uniform bytes, bytes behind the beginning of a known format, and bytes that mean something."""
     chance = np.random.default_rng(0)

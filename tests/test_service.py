@@ -37,11 +37,6 @@ HOSTILE_NAMES = [
 ]
 
 
-@pytest.fixture(scope="module")
-def service(tiny_models):
-    return Service(weights=tiny_models, runs=tiny_models / "no-runs")
-
-
 @pytest.fixture(params=["make_png", "make_wav", "make_text"])
 def media_file(request):
     return request.getfixturevalue(request.param)()

@@ -27,13 +27,12 @@ LEVELS = (
     '[{"dim": 32, "num_layers": 1, "num_heads": 2, "patch_size": 4, "ffn_dim": 128, "byte_dim": 0},'
     ' {"dim": 16, "num_layers": 1, "num_heads": 2, "patch_size": 1, "ffn_dim": 64, "byte_dim": 0}]'
 )
-NUM_STEPS, INTERVAL = 120, 50
 
 
 def train_arguments(folder: Path, run: Path, **changes: object) -> list[str]:
     """The command line that trains a tiny model, or goes on with it; `changes` are settings of its training."""
     train_path, valid_path = tiny_data(folder)
-    settings = {"num_steps": NUM_STEPS, "checkpoint_every": INTERVAL, "eval_every": 30, "eval_sequences": 5, "log_every": 1}
+    settings = {"num_steps": 120, "checkpoint_every": 50, "eval_every": 30, "eval_sequences": 5, "log_every": 1}
     settings |= {"batch_size": 4, "micro_batch_size": 1, "precision": "fp32", "compile": "false", "seq_len": 0} | changes
     overrides = [f"model.levels={LEVELS}", "model.max_seq_len=32", "model.dropout=0.1"]
     overrides += [f"train.{name}={value}" for name, value in settings.items()]
@@ -76,13 +75,13 @@ def stop(process: subprocess.Popen, number: signal.Signals) -> None:
     assert not [line for line in err.splitlines() if "rror" in line]
 
 
-@pytest.mark.parametrize("num_stops", [1, pytest.param(20, marks=pytest.mark.slow)])
-def test_a_run_stopped_at_random_moments_loses_no_step_and_ends_with_the_same_bits(tmp_path, num_stops):
+@pytest.mark.parametrize(("num_stops", "num_steps"), [(1, 60), pytest.param(20, 120, marks=pytest.mark.slow)])
+def test_a_run_stopped_at_random_moments_loses_no_step_and_ends_with_the_same_bits(tmp_path, num_stops, num_steps):
     run, unbroken = tmp_path / "stopped", tmp_path / "unbroken"
     chance = np.random.default_rng(num_stops)
-    moments = np.sort(chance.choice(np.arange(1, NUM_STEPS - 20), num_stops, replace=False)).tolist()
+    moments = np.sort(chance.choice(np.arange(1, num_steps - 20), num_stops, replace=False)).tolist()
     for number, step in enumerate(moments):
-        with started(tmp_path, run) as process:
+        with started(tmp_path, run, num_steps=num_steps) as process:
             wait_for_step(process, run, step)
             if number == 0:
                 with pytest.raises(UserError, match=rf"is being trained by process {process.pid}; stop it or"):
@@ -95,7 +94,7 @@ def test_a_run_stopped_at_random_moments_loses_no_step_and_ends_with_the_same_bi
     for out, resume in ((run, True), (unbroken, False)):
         run_tiny(tmp_path, out.name, config, resume=resume)
     assert metrics(run) == metrics(unbroken)
-    for folder in (f"checkpoints/step-{NUM_STEPS:08d}", "export"):
+    for folder in (f"checkpoints/step-{num_steps:08d}", "export"):
         assert digests(run / folder) == digests(unbroken / folder)
 
 

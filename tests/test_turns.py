@@ -11,13 +11,7 @@ import pytest
 from waiting import wait_until
 
 from app import turns
-from app.service import Service
 from app.turns import FairLock, Turn, party
-
-
-@pytest.fixture(scope="module")
-def service(tiny_models):
-    return Service(weights=tiny_models, runs=tiny_models / "no-runs")
 
 
 def in_thread(work: Callable[[], object], name: str | None = None) -> threading.Thread:
