@@ -31,6 +31,8 @@ DEFAULT_LENGTH = {"generate": 2048, "score": 8192, "train": 1024}
 _TRAIN_BYTES = 8192  # of a step, where no batch size is given
 _TIMED_BYTES = 256  # generated per sample and round, at the end of the context
 
+Work = Callable[[], tuple[int, float]]  # (bytes done, seconds)
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -40,7 +42,7 @@ class Measured:
         shape: width x layers of each level, coarsest first.
         flops_per_byte: of the forward pass at this length, attention included.
         bytes_read_per_byte: memory that generating a byte has to read; None for other work.
-        spread: (slowest - fastest) / median of the rounds' times.
+        spread: of the rounds' times.
         fraction_of_limit: the time that reading the memory, or multiplying at the measured ceiling, takes alone, over
             the time taken.
         limit: what limits, "bandwidth" or "matmul".
@@ -73,7 +75,7 @@ class Case:
     """Work on one model.
 
     Attributes:
-        run: does it once; (bytes done, seconds).
+        run: does it once.
     """
 
     what: str
@@ -82,7 +84,7 @@ class Case:
     engine: str
     batch_size: int
     length: int
-    run: Callable[[], tuple[int, float]]
+    run: Work
 
     @property
     def device(self) -> torch.device:
@@ -149,11 +151,22 @@ def measure(cases: Sequence[Case], rounds: int) -> list[Measured]:
         case.run()
         peaks.append(memory.read())
     runs: list[list[tuple[float, dict[str, float]]]] = [[] for _ in cases]
-    for _ in range(rounds):
-        for case, done in zip(cases, runs, strict=True):
-            num_bytes, seconds = case.run()
-            done.append((seconds / num_bytes, limits_of(case)))
+    for index, seconds in in_turns([case.run for case in cases], rounds):
+        runs[index].append((seconds, limits_of(cases[index])))
     return [_measured(case, peak, done) for case, peak, done in zip(cases, peaks, runs, strict=True)]
+
+
+def in_turns(works: Sequence[Work], rounds: int) -> Iterator[tuple[int, float]]:
+    """(index of the work, seconds per byte) of every run, one round of all works after another."""
+    for _ in range(rounds):
+        for index, work in enumerate(works):
+            num_bytes, seconds = work()
+            yield index, seconds / num_bytes
+
+
+def spread(seconds: Sequence[float]) -> float:
+    """(slowest - fastest) / median."""
+    return (max(seconds) - min(seconds)) / median(seconds)
 
 
 def limits_of(case: Case) -> dict[str, float]:
@@ -187,7 +200,7 @@ def _measured(case: Case, peak: tuple[int, int], runs: list[tuple[float, dict[st
         length=case.length,
         flops_per_byte=case.model.flops_per_byte(case.length),
         bytes_per_s=1 / typical,
-        spread=(max(seconds) - min(seconds)) / typical,
+        spread=spread(seconds),
         bytes_read_per_byte=bytes_read,
         fraction_of_limit=limits[limit] / typical,
         limit=limit,

@@ -11,8 +11,7 @@ a start token to every row, and its patch embedding projects P times the local w
 import argparse
 import json
 import sys
-from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
 
@@ -21,15 +20,38 @@ import torch.nn.functional as F
 from torch import nn
 
 from core import bench
-from core.bench import engine_of_samples, flat_counterpart, random_model, random_stream, widened
-from core.likelihood import score
+from core.bench import Work, engine_of_samples, flat_counterpart, random_model, random_stream, widened
+from core.likelihood import score, scoring_engine
 from core.limits import timed
 from core.presets import preset
 
 CPU = torch.device("cpu")
 PATCH = 8
 CONTEXT = 2048  # of generation
-Work = Callable[[], tuple[int, float]]  # (bytes done, seconds)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Works to be done in turns, by name, and the names of those whose speeds are divided."""
+
+    what: str
+    works: dict[str, Work]
+    ratios: list[tuple[str, str]]
+
+    def measure(self, rounds: int) -> dict[str, Any]:
+        """Medians of the rounds after one that does not count, with their spread."""
+        for work in self.works.values():
+            work()
+        seconds: list[list[float]] = [[] for _ in self.works]
+        for index, taken in bench.in_turns(list(self.works.values()), rounds):
+            seconds[index].append(taken)
+        rates = {name: 1 / median(taken) for name, taken in zip(self.works, seconds, strict=True)}
+        return {
+            "what": self.what,
+            "bytes_per_s": rates,
+            "spread": {name: bench.spread(taken) for name, taken in zip(self.works, seconds, strict=True)},
+            "ratios": {f"{fast} / {slow}": rates[fast] / rates[slow] for fast, slow in self.ratios},
+        }
 
 
 def peer(num_bytes: int) -> nn.Module:
@@ -51,7 +73,7 @@ def peer(num_bytes: int) -> nn.Module:
     return model.eval()
 
 
-def generate(rounds: int) -> dict[str, Any]:
+def generate() -> Part:
     """One byte at a context of 2048: their loop runs the whole model for it, ours steps."""
     own, other = random_model(preset("bench-tiny").model, CPU), peer(CONTEXT)
     flat = random_model(flat_counterpart(own.config), CPU)
@@ -71,28 +93,18 @@ def generate(rounds: int) -> dict[str, Any]:
 
         return run
 
-    rates = in_turns(
-        {
-            "peer": theirs,
-            "kernel": ours(own, "", 1),
-            "torch": ours(own, "torch", 1),
-            "batch 16": ours(own, "torch-bf16", 16),
-            "batch 16, flat": ours(flat, "torch-bf16", 16),
-        },
-        rounds,
-    )
-    return {
-        "what": f"generate at context {CONTEXT}",
-        "bytes_per_s": rates,
-        "ratios": {
-            "kernel / peer": rates["kernel"] / rates["peer"],
-            "torch / peer": rates["torch"] / rates["peer"],
-            "batch 16 / flat": rates["batch 16"] / rates["batch 16, flat"],
-        },
+    works = {
+        "peer": theirs,
+        "kernel": ours(own, "", 1),
+        "torch": ours(own, "torch", 1),
+        "batch 16": ours(own, "torch-bf16", 16),
+        "batch 16, flat": ours(flat, "torch-bf16", 16),
     }
+    ratios = [("kernel", "peer"), ("torch", "peer"), ("batch 16", "batch 16, flat")]
+    return Part(f"generate at context {CONTEXT}", works, ratios)
 
 
-def scoring(rounds: int) -> dict[str, Any]:
+def scoring() -> Part:
     """Windows of 8192 bytes: ours as `score` does it, theirs in fp32."""
     length = 8192
     own, other = random_model(preset("bench-tiny").model, CPU), peer(length)
@@ -104,28 +116,17 @@ def scoring(rounds: int) -> dict[str, Any]:
         with torch.inference_mode():
             return length, timed(lambda: F.cross_entropy(other(byte_ids)[0], byte_ids[0]), CPU)
 
-    rates = in_turns(
-        {
-            "peer fp32": theirs,
-            "ours": bench.scoring("", own, 1, length).run,
-            "ours strided": lambda: (length, timed(lambda: score(own, stream, strided=True), CPU)),
-            "flat": bench.scoring("", flat, 1, length).run,
-        },
-        rounds,
-    )
-    engine = score(own, stream[:8]).engine
-    return {
-        "what": f"score {length} bytes, {engine}",
-        "bytes_per_s": rates,
-        "ratios": {
-            "ours / peer": rates["ours"] / rates["peer fp32"],
-            "ours / flat": rates["ours"] / rates["flat"],
-            "cost of strided": rates["ours"] / rates["ours strided"],
-        },
+    works = {
+        "peer fp32": theirs,
+        "ours": bench.scoring("", own, 1, length).run,
+        "ours strided": lambda: (length, timed(lambda: score(own, stream, strided=True), CPU)),
+        "flat": bench.scoring("", flat, 1, length).run,
     }
+    ratios = [("ours", "peer fp32"), ("ours", "flat"), ("ours", "ours strided")]
+    return Part(f"score {length} bytes, {scoring_engine(own)}", works, ratios)
 
 
-def training(rounds: int) -> dict[str, Any]:
+def training() -> Part:
     """Forward and backward of 8192 bytes under bf16 autocast, as 8 x 1024 and as one sequence."""
     config = widened(replace(preset("bench-tiny").model, dropout=0.0), 8192)
     own, flat = random_model(config, CPU).train(), random_model(flat_counterpart(config), CPU).train()
@@ -134,16 +135,8 @@ def training(rounds: int) -> dict[str, Any]:
         works[f"peer, T = {length}"] = _peer_step(peer(length).train(), length)
         works[f"ours, T = {length}"] = bench.training("", own, 0, length).run
         works[f"flat, T = {length}"] = bench.training("", flat, 0, length).run
-    rates = in_turns(works, rounds)
-    return {
-        "what": "train, bf16 autocast",
-        "bytes_per_s": rates,
-        "ratios": {
-            f"ours / {name}, T = {length}": rates[f"ours, T = {length}"] / rates[f"{name}, T = {length}"]
-            for length in (1024, 8192)
-            for name in ("peer", "flat")
-        },
-    }
+    ratios = [(f"ours, T = {length}", f"{name}, T = {length}") for length in (1024, 8192) for name in ("peer", "flat")]
+    return Part("train, bf16 autocast", works, ratios)
 
 
 def _peer_step(model: nn.Module, length: int) -> Work:
@@ -159,17 +152,6 @@ def _peer_step(model: nn.Module, length: int) -> Work:
     return lambda: (byte_ids.numel(), timed(step, CPU))
 
 
-def in_turns(works: dict[str, Work], rounds: int) -> dict[str, float]:
-    """Bytes per second of each, the median of the rounds after one that does not count."""
-    rates: dict[str, list[float]] = {name: [] for name in works}
-    for round_ in range(rounds + 1):
-        for name, work in works.items():
-            num_bytes, seconds = work()
-            if round_:
-                rates[name].append(num_bytes / seconds)
-    return {name: median(found) for name, found in rates.items()}
-
-
 PARTS = {"generate": generate, "score": scoring, "train": training}
 
 
@@ -182,15 +164,15 @@ def main() -> None:
     if unknown := set(options.parts) - PARTS.keys():
         parser.error(f"{', '.join(sorted(unknown))}: choose from {', '.join(PARTS)}")
     for name in options.parts or PARTS:
-        found = PARTS[name](options.rounds)
+        found = PARTS[name]().measure(options.rounds)
         if options.json:
             print(json.dumps(found), flush=True)
             continue
         print(found["what"])
         for case, rate in found["bytes_per_s"].items():
-            print(f"  {case:<22} {rate:12.1f} bytes/s")
+            print(f"  {case:<26} {rate:12.1f} bytes/s (spread {found['spread'][case]:.0%})")
         for ratio, value in found["ratios"].items():
-            print(f"  {ratio:<22} {value:12.2f}", flush=True)
+            print(f"  {ratio:<26} {value:12.2f}", flush=True)
 
 
 if __name__ == "__main__":
