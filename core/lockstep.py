@@ -36,7 +36,7 @@ from core.likelihood import nats_to_bits
 from core.models import MegaByte
 from core.models.layers import Slots
 from core.models.megabyte import Level
-from core.models.packed import pack_linears
+from core.models.packed import packed
 from core.native import fingerprint
 
 _FEWEST_SLOTS = 64  # of the first level that are read; doubled as the rows grow
@@ -362,7 +362,7 @@ def bf16_copy(model: MegaByte) -> MegaByte:
         parameters = {id(p): nn.Parameter(p.detach().bfloat16(), requires_grad=False) for p in model.parameters()}
         rounded = copy.deepcopy(model, parameters)
         for level in rounded.levels:
-            pack_linears(level.transformer)
+            level.transformer = packed(level.transformer)
         _bf16_models[model] = now, rounded
     return rounded
 

@@ -86,41 +86,6 @@ def test_without_the_kernel_torch_attends(monkeypatch):
     torch.testing.assert_close(attend(q, k, v, None), F.scaled_dot_product_attention(q, k, v, is_causal=True))
 
 
-def steps(num_slots: int, seen: list[int]) -> list[torch.Tensor]:
-    """Queries, keys and values of a cache with two heads, and a mask that shows row b its first `seen[b]` slots."""
-    generator = torch.Generator().manual_seed(num_slots)
-    q, k, v = (torch.randn(len(seen), 2, n, 64, generator=generator).bfloat16() for n in (1, num_slots, num_slots))
-    hidden = torch.arange(num_slots) >= torch.tensor(seen)[:, None]
-    return [q * 3, k, v, torch.zeros(len(seen), num_slots).masked_fill(hidden, float("-inf")).bfloat16()[:, None, None]]
-
-
-@pytest.mark.usefixtures("kernel")
-@pytest.mark.parametrize("num_slots", [1, 15, 16, 17, 300, 2500])
-def test_one_query_attends_to_the_slots_that_the_mask_shows(num_slots):
-    q, k, v, mask = steps(num_slots, [num_slots, 1, (num_slots + 1) // 2])
-    exact = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=mask.float())
-    torch.testing.assert_close(attention.attend_to_slots(q, k, v, mask).float(), exact, rtol=0.01, atol=0.002)
-    exact = F.scaled_dot_product_attention(q.float(), k.float(), v.float())
-    torch.testing.assert_close(attention.attend_to_slots(q, k, v, None).float(), exact, rtol=0.01, atol=0.002)
-
-
-@pytest.mark.usefixtures("kernel")
-def test_masked_slots_are_not_read_and_more_of_them_change_no_bit():
-    q, k, v, mask = steps(2500, [70, 33])
-    expected = attention.attend_to_slots(q, k[:, :, :70], v[:, :, :70], mask[..., :70])
-    k[:, :, 70:], v[:, :, 70:] = float("nan"), float("nan")
-    assert torch.equal(attention.attend_to_slots(q, k, v, mask), expected)
-
-
-@pytest.mark.usefixtures("kernel")
-def test_one_mask_serves_all_rows():
-    q, k, v, mask = steps(300, [70, 70])
-    expected = attention.attend_to_slots(q, k, v, mask)
-    assert torch.equal(attention.attend_to_slots(q, k, v, mask[:1]), expected)
-    strided = mask.repeat_interleave(2, dim=-1)[..., ::2]
-    assert torch.equal(attention.attend_to_slots(q, k, v, strided), expected)
-
-
 @pytest.mark.usefixtures("kernel")
 def test_rows_that_begin_inside_a_word_are_attended_to():
     q, k, v = queries_keys_values(1, 2, 200)
@@ -130,12 +95,6 @@ def test_rows_that_begin_inside_a_word_are_attended_to():
 
 @pytest.mark.usefixtures("kernel")
 def test_tensors_that_do_not_fit_are_refused():
-    q, k, v, mask = steps(300, [70, 70])
-    for wrong in ((q, k, v[:, :, 1:], mask), (q[:1], k, v, mask), (q.float(), k, v, mask), (q, k[..., 1:], v[..., 1:], mask)):
-        with pytest.raises(ValueError, match="not bfloat16"):
-            attention.attend_to_slots(*wrong)
-    with pytest.raises(ValueError, match="a mask is bfloat16"):
-        attention.attend_to_slots(q, k, v, mask == 0)
     q, k, v = queries_keys_values(1, 2, 200)
     with pytest.raises(ValueError, match="not bfloat16"):
         attend_causally(q, k[:, :, 1:], v)

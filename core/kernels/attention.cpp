@@ -1,15 +1,13 @@
-// Attention in bf16 with float32 sums, for heads of 64 channels: softmax(q k^T / 8) v by the processor's products of pairs
-// of bf16; of whole rows, causally, and of single queries with the slots of a cache.
+// Attention of whole rows in bf16 with float32 sums, causally, for heads of 64 channels: softmax(q k^T / 8) v by the
+// processor's products of pairs of bf16.
 //
-// Whole rows do not keep their scores (Dao et al., arXiv 2205.14135). Their keys and values are packed once, in blocks of 64.
+// Scores are not kept (Dao et al., arXiv 2205.14135). Keys and values are packed once, in blocks of 64.
 // A row's sums are taken in the order of its keys and its weights depend on nothing behind it, whoever computes it and
 // whatever finite numbers come later.
 
 #include <cstdint>
 
 #if defined(__AVX512BF16__) && defined(__AVX512F__)
-
-#include <omp.h>
 
 #include <algorithm>
 
@@ -21,7 +19,6 @@ constexpr int64_t kChannels = 64;
 constexpr int64_t kRows = 96;  // for which a block is fetched once
 constexpr float kScale = 0.125f * 1.44269504f;  // 1 / sqrt(C), and powers of 2 instead of e
 constexpr float kSlack = 32.0f;  // weights up to 2^6 are fine: the sums are rescaled only if a score exceeds that
-constexpr int64_t kWorthSharing = 4096;  // slots of all heads, half a megabyte each of keys and values
 constexpr float kNever = -1e30f;  // a score without weight
 
 struct Tensor {
@@ -51,17 +48,6 @@ void pack_block(const Heads& heads, int64_t index, int64_t block, uint32_t* keys
     const uint16_t* value = heads.row(heads.v, index, first + s);
     for (int64_t d = 0; d < kChannels; ++d) values[s / 2 * kChannels + d] |= uint32_t(value[d]) << (s % 2 * 16);
   }
-}
-
-// 2^x to within 4e-6 of it, a small part of a bf16's rounding; 0 far below.
-inline __m512 power_of_two(__m512 x) {
-  const __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  const __m512 rest = _mm512_sub_ps(x, whole);
-  __m512 p = _mm512_set1_ps(9.66636852e-3f);
-  for (float c : {5.59219758e-2f, 2.40223490e-1f, 6.93121045e-1f, 1.0f}) {
-    p = _mm512_fmadd_ps(p, rest, _mm512_set1_ps(c));
-  }
-  return _mm512_scalef_ps(p, whole);
 }
 
 // Rows [first, first + kRows) of one head.
@@ -129,64 +115,6 @@ struct Rows {
   }
 };
 
-// One query of each head against the slots of its cache; a head's bits depend on no other's and on no masked slot.
-struct Steps {
-  Tensor q, keys, values;  // `row` is the stride of a slot
-  const uint16_t* mask;    // bf16 (sequences, slots): 0, or minus infinity for a slot that is not attended to; null for none
-  int64_t mask_stride;
-  uint16_t* out;   // (sequences, heads, 64)
-  float* weights;  // room for them: (threads, slots)
-  int64_t num_sequences, num_heads, num_slots;
-};
-
-inline __m512i channels(const uint16_t* row, int64_t half) { return _mm512_loadu_si512(row + 32 * half); }
-inline __m512 even(__m512i pairs) { return (__m512)_mm512_slli_epi32(pairs, 16); }
-inline __m512 odd(__m512i pairs) { return (__m512)_mm512_and_si512(pairs, _mm512_set1_epi32(int32_t(0xffff0000u))); }
-
-void attend_once(const Steps& steps, int64_t index, float* weights) {
-  const int64_t sequence = index / steps.num_heads, head = index % steps.num_heads;
-  const auto start = [&](const Tensor& tensor) { return tensor.data + sequence * tensor.sequence + head * tensor.head; };
-  const uint16_t *query = start(steps.q), *keys = start(steps.keys), *values = start(steps.values);
-  const uint16_t* mask = steps.mask == nullptr ? nullptr : steps.mask + sequence * steps.mask_stride;
-  const __m512bh q0 = (__m512bh)channels(query, 0), q1 = (__m512bh)channels(query, 1);
-  float highest = kNever;
-  for (int64_t s = 0; s < steps.num_slots; ++s) {
-    weights[s] = kNever;
-    if (mask != nullptr && mask[s] != 0) continue;
-    const uint16_t* key = keys + s * steps.keys.row;
-    const __m512 first = _mm512_dpbf16_ps(_mm512_setzero_ps(), (__m512bh)channels(key, 0), q0);
-    weights[s] = _mm512_reduce_add_ps(_mm512_dpbf16_ps(first, (__m512bh)channels(key, 1), q1));
-    highest = std::max(highest, weights[s]);
-  }
-  __m512 sums[kVectors] = {};
-  float total = 0;
-  for (int64_t s = 0; s < steps.num_slots; s += 16) {
-    const int64_t count = std::min<int64_t>(16, steps.num_slots - s);
-    const __m512 scores = _mm512_mask_loadu_ps(_mm512_set1_ps(kNever), __mmask16((1u << count) - 1), weights + s);
-    alignas(64) float block[16];
-    _mm512_store_ps(block, power_of_two(_mm512_mul_ps(_mm512_sub_ps(scores, _mm512_set1_ps(highest)), _mm512_set1_ps(kScale))));
-    for (int64_t i = 0; i < count; ++i) {
-      if (block[i] == 0) continue;
-      const __m512 weight = _mm512_set1_ps(block[i]);
-      const __m512i low = channels(values + (s + i) * steps.values.row, 0), high = channels(values + (s + i) * steps.values.row, 1);
-      sums[0] = _mm512_fmadd_ps(weight, even(low), sums[0]);
-      sums[1] = _mm512_fmadd_ps(weight, odd(low), sums[1]);
-      sums[2] = _mm512_fmadd_ps(weight, even(high), sums[2]);
-      sums[3] = _mm512_fmadd_ps(weight, odd(high), sums[3]);
-      total += block[i];
-    }
-  }
-  uint16_t* out = steps.out + index * kChannels;
-  for (int64_t half = 0; half < 2; ++half) {
-    const __m512 scale = _mm512_set1_ps(1.0f / total);
-    const __m512i evens = (__m512i)_mm512_mul_ps(sums[2 * half], scale), odds = (__m512i)_mm512_mul_ps(sums[2 * half + 1], scale);
-    // The two halves of a word again, each rounded to the nearest bf16.
-    const __m256i rounded_evens = (__m256i)_mm512_cvtneps_pbh((__m512)evens), rounded_odds = (__m256i)_mm512_cvtneps_pbh((__m512)odds);
-    const __m512i words = _mm512_or_si512(_mm512_cvtepu16_epi32(rounded_evens), _mm512_slli_epi32(_mm512_cvtepu16_epi32(rounded_odds), 16));
-    _mm512_storeu_si512(out + 32 * half, words);
-  }
-}
-
 }  // namespace
 
 extern "C" int64_t attention_is_supported() { return 1; }
@@ -210,18 +138,10 @@ extern "C" void attend_causally(const Heads* heads, int64_t num_threads) {
   }
 }
 
-extern "C" void attend_to_slots(const Steps* steps, int64_t num_threads) {
-  const int64_t num_heads = steps->num_sequences * steps->num_heads;
-  const bool is_long = num_heads * steps->num_slots > kWorthSharing;
-#pragma omp parallel for num_threads(num_threads) if (is_long)
-  for (int64_t i = 0; i < num_heads; ++i) attend_once(*steps, i, steps->weights + omp_get_thread_num() * steps->num_slots);
-}
-
 #else
 
 extern "C" int64_t attention_is_supported() { return 0; }
 
 extern "C" void attend_causally(const void*, int64_t) {}
-extern "C" void attend_to_slots(const void*, int64_t) {}
 
 #endif

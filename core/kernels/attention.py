@@ -40,43 +40,13 @@ def attend_causally(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return out_NLHC.transpose(1, 2)
 
 
-def attend_to_slots(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
-    """softmax(q k^T / sqrt(C)) v of one query `(B, H, 1, C)` and S slots `(B, H, S, C)` of a cache; no backward pass.
-
-    Args:
-        mask: bf16 `(B, 1, 1, S)`, 0 or minus infinity, or None. Masked slots are not read; each query has one that is not.
-    """
-    num_sequences, num_heads, num_slots, _ = keys.shape
-    tensors = [_readable(q, (num_sequences, num_heads, 1, _CHANNELS)), *(_readable(x, keys.shape) for x in (keys, values))]
-    if mask is not None and mask.dtype != torch.bfloat16:
-        raise ValueError(f"a mask is bfloat16, 0 or minus infinity, not {mask.dtype}")
-    if mask is not None and (mask.shape != (num_sequences, 1, 1, num_slots) or mask.stride(-1) != 1):
-        mask = mask.expand(num_sequences, 1, 1, num_slots).contiguous()
-    num_threads = torch.get_num_threads()
-    weights = torch.empty(num_threads, num_slots)
-    out_BHC = torch.empty(num_sequences, num_heads, _CHANNELS, dtype=torch.bfloat16)
-    steps = _Steps(
-        *(_Tensor(x.data_ptr(), *x.stride()[:3]) for x in tensors),
-        None if mask is None else mask.data_ptr(),
-        0 if mask is None else mask.stride(0),
-        out_BHC.data_ptr(),
-        weights.data_ptr(),
-        num_sequences,
-        num_heads,
-        num_slots,
-    )
-    library().attend_to_slots(byref(steps), num_threads)
-    return out_BHC[:, :, None]
-
-
 @cache
 def library() -> CDLL | None:
     """The built kernels; None where the processor or a compiler is missing. Looked for once per process."""
     found = load_library(Path(__file__).with_name("attention.cpp"), "-fopenmp") if multiplies_bf16() else None
     if found is None or not found.attention_is_supported():
         return None
-    for kernel in (found.attend_causally, found.attend_to_slots):
-        kernel.argtypes, kernel.restype = (c_void_p, c_int64), None
+    found.attend_causally.argtypes, found.attend_causally.restype = (c_void_p, c_int64), None
     return found
 
 
@@ -106,15 +76,4 @@ class _Heads(Structure):
         ("out", c_void_p),
         ("packed", c_void_p),
         *((name, c_int64) for name in ("num_sequences", "num_heads", "length")),
-    ]
-
-
-class _Steps(Structure):
-    _fields_ = [
-        *((name, _Tensor) for name in ("q", "keys", "values")),
-        ("mask", c_void_p),
-        ("mask_stride", c_int64),
-        ("out", c_void_p),
-        ("weights", c_void_p),
-        *((name, c_int64) for name in ("num_sequences", "num_heads", "num_slots")),
     ]

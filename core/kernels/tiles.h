@@ -1,8 +1,8 @@
 // Tiles of products of bf16 with float32 sums, by the processor's products of pairs (AVX512-BF16).
 //
 // A block of the right side has 64 columns and 64 inputs: word c of input pair i holds inputs 2i and 2i + 1 of column c.
-// A tile of the left side has 6 rows, whose words are pairs of inputs as they lie in memory. Its sums stay in registers, and
-// the order in which a row is summed depends on nothing but the number of its inputs.
+// A tile of the left side has 6 rows or 4, whose words are pairs of inputs as they lie in memory. Its sums stay in registers,
+// and the order in which a row is summed depends on nothing but the number of its inputs.
 
 #pragma once
 
@@ -17,19 +17,20 @@ constexpr int64_t kTile = 6, kVectors = 4;   // rows of a tile, and vectors of s
 using Block = __m512i[kDepth * kVectors];
 
 // target += rows of pairs times a block.
+template <int64_t kRows = kTile>
 inline void multiply(const uint32_t* const* rows, const __m512i* block, __m512 (*target)[kVectors]) {
-  __m512 sums[kTile][kVectors];
-  std::copy(&target[0][0], &target[0][0] + kTile * kVectors, &sums[0][0]);
+  __m512 sums[kRows][kVectors];
+  std::copy(&target[0][0], &target[0][0] + kRows * kVectors, &sums[0][0]);
   for (int64_t i = 0; i < kDepth; ++i) {
     const __m512i* b = block + i * kVectors;
 #pragma GCC unroll 6
-    for (int64_t r = 0; r < kTile; ++r) {
+    for (int64_t r = 0; r < kRows; ++r) {
       const __m512bh a = (__m512bh)_mm512_set1_epi32(int32_t(rows[r][i]));
 #pragma GCC unroll 4
       for (int64_t v = 0; v < kVectors; ++v) sums[r][v] = _mm512_dpbf16_ps(sums[r][v], a, (__m512bh)b[v]);
     }
   }
-  std::copy(&sums[0][0], &sums[0][0] + kTile * kVectors, &target[0][0]);
+  std::copy(&sums[0][0], &sums[0][0] + kRows * kVectors, &target[0][0]);
 }
 
 // A row of a tile, scaled, as bf16.
@@ -38,4 +39,15 @@ inline void store(void* target, const __m512* values, __m512 scale) {
     const __m512 low = _mm512_mul_ps(values[v], scale), high = _mm512_mul_ps(values[v + 1], scale);
     _mm512_storeu_si512(static_cast<char*>(target) + 32 * v, (__m512i)_mm512_cvtne2ps_pbh(high, low));
   }
+}
+
+// 2^x to within 4e-6 of it, a small part of a bf16's rounding; 0 far below.
+inline __m512 power_of_two(__m512 x) {
+  const __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const __m512 rest = _mm512_sub_ps(x, whole);
+  __m512 p = _mm512_set1_ps(9.66636852e-3f);
+  for (float c : {5.59219758e-2f, 2.40223490e-1f, 6.93121045e-1f, 1.0f}) {
+    p = _mm512_fmadd_ps(p, rest, _mm512_set1_ps(c));
+  }
+  return _mm512_scalef_ps(p, whole);
 }

@@ -144,10 +144,8 @@ def attend_to_slots(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None) -
     """Attention of one bfloat16 query `(B, H, 1, C)` to S slots on a CPU; a mask is boolean, or holds 0 and minus infinity.
 
     Torch's fused kernel packs all keys and values anew for its one query, and takes 4 to 5 times as long as products. These
-    and this softmax add up the slots in their order, as our kernel does, so masked slots at the end change no bit.
+    and this softmax add up the slots in their order, so masked slots at the end change no bit.
     """
-    if (attn_mask is None or attn_mask.dtype == q.dtype) and kernel.can_attend(q):
-        return kernel.attend_to_slots(q, k, v, attn_mask)
     scores = ((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)).float()
     if attn_mask is not None:
         scores = scores + attn_mask if attn_mask.is_floating_point() else scores.masked_fill(~attn_mask, float("-inf"))
@@ -222,7 +220,7 @@ class Block(nn.Module):
         self.ffn_norm = nn.LayerNorm(config.dim)
         self.ffn_in = nn.Linear(config.dim, config.ffn_dim)
         self.ffn_out = nn.Linear(config.ffn_dim, config.dim)
-        self.activation = _ACTIVATIONS[model.activation]
+        self.activation, self.squares = _ACTIVATIONS[model.activation], model.activation == "relu2"
         self.dropout = nn.Dropout(model.dropout)
 
     def forward(self, x_BKLD: Tensor, rotation: Rotation | None, cache: LevelCache | None = None, layer: int = 0) -> Tensor:

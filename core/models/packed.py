@@ -1,27 +1,90 @@
-"""Linear layers whose weights lie in memory as products of few rows read them.
+"""Transformers whose weights lie in memory as steps of few rows read them.
 
-From plain bfloat16 weights torch's product on a CPU reads, and lays out anew, all of them each time: 1.2 to 1.6 times as
-long as from packed ones, and those take two to three times as long as our kernel.
+From plain bfloat16 weights torch's product on a CPU reads, and lays out anew, all of them each time. Where our kernel can be
+had a step is one call of it; elsewhere oneDNN multiplies by weights that are laid out once.
 """
 
 import torch
 from torch import Tensor, nn
 
-from core.kernels import linear as kernel
+from core.arena import Arena
+from core.cache import LevelCache
+from core.kernels import step as kernel
+from core.models.layers import Block, Slots, Transformer
 
 _FEW_ROWS = 16  # that oneDNN's layout is chosen for; products of any other number are right as well
 
 
-class BlockedLinear(nn.Module):
-    """A linear layer in bfloat16 by our kernel, to be used but not trained."""
+class PackedTransformer(Transformer):
+    """A bfloat16 Transformer, to be used but not trained, that shares the parts of another and steps by our kernel."""
 
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
-        self.register_buffer("weight", kernel.pack(linear.weight.detach()), persistent=False)
-        self.register_buffer("bias", None if linear.bias is None else linear.bias.detach().float(), persistent=False)
+    def __init__(self, plain: Transformer) -> None:
+        nn.Module.__init__(self)
+        self.memory, self.row_length = plain.memory, plain.row_length
+        self.rotary, self.blocks, self.norm = plain.rotary, plain.blocks, plain.norm
+        self.residual_scalars = plain.residual_scalars
+        self._kept: list[Tensor] = []  # what the structures point into
+        matrices = [parameter for block in plain.blocks for parameter in block.parameters() if parameter.ndim == 2]
+        self._arena = Arena(sum(matrix.nbytes for matrix in matrices))
+        scalars = plain.residual_scalars.tolist() if plain.residual_scalars is not None else [(1.0, 0.0)] * len(plain.blocks)
+        layers = [self._layer(block, *pair) for block, pair in zip(plain.blocks, scalars, strict=True)]
+        first = plain.blocks[0]
+        cos, sin = plain.rotary.tables() if plain.rotary else (None, None)
+        self._step = kernel.Step(
+            layers=(kernel.Layer * len(layers))(*layers),
+            norm=self._norm(plain.norm),
+            num_layers=len(layers),
+            dim=first.attention.out.in_features,
+            ffn_dim=first.ffn_in.out_features,
+            num_heads=first.attention.num_heads,
+            qk_norm=first.attention.has_qk_norm,
+            relu_squared=first.squares,
+            cos=self._vector(cos),
+            sin=self._vector(sin),
+        )
 
-    def forward(self, x: Tensor) -> Tensor:
-        return kernel.apply_linear(x.flatten(0, -2), self.weight, self.bias).unflatten(0, x.shape[:-1])
+    def step(self, x_BD: Tensor, cache: LevelCache, slots: Slots) -> Tensor:
+        slots_B, mask_BS = slots.positions.flatten(), slots.mask_BS
+        num_slots = cache.keys.shape[3]
+        assert cache.keys.is_contiguous()
+        assert cache.values.is_contiguous()
+        assert slots_B.dtype == torch.int64
+        assert slots_B.is_contiguous()
+        assert mask_BS.dtype == torch.bfloat16
+        assert mask_BS.is_contiguous()
+        assert mask_BS.shape[1] <= num_slots
+        step = kernel.Step.from_buffer_copy(self._step)  # other threads may step with other caches
+        step.num_rows, step.num_slots, step.num_read = len(slots_B), num_slots, mask_BS.shape[1]
+        step.keys, step.values = cache.keys.data_ptr(), cache.values.data_ptr()
+        step.slots, step.mask = slots_B.data_ptr(), mask_BS.data_ptr()
+        return kernel.run(step, x_BD)
+
+    def _layer(self, block: Block, of_before: float, of_input: float) -> kernel.Layer:
+        return kernel.Layer(
+            attention_norm=self._norm(block.attention_norm),
+            qkv=self._linear(block.attention.qkv),
+            out=self._linear(block.attention.out),
+            ffn_norm=self._norm(block.ffn_norm),
+            ffn_in=self._linear(block.ffn_in),
+            ffn_out=self._linear(block.ffn_out),
+            of_before=of_before,
+            of_input=of_input,
+        )
+
+    def _norm(self, norm: nn.LayerNorm) -> kernel.Norm:
+        return kernel.Norm(self._vector(norm.weight), self._vector(norm.bias), norm.eps)
+
+    def _linear(self, linear: nn.Linear) -> kernel.Linear:
+        blocks = self._arena.take(kernel.blocks_shape(linear.weight), torch.bfloat16)
+        kernel.pack(linear.weight.detach(), blocks)
+        return kernel.Linear(blocks.data_ptr(), self._vector(linear.bias), linear.in_features, linear.out_features)
+
+    def _vector(self, values: Tensor | None) -> int | None:
+        if values is None:
+            return None
+        values = values.detach().float().contiguous()
+        self._kept.append(values)
+        return values.data_ptr()
 
 
 class PackedLinear(nn.Module):
@@ -37,18 +100,25 @@ class PackedLinear(nn.Module):
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
 
 
-def pack_linears(model: nn.Module) -> None:
-    """Replaces the linear layers inside a model in bfloat16; they stay as they are where the machine has no such products."""
-    if next(model.parameters()).device.type != "cpu":
-        return
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            if type(child) is nn.Linear:
-                setattr(module, name, _packed(child))
-
-
-def _packed(linear: nn.Linear) -> nn.Module:
-    if kernel.can_apply(linear.weight):
-        return BlockedLinear(linear)
+def packed(transformer: Transformer) -> Transformer:
+    """A Transformer in bfloat16 that steps as fast as this machine can; the same one where it has no such products."""
+    if _can_step(transformer):
+        return PackedTransformer(transformer)
     has_onednn = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return PackedLinear(linear) if has_onednn else linear
+    if has_onednn and transformer.norm.weight.device.type == "cpu":
+        for module in list(transformer.modules()):
+            for name, child in list(module.named_children()):
+                if type(child) is nn.Linear:
+                    setattr(module, name, PackedLinear(child))
+    return transformer
+
+
+def _can_step(transformer: Transformer) -> bool:
+    """Whether the kernel takes a Transformer, and this machine has it."""
+    matrices = [parameter for parameter in transformer.blocks.parameters() if parameter.ndim == 2]
+    if not matrices or any(m.device.type != "cpu" or m.dtype != torch.bfloat16 for m in matrices):
+        return False
+    is_whole = all(size % kernel.BLOCK == 0 for matrix in matrices for size in matrix.shape)
+    attention = transformer.blocks[0].attention
+    has_heads = attention.out.in_features == kernel.CHANNELS * attention.num_heads
+    return is_whole and has_heads and kernel.library() is not None

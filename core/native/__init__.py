@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from core.arena import Arena
 from core.cache import Cache
 from core.config import NUM_BYTE_VALUES
-from core.kernels import attention, linear, load_library
+from core.kernels import attention, load_library, step
 from core.models import ByteModel, MegaByte
 from core.models.layers import Block
 from core.models.megabyte import Level
@@ -288,7 +288,7 @@ def build() -> None:
     """Builds what a CPU's work builds at first use, so that no completion and no score has to wait for it."""
     _library()
     attention.library()
-    linear.library()
+    step.library()
 
 
 @lru_cache(maxsize=1)
