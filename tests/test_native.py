@@ -400,7 +400,7 @@ def test_the_library_is_built_once_for_a_source_a_compiler_and_a_processor(compi
 def test_what_is_built_in_the_background_is_built_once(compiler, tmp_path, monkeypatch):
     path, count = os.environ["PATH"], tmp_path / "count"
     compiler(f'PATH={path}; [ "$1" = --version ] || echo built >> {count}; sleep 0.1; exec c++ "$@"')
-    for module in (native.attention, native.linear):
+    for module in (native.attention, native.step):
         monkeypatch.setattr(module, "library", lambda: None)
     with ThreadPoolExecutor(2) as threads:
         list(threads.map(lambda _: native.build(), range(2)))
