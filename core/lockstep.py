@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from core import native
 from core.cache import Cache, LevelCache
 from core.config import NUM_BYTE_VALUES
 from core.law import Chunk, SampleConfig
@@ -37,7 +38,6 @@ from core.models import MegaByte
 from core.models.layers import Slots
 from core.models.megabyte import Level
 from core.models.packed import packed
-from core.native import fingerprint
 
 _FEWEST_SLOTS = 64  # of the first level that are read; doubled as the rows grow
 _ROUND_BYTES = 16  # rounded up to whole patches: what the host does between two rounds should cost little beside them
@@ -95,6 +95,7 @@ class Lockstep:
         self.positions_B = self._zeros(torch.int64)
         self._rows_B = torch.arange(num_rows, device=self.device)
         self.has_filters = has_filters
+        self.draws_natively = self.device.type == "cpu" and native.can_draw()  # on a GPU the host must not look at the logits
         self._finest = torch.compile(self._finish_byte, dynamic=False) if compiled else self._finish_byte
         self.round_size = -(-_ROUND_BYTES // self.patch_size) * self.patch_size
         # What a round is made from, written by the host before it: numbers, given bytes (-1: none), and each row's law.
@@ -256,11 +257,11 @@ class Lockstep:
         """Wakes the last level, draws a byte of every row and appends it."""
         logits_BV = self.model.to_logits(self._wake(len(self.model.levels) - 1, num_slots)[:, 0])
         self.logits_BV.copy_(logits_BV)
-        drawn_B1 = self._draw(logits_BV, self._uniforms_BR.index_select(1, self._place_1))
+        uniforms_B1 = self._uniforms_BR.index_select(1, self._place_1)
         given_B1 = self._given_BR.index_select(1, self._place_1)
-        chosen_B1 = torch.where(given_B1 >= 0, given_B1, drawn_B1)
+        chosen_B1, bits_B1 = self._choose(logits_BV, uniforms_B1, given_B1)
         self._bytes_BR.index_copy_(1, self._place_1, chosen_B1)
-        self._bits_BR.index_copy_(1, self._place_1, self._surprisal(logits_BV, chosen_B1))
+        self._bits_BR.index_copy_(1, self._place_1, bits_B1)
         self.cache.patch_bytes_BP.index_copy_(1, self.positions_B[:1] % self.patch_size, chosen_B1)
         self._place_1.add_(1)
         self.positions_B.add_(1)
@@ -300,6 +301,15 @@ class Lockstep:
         # Added to the scores; from a mask of booleans every layer would make this anew.
         bias_BS = torch.zeros_like(mask_BS, dtype=level_cache.keys.dtype).masked_fill_(~mask_BS, float("-inf"))
         return Slots(slots_B[:, None, None], (self._rows_B, slice(None), slots_B), read, bias_BS)
+
+    def _choose(self, logits_BV: Tensor, uniforms_B1: Tensor, given_B1: Tensor) -> tuple[Tensor, Tensor]:
+        """Bytes `(B, 1)`, the given ones or drawn, and their surprisals."""
+        if self.draws_natively:
+            laws = (self._temperature_B1, self._top_k_B1, self._top_p_B1)
+            return native.draw_rows(logits_BV, laws, uniforms_B1, given_B1)
+        drawn_B1 = self._draw(logits_BV, uniforms_B1)
+        chosen_B1 = torch.where(given_B1 >= 0, given_B1, drawn_B1)
+        return chosen_B1, self._surprisal(logits_BV, chosen_B1)
 
     def _draw(self, logits_BV: Tensor, uniforms_B1: Tensor) -> Tensor:
         """`core.law.sampling_law` and `core.law.draw` of every row, `(B, 1)`."""
@@ -356,7 +366,7 @@ def bf16_copy(model: MegaByte) -> MegaByte:
     """A copy with its parameters rounded to bfloat16, shared if they were; tables of angles stay in float32.
 
     Kept while the model is."""
-    now = fingerprint(model)
+    now = native.fingerprint(model)
     known, rounded = _bf16_models.get(model, (None, None))
     if known != now:
         parameters = {id(p): nn.Parameter(p.detach().bfloat16(), requires_grad=False) for p in model.parameters()}

@@ -67,18 +67,24 @@ def test_bytes_are_those_of_the_sampler(name, monkeypatch):
 
 
 @pytest.mark.parametrize("settings", SETTINGS)
-def test_the_drawn_byte_is_that_of_the_python_law(settings):
+@pytest.mark.parametrize("natively", [False, True])
+def test_the_drawn_byte_is_that_of_the_python_law(settings, natively):
     config = SampleConfig(**settings)
     batch = Lockstep(build(CASES["exact"]), 64, CONTEXT)
+    if natively and not batch.draws_natively:
+        pytest.skip("there is no C++ compiler")
+    batch.draws_natively = natively
     logits_BV = torch.randn(64, 256, generator=torch.Generator().manual_seed(1)) * 3
     logits_BV[:8] = logits_BV[:8].round()  # with many equal values
     noise = uniforms(2, 0).random(64)
     jobs = [(row, row, Job(np.zeros(0, np.uint8), 1, config, uniforms(0, 0))) for row in range(64)]
     batch._load([0] * 64, np.full((64, batch.round_size), -1), jobs, 1)
-    drawn_B1 = batch._draw(logits_BV, torch.from_numpy(noise)[:, None])
-    for row, byte_value in enumerate(drawn_B1[:, 0].tolist()):
-        assert byte_value == draw(sampling_law(logits_BV[row].numpy(), config), noise[row])
-    bits_B1 = batch._surprisal(logits_BV, drawn_B1)
+    given_B1 = torch.full((64, 1), -1)
+    given_B1[5] = 77
+    drawn_B1, bits_B1 = batch._choose(logits_BV, torch.from_numpy(noise)[:, None], given_B1)
+    expected = [draw(sampling_law(logits_V.numpy(), config), uniform) for logits_V, uniform in zip(logits_BV, noise, strict=True)]
+    expected[5] = 77
+    assert drawn_B1[:, 0].tolist() == expected
     expected = [surprisal(logits_BV[row].numpy(), int(drawn_B1[row])) for row in range(64)]
     np.testing.assert_allclose(bits_B1[:, 0], expected, rtol=1e-6)
 

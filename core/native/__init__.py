@@ -11,7 +11,7 @@ Without a compiler, on a GPU and for a model that is not supported `compile_mode
 import contextlib
 import ctypes
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from ctypes import POINTER, Structure, byref, c_double, c_int64, c_void_p
 from functools import lru_cache
 from pathlib import Path
@@ -219,6 +219,26 @@ class NativeSequence:
         return byte_values.astype(np.uint8), bits
 
 
+def can_draw() -> bool:
+    """Whether `draw_rows` may be called on this machine."""
+    return _library() is not None
+
+
+def draw_rows(logits_BV: Tensor, laws: Sequence[Tensor], uniforms_B1: Tensor, given_B1: Tensor) -> tuple[Tensor, Tensor]:
+    """A byte of every row, int64 `(B, 1)`, drawn as `core.law.draw` does, and its surprisal in bits, float32 `(B, 1)`.
+
+    Args:
+        logits_BV: float32.
+        laws: temperature, float64, top-k, int64, and top-p, float64, each `(B, 1)`.
+        uniforms_B1: float64.
+        given_B1: bytes to be taken instead, int64; -1 for none.
+    """
+    bytes_B1, bits_B1 = given_B1.clone(), torch.empty(given_B1.shape)
+    numbers = logits_BV, *laws, uniforms_B1, bytes_B1, bits_B1
+    _library().draw_rows(len(given_B1), *map(_pointer, numbers))
+    return bytes_B1, bits_B1
+
+
 def pack(weight_RC: Tensor, panels: Tensor) -> None:
     """Writes a matrix of bfloat16 or uint8 in the layout of `vectors.h` into memory of `_panels_shape`."""
     padded = nn.functional.pad(weight_RC, (0, 0, 0, -len(weight_RC) % _PANEL_ROWS))
@@ -303,6 +323,8 @@ def _library() -> ctypes.CDLL | None:
     library.sequence_step.restype = None
     library.sequence_draw.argtypes = (c_void_p, c_int64, c_int64, POINTER(_Law), c_void_p, c_void_p, c_void_p)
     library.sequence_draw.restype = None
+    library.draw_rows.argtypes = (c_int64, *(c_void_p for _ in range(7)))
+    library.draw_rows.restype = None
     library.sequence_close.argtypes = (c_void_p,)
     library.sequence_close.restype = None
     return library

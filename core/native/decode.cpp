@@ -305,4 +305,14 @@ void sequence_draw(Sequence* sequence, int64_t count, int64_t num_forced, const 
   sequence->draw_bytes(count, num_forced, *law, uniforms, bytes, bits);
 }
 
+// One byte of each row from its logits, by its own law; bytes that are not negative are taken as given.
+void draw_rows(int64_t num_rows, const float* logits, const double* temperatures, const int64_t* top_ks, const double* top_ps,
+               const double* uniforms, int64_t* bytes, float* bits) {
+  for (int64_t row = 0; row < num_rows; ++row) {
+    const float* own = logits + row * kNumByteValues;
+    if (bytes[row] < 0) bytes[row] = draw(own, {temperatures[row], top_ks[row], top_ps[row]}, uniforms[row]);
+    bits[row] = surprisal(own, bytes[row]);
+  }
+}
+
 }  // extern "C"
