@@ -128,6 +128,14 @@ def test_statistics_follow_the_selection_and_lead_to_the_surprises(open_page, se
     most = page.locator("#statistics-view tbody tr", has_text="Nine of ten").locator("td").inner_text()
     assert np.quantile(bits, 0.9) > 8  # beyond the scale, where the histogram has one bar for all
     assert float(most.split()[0]) == pytest.approx(np.quantile(bits, 0.9), abs=0.02)
+    beyond = np.flatnonzero(bits > 8)
+    page.focus("#statistics-view .histogram")
+    page.keyboard.press("End")
+    spoken = page.get_attribute("#statistics-view .histogram", "aria-valuetext")
+    assert spoken == f"above 8.00 bits: {beyond.size} bytes"
+    page.keyboard.press("Enter")
+    page.keyboard.press("Enter")
+    assert status(page).startswith(f"byte {beyond[1 if beyond[0] else 2]} ")  # the search begins behind the first byte
     page.focus("#hex-view .stage")
     page.keyboard.press("Home")
     for _ in range(9):

@@ -156,3 +156,17 @@ def test_a_refused_choice_of_files_leaves_the_scoring_at_work(open_page, make_te
     page.wait_for_selector("#message-view .message.working:has-text('Scored ')")
     page.click("#score-stop")
     page.wait_for_selector("#message-view .message.empty:has-text('Stopped')")
+
+
+def test_of_two_changes_at_once_one_scoring_is_left(open_page, make_text):
+    page = open_page()
+    upload(page, make_text("long.txt", b"The lamp was lit.\n" * 100_000))
+    page.wait_for_selector("#message-view .message.working:has-text('Scored ')")
+    changes = "#score-as input[value=file], #score-adapt input"
+    page.evaluate(f"for (const input of document.querySelectorAll('{changes}')) input.click()")
+    page.get_by_role("tab", name="Jobs").click()
+    page.wait_for_function("document.querySelectorAll('#jobs-view tbody tr').length === 1")
+    page.wait_for_timeout(1500)  # the table is read anew every second
+    assert page.locator("#jobs-view tbody tr").count() == 1
+    page.locator("#jobs-view tbody tr").get_by_role("button", name="Stop").click()
+    page.wait_for_selector("#jobs-view tr.stopped")

@@ -61,14 +61,17 @@ def build_tab(service: Service, store: JobStore, visitor: gr.BrowserState, arriv
     download = factory.download_view()
     link = JobLink(store, KIND, visitor)
 
-    def submit(visitor: str, old: str, files: list[str] | None, model: str, second: str, *options: Any) -> tuple[str, str]:
+    def submit(
+        visitor: str, old: str, newest: str, files: list[str] | None, model: str, second: str, *options: Any
+    ) -> tuple[str, str]:
         job_id = ""
         if files:
             with refusals_shown():
                 paths, models = [Path(file) for file in files], [model or None, *([second] if second else [])]
                 work = scoring_work(service, paths, models, *options)
                 job_id = store.submit(visitor, KIND, title_of([path.name for path in paths]), work)
-        store.forget(visitor, old)  # a new wish takes the place of the last one
+        for replaced in {old, newest}:  # two if the form was changed twice before the page knew of the first job
+            store.forget(visitor, replaced)
         return job_id, job_id
 
     def export(visitor: str, job_id: str, event: gr.EventData) -> Iterator[Any]:
@@ -77,8 +80,8 @@ def build_tab(service: Service, store: JobStore, visitor: gr.BrowserState, arriv
     form, outputs = [files, model, second, scored_as, adapt], [stop, message, view]
     following = link.follow(new_display, outputs, nothing=[gr.update(interactive=False), EMPTY, {"items": []}])
     changed = gr.on(
-        [control.change for control in form], submit, [*link.inputs, *form], link.outputs, cancels=[following],
-        trigger_mode="multiple", **AT_ONCE,
+        [control.change for control in form], submit, [*link.inputs, link.now, *form], link.outputs, cancels=[following],
+        trigger_mode="multiple", concurrency_limit=1, **QUIET,  # one at a time, so that each finds the job before it
     )  # fmt: skip
     link.remember(changed)
     link.resume(changed)

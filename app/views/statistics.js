@@ -9,6 +9,7 @@ const HEIGHT = 120; // CSS pixels
 const MOST = 20;
 const STRETCH = { image: 24, audio: 32, text: 16, raw: 16 }; // bytes
 let bins = { file: null, selection: null };
+let chosen = 0; // bar
 
 const isDifference = () => book.shade.measure === MEASURES.difference;
 
@@ -98,6 +99,11 @@ function drawHistogram() {
   }
   context.fillStyle = bytes.colours(element).faint;
   context.fillRect(0, HEIGHT - 0.5, width, 0.5);
+  describeBar();
+  if (document.activeElement === histogram) {
+    context.strokeStyle = bytes.colours(element).text;
+    context.strokeRect(chosen * step - 0.5, 0.5, step, HEIGHT - 1);
+  }
   if (!bins.selection?.count) return;
   const own = Math.max(1, ...bins.selection.counts);
   context.strokeStyle = bytes.colours(element).text;
@@ -111,14 +117,35 @@ function drawHistogram() {
   context.stroke();
 }
 
-/** The next byte after the cursor whose value lies in the clicked bar. */
-function jump(event) {
+/** Says what the chosen bar stands for. */
+function describeBar() {
+  const { low, high, measure } = book.shade;
+  const edge = (bar) => measure.format(low + ((bar - 1) / BINS) * (high - low));
+  const values = chosen === 0 ? `below ${edge(1)}` : chosen === BARS - 1 ? `above ${edge(chosen)}` : `${edge(chosen)} to ${edge(chosen + 1)}`;
+  histogram.setAttribute("aria-valuenow", chosen);
+  histogram.setAttribute("aria-valuetext", `${values}: ${bytes.number(bins.file.counts[chosen])} bytes`);
+}
+
+function chooseBar(bar) {
+  chosen = Math.max(0, Math.min(BARS - 1, bar));
+  drawHistogram();
+}
+
+/** The next byte after the cursor whose value lies in the chosen bar. */
+function jump() {
   const { file, shade, cursor } = book;
-  const wanted = Math.floor((event.offsetX / histogram.clientWidth) * BARS);
   for (let i = 1; i <= file.count; i++) {
     const offset = (Math.max(0, cursor) + i) % file.count;
-    if (barOf(shade.plane[offset]) === wanted) return book.move(offset);
+    if (barOf(shade.plane[offset]) === chosen) return book.move(offset);
   }
+}
+
+function press(event) {
+  const bar = { ArrowLeft: chosen - 1, ArrowRight: chosen + 1, Home: 0, End: BARS - 1 }[event.key];
+  if (bar !== undefined) chooseBar(bar);
+  else if (event.key === "Enter") jump();
+  else return;
+  event.preventDefault();
 }
 
 /** The stretches of a few bytes with the most bits, or with the largest differences; none overlaps another. */
@@ -186,7 +213,12 @@ function later(act) {
 }
 
 const [drawLater, surprisesLater] = [later(draw), later(drawSurprises)];
-histogram.addEventListener("click", jump);
+histogram.addEventListener("click", (event) => {
+  chooseBar(Math.floor((event.offsetX / histogram.clientWidth) * BARS));
+  jump();
+});
+histogram.addEventListener("keydown", press);
+for (const event of ["focus", "blur"]) histogram.addEventListener(event, drawHistogram);
 without.addEventListener("change", draw);
 new ResizeObserver(drawHistogram).observe(histogram.parentElement);
 book.on("document", () => {
