@@ -1,6 +1,8 @@
 """Calls by scripts: each is a job of its caller, who is known by the session of the client and sees no other's."""
 
 import secrets
+import threading
+from collections import deque
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +10,7 @@ from typing import Any
 
 import gradio as gr
 from gradio.components import Component
+from gradio.context import LocalContext
 
 from app.batch import Batch
 from app.gallery import Gallery
@@ -16,6 +19,8 @@ from app.tabs import batch
 from core.errors import UserError
 
 _LOOK_EVERY_S = 1.0
+_REMEMBERED_EVENTS = 1000
+_MAX_EVENT_LENGTH = 100
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,10 +32,27 @@ class Answer:
 
 
 class Calls:
-    """The jobs of scripts in a store."""
+    """The jobs of scripts in a store, and which calls were cancelled."""
 
     def __init__(self, store: JobStore) -> None:
         self.store = store
+        self._at_work: dict[str, tuple[str, str]] = {}  # event of Gradio -> owner and job
+        self._cancelled: deque[str] = deque(maxlen=_REMEMBERED_EVENTS)  # events that may be about to begin
+        self._mutex = threading.Lock()
+
+    def cancel(self, event: str) -> bool:
+        """Ends the job of a call, now or when it is about to begin; whether it is at work, so that Gradio need not be asked.
+
+        Gradio 6.31 ends no call whose client gave up before it knew the event's name, and ends, without an answer, all calls
+        of a session to one endpoint for the sake of one.
+        """
+        with self._mutex:
+            job = self._at_work.get(event)
+            if job is None:
+                self._cancelled.append(event[:_MAX_EVENT_LENGTH])
+            else:
+                self.store.stop(*job)
+        return job is not None
 
     def finished(self, request: gr.Request, kind: str, title: str, work: Work) -> Generator[Any, None, JobView]:
         """Waits until the job is done; what ended it otherwise is raised. A caller who goes away ends it.
@@ -40,10 +62,16 @@ class Calls:
         """
         owner = owner_of(request)
         job_id = self.store.submit(owner, f"{kind} by a script", title, work)
+        event = LocalContext.event_id.get(None) or job_id
+        with self._mutex:
+            self._at_work[event] = owner, job_id
+            if event in self._cancelled:
+                self.store.stop(owner, job_id)
         try:
             while (view := self.store.look(owner, job_id, wait_s=_LOOK_EVERY_S)).is_running:
                 yield gr.skip()
         finally:
+            self._at_work.pop(event, None)
             self.store.stop(owner, job_id)
         if view.state != "done":
             raise ValueError(view.problem)

@@ -16,7 +16,7 @@ from app.calls import Answer, Calls, add_endpoint, answer_of
 from app.downloads import FORMS, Export, write_export
 from app.gallery import gallery_work
 from app.job_endpoints import add_job_endpoints
-from app.jobs import Job, JobStore
+from app.jobs import Job
 from app.palette import SEQUENTIAL
 from app.render import MEASURES, differences
 from app.scoring import ReferenceSizes
@@ -31,13 +31,13 @@ from core.errors import UserError
 _WITH_DEFAULTS = ("samples", "temperature", "top_p", "seed", "framing", "upside_down", "first_bytes")
 
 
-def add_endpoints(service: Service, store: JobStore) -> None:
+def add_endpoints(service: Service, calls: Calls) -> None:
     """All endpoints, inside the current `gr.Blocks`."""
     # Endpoints need components for their types; a row that is not visible is left out of the page altogether.
     with gr.Row(visible=False):
-        _add_scores(service, Calls(store))
-        _add_completions(service, Calls(store))
-        add_job_endpoints(Calls(store))
+        _add_scores(service, calls)
+        _add_completions(service, calls)
+        add_job_endpoints(calls)
 
 
 def _add_scores(service: Service, calls: Calls) -> None:

@@ -1,6 +1,7 @@
 """What is refused before Gradio looks at it: bodies that are too large, files on other machines, uploads without room.
 
 Gradio reads a body of any size into memory, fetches files that are named by an address, and keeps uploads until they are old.
+Which calls are cancelled is heard here too, because Gradio does not tell those at work.
 """
 
 import contextlib
@@ -15,6 +16,7 @@ MAX_BODY_BYTES = 16 << 20  # of a call; files come by themselves
 MAX_CACHE_BYTES = 4 << 30  # of uploads and of the copies that the page shows
 MIN_CACHE_AGE_S = 600.0  # a younger file may still be in use
 UPLOAD_ROUTE = "/gradio_api/upload"
+CANCEL_ROUTES = ("/gradio_api/cancel", "/gradio_api/reset")  # some clients know the name of their event for the second only
 _ADDRESS = re.compile(r"\s*[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 
 Message = MutableMapping[str, Any]
@@ -23,13 +25,19 @@ Send = Callable[[Message], Awaitable[None]]
 
 
 class Guard:
-    """ASGI middleware around the page's server; `cache` is the folder of uploads."""
+    """ASGI middleware around the page's server; `cache` is the folder of uploads, `cancel` that of `Calls`."""
 
     def __init__(
-        self, app: Any, cache: Path, max_body_bytes: int = MAX_BODY_BYTES, max_cache_bytes: int = MAX_CACHE_BYTES
+        self,
+        app: Any,
+        cache: Path,
+        cancel: Callable[[str], bool],
+        max_body_bytes: int = MAX_BODY_BYTES,
+        max_cache_bytes: int = MAX_CACHE_BYTES,
     ) -> None:
         self._app = app
         self._cache = cache
+        self._cancel = cancel
         self._max_body_bytes = max_body_bytes
         self._max_cache_bytes = max_cache_bytes
 
@@ -38,19 +46,20 @@ class Guard:
             await self._app(scope, receive, send)
             return
         path = scope["path"]
-        if any(_is_address(path.partition(route)[2]) for route in ("/file=", "/file/", "/proxy=")):
+        route = path.removeprefix(scope.get("root_path", "")).rstrip("/")
+        if any(_is_address(path.partition(before)[2]) for before in ("/file=", "/file/", "/proxy=")):
             await _refuse(send, 403, "files of other machines are not served here")
-        elif scope["method"] == "POST" and path.removeprefix(scope.get("root_path", "")).rstrip("/") == UPLOAD_ROUTE:
+        elif scope["method"] == "POST" and route == UPLOAD_ROUTE:
             if make_room(self._cache, self._max_cache_bytes):
                 await self._app(scope, receive, send)
             else:
                 await _refuse(send, 507, "there is no room for more uploads; try again in ten minutes")
         elif scope["method"] == "POST":
-            await self._check_body(scope, receive, send)
+            await self._check_body(scope, receive, send, is_cancel=route in CANCEL_ROUTES)
         else:
             await self._app(scope, receive, send)
 
-    async def _check_body(self, scope: Message, receive: Receive, send: Send) -> None:
+    async def _check_body(self, scope: Message, receive: Receive, send: Send, is_cancel: bool) -> None:
         messages, num_bytes, has_more = [], 0, True
         while has_more:
             messages.append(await receive())
@@ -60,8 +69,13 @@ class Guard:
                 most = f"{self._max_body_bytes >> 20} MB"
                 await _refuse(send, 413, f"a call of more than {most} is not read; send long texts as files")
                 return
-        if _names_an_address(b"".join(message.get("body", b"") for message in messages)):
+        value = _read_json(b"".join(message.get("body", b"") for message in messages))
+        if _names_an_address(value):
             await _refuse(send, 400, "files of other machines are not fetched; upload the file instead")
+            return
+        event = value.get("event_id") if is_cancel and isinstance(value, dict) else None
+        if isinstance(event, str) and self._cancel(event):
+            await _answer(send, 200, {"success": True})
             return
         messages.reverse()
 
@@ -88,12 +102,17 @@ def make_room(folder: Path, max_bytes: int, min_age_s: float = MIN_CACHE_AGE_S) 
     return total <= max_bytes
 
 
-def _names_an_address(body: bytes) -> bool:
-    """Whether a JSON body has a file in it whose path is an address."""
+def _read_json(body: bytes) -> Any:
+    """The value of a JSON body; None for what is none, which Gradio answers."""
     try:
-        waiting = [json.loads(body)]
+        return json.loads(body)
     except (ValueError, RecursionError):
-        return False  # Gradio answers that
+        return None
+
+
+def _names_an_address(value: Any) -> bool:
+    """Whether there is a file in a JSON value whose path is an address."""
+    waiting = [value]
     while waiting:
         value = waiting.pop()
         if isinstance(value, dict):
@@ -110,6 +129,10 @@ def _is_address(path: Any) -> bool:
 
 
 async def _refuse(send: Send, status: int, sentence: str) -> None:
+    await _answer(send, status, {"detail": sentence})
+
+
+async def _answer(send: Send, status: int, value: dict[str, Any]) -> None:
     headers = [(b"content-type", b"application/json")]
     await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": json.dumps({"detail": sentence}).encode()})
+    await send({"type": "http.response.body", "body": json.dumps(value).encode()})

@@ -6,6 +6,7 @@ import socket
 import sys
 import tempfile
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import gradio as gr
 from gradio.utils import get_upload_folder
 from starlette.middleware import Middleware
 
+from app.calls import Calls
 from app.endpoints import add_endpoints
 from app.guard import Guard
 from app.jobs import JobStore
@@ -81,10 +83,11 @@ def launch(service: Service, host: str = "127.0.0.1", port: int = 7860, open_bro
     check_port(host, port)
     with tempfile.TemporaryDirectory(prefix="uploads-", ignore_cleanup_errors=True) as uploads:
         os.environ["GRADIO_TEMP_DIR"] = uploads  # read when components are made
-        store = JobStore()
-        page = build(service, store)
+        calls = Calls(JobStore())
+        page = build(service, calls)
+        options = launch_options(calls.cancel)
         _, url, _ = page.launch(
-            server_name=host, server_port=port, inbrowser=open_browser, quiet=True, prevent_thread_lock=True, **launch_options()
+            server_name=host, server_port=port, inbrowser=open_browser, quiet=True, prevent_thread_lock=True, **options
         )
         if service.is_on_cpu:
             threading.Thread(target=native.build, name="build", daemon=True).start()
@@ -92,7 +95,7 @@ def launch(service: Service, host: str = "127.0.0.1", port: int = 7860, open_bro
         try:
             page.block_thread()
         finally:
-            store.close()
+            calls.store.close()
 
 
 def check_port(host: str, port: int) -> None:
@@ -109,8 +112,8 @@ def check_port(host: str, port: int) -> None:
             raise UserError(f"port {port} on {host} cannot be used ({error.strerror}); choose another with --port") from None
 
 
-def launch_options() -> dict[str, Any]:
-    """What `Blocks.launch` needs for this page, whoever calls it."""
+def launch_options(cancel: Callable[[str], bool]) -> dict[str, Any]:
+    """What `Blocks.launch` needs for this page, whoever calls it; `cancel` is that of `Calls`."""
     return {
         "theme": theme(),
         "css": PAGE_CSS.read_text(encoding="utf-8") + factory.stylesheet(),
@@ -122,7 +125,7 @@ def launch_options() -> dict[str, Any]:
         "state_session_capacity": MAX_SESSIONS,
         "footer_links": ["api", "settings"],
         "allowed_paths": [str(SAMPLES_FOLDER)],
-        "app_kwargs": {"middleware": [Middleware(Guard, cache=Path(get_upload_folder()))]},
+        "app_kwargs": {"middleware": [Middleware(Guard, cache=Path(get_upload_folder()), cancel=cancel)]},
     }
 
 
@@ -155,10 +158,11 @@ def theme() -> gr.Theme:
     )
 
 
-def build(service: Service, store: JobStore) -> gr.Blocks:
-    """The page with its tabs and endpoints; its jobs are kept in `store`."""
+def build(service: Service, calls: Calls) -> gr.Blocks:
+    """The page with its tabs and endpoints; its jobs are kept in the store of the calls."""
+    store = calls.store
     with Page(title="Megabyte", analytics_enabled=False, delete_cache=DELETE_CACHE) as page:
-        add_endpoints(service, store)  # first, because an event of the page may not take the name of an endpoint
+        add_endpoints(service, calls)  # first, because an event of the page may not take the name of an endpoint
         visitor = visitor_state()
         arrived = page.load(greet, visitor, visitor, queue=False, **QUIET)
         gr.HTML(HEADER, apply_default_css=False)

@@ -1,6 +1,7 @@
 """The named endpoints, through the client that scripts use: the checks, the answers and the bytes of the command line."""
 
 import functools
+import itertools
 import json
 import os
 import shutil
@@ -11,19 +12,22 @@ import time
 import urllib.error
 import urllib.request
 import zipfile
+from contextvars import copy_context
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from gradio.context import LocalContext
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 from page_server import free_port, wait_for_page
 from waiting import wait_until
 
-from app.calls import owner_of
+from app.calls import Calls, owner_of
 from app.endpoints import completion_form
 from app.exports import write_csv, write_png
+from app.jobs import STOPPED, Job
 from app.tabs.refusals import ENDPOINT_WORDS
 from core.codecs import read_media
 
@@ -113,6 +117,47 @@ def test_a_short_call_does_not_wait_for_long_ones_and_a_cancelled_one_ends(page_
     for call in long_calls:
         call.cancel()
     wait_until(lambda: states() == ["stopped"] * 5, every_s=0.05)
+
+
+@pytest.mark.parametrize("route", ["cancel", "reset"])  # a client that gives up before it knows the event tells the second only
+def test_a_cancelled_call_ends_alone(page_url, route):
+    caller = Client(page_url, verbose=False)
+    settings = {"keep": 1.0, "api_name": "/generate"}
+    long_call = caller.submit(None, "Once", "", num_bytes=1_000_000, **settings)
+    other = caller.submit(None, "Once", "", num_bytes=500, **settings)
+
+    def states() -> list[str]:
+        return [job["state"] for job in caller.predict(api_name="/jobs")]
+
+    wait_until(lambda: len(states()) == 2, every_s=0.02)
+    number = caller._infer_fn_index("/generate", None)
+    event = {"event_id": long_call.communicator.event_id, "session_hash": caller.session_hash, "fn_index": number}
+    call = urllib.request.Request(
+        f"{page_url}gradio_api/{route}", json.dumps(event).encode(), {"Content-Type": "application/json"}
+    )
+    urllib.request.urlopen(call).close()
+    _, [facts] = other.result(timeout=20)
+    assert facts["num_bytes_generated"] == 500
+    with pytest.raises(AppError, match="stopped"):
+        long_call.result(timeout=20)
+    assert sorted(states()) == ["done", "stopped"]
+
+
+def test_a_call_may_be_cancelled_before_it_begins(store):
+    calls, request = Calls(store), SimpleNamespace(session_hash="mine")
+
+    def forever(job: Job) -> None:
+        while True:
+            job.report(None)
+
+    def call() -> None:
+        LocalContext.event_id.set("event")
+        for _ in itertools.islice(calls.finished(request, "kind", "title", forever), 3):
+            pass
+
+    assert not calls.cancel("event")
+    with pytest.raises(ValueError, match=STOPPED):
+        copy_context().run(call)
 
 
 def test_sigterm_ends_a_busy_page_cleanly(tmp_path, make_text):
