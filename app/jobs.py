@@ -110,7 +110,8 @@ class Job:
         """
         self.latest = latest
         self.num_reports += 1
-        self.must_end = self.must_end or self._store.reason_to_end(self)
+        if reason := self._store.reason_to_end(self):
+            self.must_end = self.must_end or reason
         if self.must_end:
             raise JobEndedError
 

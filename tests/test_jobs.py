@@ -135,6 +135,18 @@ def test_each_job_is_stopped_on_its_own_and_keeps_what_it_reported(store):
     assert store.look("me", first).state == "stopped"
 
 
+def test_a_stop_in_the_middle_of_a_report_is_not_lost(store, monkeypatch):
+    reason_to_end = store.reason_to_end
+
+    def stopped_meanwhile(job: Job) -> str:
+        store.stop("me", job.id)
+        return reason_to_end(job)
+
+    monkeypatch.setattr(store, "reason_to_end", stopped_meanwhile)
+    view = ended(store, "me", store.submit("me", "score", "a.txt", lambda job: [job.report(step) for step in range(3)]))
+    assert (view.state, view.latest) == ("stopped", 0)
+
+
 def test_a_failure_is_one_sentence_and_our_own_fault_is_said_to_be_ours(store, caplog):
     def refused(job: Job) -> None:
         raise ValueError("top_k=300 must lie in 1..256")
