@@ -1,12 +1,16 @@
 """The native attention: softmax(q k^T / 8) v, blind to what comes later, and torch's own where it cannot run."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
 
+from core.config import LevelConfig, MegaByteConfig
 from core.kernels import attention
 from core.kernels.attention import attend_causally, can_attend
-from core.models.layers import attend
+from core.models import MegaByte
+from core.models.layers import Rotary, attend, rotate
 
 
 @pytest.fixture
@@ -87,6 +91,43 @@ def test_without_the_kernel_torch_attends(monkeypatch):
 
 
 @pytest.mark.usefixtures("kernel")
+@pytest.mark.parametrize("length", [1, 3, 200])
+@pytest.mark.parametrize("normalized", [False, True])
+@pytest.mark.parametrize("turned", [False, True])
+def test_queries_are_placed_as_by_the_layer_in_float32(length, normalized, turned):
+    q = queries_keys_values(3, 2, length, 5.0)[0]
+    q[1] = 0
+    rotation = Rotary(64, 300)(slice(70, 70 + length)) if turned else None
+    exact = F.rms_norm(q.float(), (64,), eps=1e-6) if normalized else q.float()
+    found = attention.place(q, rotation, normalized)
+    torch.testing.assert_close(found.float(), rotate(exact, rotation), rtol=2**-8, atol=1e-6)
+
+
+@pytest.mark.usefixtures("kernel")
+@pytest.mark.parametrize("name", ["normalised", "with a memory"])
+def test_a_model_that_places_natively_predicts_as_one_that_does_not(name, monkeypatch):
+    levels = (LevelConfig(dim=128, num_layers=2, num_heads=2, patch_size=4), LevelConfig(dim=64, num_layers=2, num_heads=1))
+    config = MegaByteConfig(levels=levels, max_seq_len=1024, init_std=0.2, positions="rotary", qk_norm=name == "normalised")
+    if name == "with a memory":
+        config = replace(config, levels=(levels[0], replace(levels[1], cross_patch=2)))
+    torch.manual_seed(0)
+    model, byte_ids = MegaByte(config).eval(), torch.randint(256, (2, 900))
+    calls = []
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        with monkeypatch.context() as patch:
+            patch.setattr(attention, "place", lambda *args, found=attention.place: calls.append(1) or found(*args))
+            ours = model(byte_ids)
+        assert calls
+        monkeypatch.setattr(attention, "library", lambda: None)
+        plain = model(byte_ids)
+    with torch.inference_mode():
+        exact = model(byte_ids)
+    off, plain_off = ((logits - exact).square().mean().sqrt() for logits in (ours, plain))
+    assert off <= 1.1 * plain_off
+    assert plain_off < 0.1 * exact.std()
+
+
+@pytest.mark.usefixtures("kernel")
 def test_rows_that_begin_inside_a_word_are_attended_to():
     q, k, v = queries_keys_values(1, 2, 200)
     shifted = torch.zeros(k.numel() + 1, dtype=torch.bfloat16)[1:].view(k.shape).copy_(k)
@@ -98,3 +139,7 @@ def test_tensors_that_do_not_fit_are_refused():
     q, k, v = queries_keys_values(1, 2, 200)
     with pytest.raises(ValueError, match="not bfloat16"):
         attend_causally(q, k[:, :, 1:], v)
+    with pytest.raises(ValueError, match="not bfloat16"):
+        attention.place(q.float(), None, True)
+    with pytest.raises(ValueError, match="tables of angles"):
+        attention.place(q, Rotary(64, 300)(slice(0, 199)), True)

@@ -11,19 +11,25 @@
 
 #include <algorithm>
 
+#include "heads.h"
 #include "tiles.h"
 
 namespace {
 
-constexpr int64_t kChannels = 64;
 constexpr int64_t kRows = 96;  // for which a block is fetched once
-constexpr float kScale = 0.125f * 1.44269504f;  // 1 / sqrt(C), and powers of 2 instead of e
 constexpr float kSlack = 32.0f;  // weights up to 2^6 are fine: the sums are rescaled only if a score exceeds that
-constexpr float kNever = -1e30f;  // a score without weight
 
 struct Tensor {
   const uint16_t* data;
   int64_t sequence, head, row;  // strides; channels are adjacent
+};
+
+// Queries or keys that are to be normalised and turned.
+struct Places {
+  Tensor x;
+  uint16_t* y;             // (sequences, heads, length, 64)
+  const float *cos, *sin;  // (length, 64), or null
+  int64_t normalized, num_sequences, num_heads, length;
 };
 
 struct Heads {
@@ -138,10 +144,26 @@ extern "C" void attend_causally(const Heads* heads, int64_t num_threads) {
   }
 }
 
+extern "C" void place(const Places* places, int64_t num_threads) {
+  const int64_t num_heads = places->num_heads, length = places->length;
+#pragma omp parallel for num_threads(num_threads)
+  for (int64_t i = 0; i < places->num_sequences * length; ++i) {
+    const int64_t sequence = i / length, row = i % length;
+    const float* cos = places->cos == nullptr ? nullptr : places->cos + row * kChannels;
+    const float* sin = places->sin == nullptr ? nullptr : places->sin + row * kChannels;
+    const uint16_t* x = places->x.data + sequence * places->x.sequence + row * places->x.row;
+    uint16_t* y = places->y + (sequence * num_heads * length + row) * kChannels;
+    for (int64_t head = 0; head < num_heads; ++head) {
+      place_head(x + head * places->x.head, places->normalized, cos, sin, y + head * length * kChannels);
+    }
+  }
+}
+
 #else
 
 extern "C" int64_t attention_is_supported() { return 0; }
 
 extern "C" void attend_causally(const void*, int64_t) {}
+extern "C" void place(const void*, int64_t) {}
 
 #endif

@@ -40,13 +40,41 @@ def attend_causally(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return out_NLHC.transpose(1, 2)
 
 
+def place(x: Tensor, rotation: tuple[Tensor, Tensor] | None, normalized: bool) -> Tensor:
+    """Queries or keys `(N, H, L, C)`, bf16, at unit root mean square, if so wanted, and turned; one pass over them, rounded once.
+
+    Without a backward pass. `can_attend` says where it may be called.
+
+    Args:
+        rotation: cosines and signed sines of the L slots, float32 `(L, C)`; None to turn nothing.
+    """
+    num_sequences, num_heads, length, _ = x.shape
+    x = _readable(x, x.shape)
+    y_NHLC = torch.empty(x.shape, dtype=torch.bfloat16)
+    tables = [None, None] if rotation is None else [table.contiguous() for table in rotation]
+    if rotation is not None and any(table.shape != x.shape[2:] or table.dtype != torch.float32 for table in tables):
+        raise ValueError(f"tables of angles are float32 {tuple(x.shape[2:])}")
+    places = _Places(
+        _Tensor(x.data_ptr(), *x.stride()[:3]),
+        y_NHLC.data_ptr(),
+        *(table if table is None else table.data_ptr() for table in tables),
+        normalized,
+        num_sequences,
+        num_heads,
+        length,
+    )
+    library().place(byref(places), torch.get_num_threads())
+    return y_NHLC
+
+
 @cache
 def library() -> CDLL | None:
     """The built kernels; None where the processor or a compiler is missing. Looked for once per process."""
     found = load_library(Path(__file__).with_name("attention.cpp"), "-fopenmp") if multiplies_bf16() else None
     if found is None or not found.attention_is_supported():
         return None
-    found.attend_causally.argtypes, found.attend_causally.restype = (c_void_p, c_int64), None
+    for kernel in (found.attend_causally, found.place):
+        kernel.argtypes, kernel.restype = (c_void_p, c_int64), None
     return found
 
 
@@ -68,6 +96,14 @@ def _readable(x: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 class _Tensor(Structure):
     _fields_ = [("data", c_void_p), *((name, c_int64) for name in ("sequence", "head", "row"))]
+
+
+class _Places(Structure):
+    _fields_ = [
+        ("x", _Tensor),
+        *((name, c_void_p) for name in ("y", "cos", "sin")),
+        *((name, c_int64) for name in ("normalized", "num_sequences", "num_heads", "length")),
+    ]
 
 
 class _Heads(Structure):

@@ -12,14 +12,12 @@
 #include <algorithm>
 #include <cmath>
 
+#include "heads.h"
 #include "tiles.h"
 
 namespace {
 
-constexpr int64_t kChannels = 64, kHalf = kChannels / 2;
-constexpr float kScale = 0.125f * 1.44269504f;  // 1 / sqrt(C), and powers of 2 instead of e
-constexpr float kNever = -1e30f;                // a score without weight
-constexpr float kQkEpsilon = 1e-6f;
+constexpr int64_t kHalf = kChannels / 2;
 constexpr int64_t kGroup = 16, kFew = 4;        // rows that are multiplied while a block is near, and rows of a tile
 constexpr int64_t kWorthSharing = 1 << 20;      // multiplications of a layer
 
@@ -73,13 +71,6 @@ struct Between {
   }
 };
 
-inline __m512 load_bf16(const uint16_t* x) {
-  return (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x))), 16);
-}
-inline void store_bf16(uint16_t* y, __m512 x) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(y), (__m256i)_mm512_cvtneps_pbh(x));
-}
-
 void normalize(const Norm& norm, const float* x, uint16_t* y, int64_t n) {
   __m512 sum = _mm512_setzero_ps(), squares = sum;
   for (int64_t i = 0; i < n; i += 16) sum = _mm512_add_ps(sum, _mm512_loadu_ps(x + i));
@@ -112,27 +103,6 @@ void multiply_panel(const Linear& linear, int64_t panel, const uint16_t* x, int6
       for (const uint32_t*& row : rows) row += kDepth;
     }
     for (int64_t i = 0; i < count; ++i) emit(first + i, panel * kBlock, sums[i]);
-  }
-}
-
-// A head's 64 channels as the cache keeps them: of unit root mean square, turned by the angles of its slot.
-void place(const Step& step, const uint16_t* x, int64_t slot, uint16_t* y) {
-  __m512 parts[kVectors];
-  for (int64_t v = 0; v < kVectors; ++v) parts[v] = load_bf16(x + 16 * v);
-  if (step.qk_norm) {
-    __m512 squares = _mm512_setzero_ps();
-    for (const __m512& part : parts) squares = _mm512_fmadd_ps(part, part, squares);
-    const __m512 scale = _mm512_set1_ps(1.0f / std::sqrt(_mm512_reduce_add_ps(squares) / kChannels + kQkEpsilon));
-    for (__m512& part : parts) part = _mm512_mul_ps(part, scale);
-  }
-  for (int64_t v = 0; v < kVectors; ++v) {
-    __m512 turned = parts[v];
-    if (step.cos != nullptr) {
-      const int64_t place = slot * kChannels + 16 * v;
-      turned = _mm512_mul_ps(turned, _mm512_loadu_ps(step.cos + place));
-      turned = _mm512_fmadd_ps(parts[(v + kVectors / 2) % kVectors], _mm512_loadu_ps(step.sin + place), turned);
-    }
-    store_bf16(y + 16 * v, turned);
   }
 }
 
@@ -188,8 +158,10 @@ void attend_head(const Step& step, const Between& between, int64_t layer, int64_
   const int64_t start = (layer * step.num_rows * step.num_heads + index) * step.num_slots * kChannels;
   uint16_t *keys = step.keys + start, *values = step.values + start;
   alignas(64) uint16_t query[kChannels];
-  place(step, own, slot, query);
-  place(step, own + step.dim, slot, keys + slot * kChannels);
+  const float* cos = step.cos == nullptr ? nullptr : step.cos + slot * kChannels;
+  const float* sin = step.sin == nullptr ? nullptr : step.sin + slot * kChannels;
+  place_head(own, step.qk_norm, cos, sin, query);
+  place_head(own + step.dim, step.qk_norm, cos, sin, keys + slot * kChannels);
   std::copy(own + 2 * step.dim, own + 2 * step.dim + kChannels, values + slot * kChannels);
   attend(step, query, keys, values, step.mask + row * step.num_read, weights, between.attended + row * step.dim + head * kChannels);
 }

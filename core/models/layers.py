@@ -152,6 +152,14 @@ def attend_to_slots(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None) -
     return scores.softmax(dim=-1).to(v.dtype) @ v
 
 
+def _placed(x_BKHLC: Tensor, norm: nn.Module, rotation: Rotation | None) -> Tensor:
+    """Queries or keys as they are compared: normalised, then turned by the angles of their L slots."""
+    has_norm = isinstance(norm, nn.RMSNorm)
+    if (has_norm or rotation is not None) and not x_BKHLC.requires_grad and kernel.can_attend(x_BKHLC):
+        return kernel.place(x_BKHLC.flatten(0, 1), rotation, has_norm).view(x_BKHLC.shape)
+    return rotate(norm(x_BKHLC), rotation)
+
+
 class Attention(nn.Module):
     """Multi-head attention inside rows and to the last `memory` elements of the row before."""
 
@@ -168,14 +176,15 @@ class Attention(nn.Module):
         """Attends within and across rows; `rotation` covers the S slots of memory and row."""
         num_rows, length = x_BKLD.shape[1:3]
         q, k, v = rearrange(self.qkv(x_BKLD), "b k l (three h c) -> three b k h l c", three=3, h=self.num_heads)
-        q, k = self.qk_norm(q), self.qk_norm(k)
-        mask = None
+        mask, is_crossing = None, self.memory > 0 and num_rows > 1
         own_rotation = rotation and tuple(table[self.memory :] for table in rotation)
-        q, own_k = rotate(q, own_rotation), rotate(k, own_rotation)
+        q = _placed(q, self.qk_norm, own_rotation)
+        if cache is not None or not is_crossing:
+            own_k = _placed(k, self.qk_norm, own_rotation)
         if cache is not None:
             cache.store(layer, own_k, v)
-        if self.memory and num_rows > 1:
-            k, v = rotate(self._with_row_before(k), rotation), self._with_row_before(v)
+        if is_crossing:
+            k, v = _placed(self._with_row_before(k), self.qk_norm, rotation), self._with_row_before(v)
             mask = self._mask(num_rows, length, x_BKLD.device).expand(len(x_BKLD), -1, -1, -1, -1).flatten(0, 1)
         else:
             k = own_k
