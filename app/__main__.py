@@ -4,7 +4,6 @@
 """
 
 import argparse
-import ctypes
 import json
 import logging
 import os
@@ -22,6 +21,7 @@ from app.messages import plain_sentence
 from app.recipe import Item, parse_recipe, read_recipe
 from app.settings import FRAMINGS, CompletionSettings
 from app.sources import find_files, list_files
+from core.allocator import keep_freed_memory
 from core.plans import plan_names
 
 if TYPE_CHECKING:
@@ -383,15 +383,6 @@ def _leave(number: int, _frame: object) -> NoReturn:
     raise SystemExit(128 + number)
 
 
-def _keep_memory() -> None:
-    """Has the C library keep freed memory for the next tensor: to get it from the system anew takes up to a fifth of a score."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    arena_max, mmap_threshold, trim_threshold = -8, -3, -1  # malloc.h
-    if mallopt is not None and mallopt(mmap_threshold, 1 << 30):
-        mallopt(trim_threshold, (1 << 31) - 1)
-        mallopt(arena_max, 1)  # those of other threads cannot grow so far
-
-
 if __name__ == "__main__":
     # Read when torch is imported: threads that wait must sleep. Spinning ones take the processor from other programs and from
     # each other; on two busy cores everything took 5 to 10 times as long. For the first tenth of a millisecond they may spin:
@@ -399,7 +390,7 @@ if __name__ == "__main__":
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     if sys.argv[1:2] in (["score"], ["bench"]):  # others live longer than their largest tensors
-        _keep_memory()
+        keep_freed_memory()
     for _number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(_number, _leave)
     # A caller may have closed the standard streams; no file of ours must get their numbers.

@@ -17,7 +17,7 @@ from app.store import LoadedModel
 from app.turns import Turn
 from core.codecs import Codec, Media, Picture, Raw
 from core.errors import UserError
-from core.sample import Chunk, Request, SampleConfig, Sampler, next_byte_law, stream_batch
+from core.sample import Chunk, Request, SampleConfig, Sampler, next_byte_law, prepare, stream_batch
 
 MAX_RESTORED_TEXT = 4_500_000  # bytes; longer ones make settings that are too long to be read back
 MAX_TOGETHER = 32  # samples that are made together; few enough to see results come
@@ -42,7 +42,7 @@ class Progress:
         done_bytes, bytes_per_s: of that sample; `job.plan.num_bytes_to_generate` are wanted.
         chunk: the newest bytes and their bits.
         completion: the finished sample, on its last `Progress`.
-        is_waiting: other jobs have their turn at the model.
+        waits_for: what must be done first, in words; empty while bytes are made.
     """
 
     job: "CompletionJob" = field(repr=False)
@@ -52,7 +52,7 @@ class Progress:
     bytes_per_s: float | None = None
     chunk: Chunk | None = None
     completion: "Completion | None" = None
-    is_waiting: bool = False
+    waits_for: str = ""
 
     @property
     def total_bytes(self) -> int:
@@ -118,7 +118,6 @@ class CompletionJob:
         plan: what is going to be done.
         notes: what was done to the file before its first part was kept, in words.
         given: the media as the model reads it.
-        engine: what makes the bytes: within one engine a seed gives the same ones.
         results: the samples finished so far, in the order of their numbers.
     """
 
@@ -144,8 +143,7 @@ class CompletionJob:
         num_bytes = self._num_bytes_to_generate()
         self._config = SampleConfig(**{name: getattr(settings, name) for name in ("temperature", "top_k", "top_p", "seed")})
         canvas = self._new_canvas(num_bytes)
-        sampler = Sampler(loaded.model, canvas.prefix(0), min(canvas.stretches[0], num_bytes), self._config)
-        self.engine = sampler.engine
+        self._sampler = Sampler(loaded.model, canvas.prefix(0), min(canvas.stretches[0], num_bytes), self._config)
         self.plan = self._make_plan(num_bytes)
         self.notes = (
             *self.given.media.notes,
@@ -154,6 +152,11 @@ class CompletionJob:
             *self._says_what_stays_grey(num_bytes),
             *self._says_what_is_too_long(),
         )
+
+    @property
+    def engine(self) -> str:
+        """What makes the bytes: within one engine a seed gives the same ones. Not to be asked before the work has begun."""
+        return self._sampler.engine
 
     @property
     def estimate_seconds(self) -> float:
@@ -374,10 +377,10 @@ class _Making:
         made, bits = self._made[: self._done].copy(), self._bits[: self.num_drawn].copy()
         return self._job._completion(self._sample, self.canvas, made, bits, time.perf_counter() - self._started)
 
-    def progress(self, chunk: Chunk | None = None, completion: Completion | None = None, *, is_waiting: bool = False) -> Progress:
+    def progress(self, chunk: Chunk | None = None, completion: Completion | None = None, *, waits_for: str = "") -> Progress:
         """How far the sample is."""
         speed = self.num_drawn / (time.perf_counter() - self._started)
-        return Progress(self._job, self, self._sample, self._done, speed or None, chunk, completion, is_waiting)
+        return Progress(self._job, self, self._sample, self._done, speed or None, chunk, completion, waits_for)
 
 
 def run_together(tasks: Sequence[tuple[CompletionJob, int]]) -> Iterator[Progress]:
@@ -387,13 +390,15 @@ def run_together(tasks: Sequence[tuple[CompletionJob, int]]) -> Iterator[Progres
     """
     makings = [_Making(job, sample) for job, sample in tasks]
     loaded = tasks[0][0].loaded
+    for _ in prepare(loaded.model):
+        yield makings[0].progress(waits_for="the decoder to be built, once")
     with Turn(loaded.lock) as turn:
         while makings := [making for making in makings if making.next_stretch()]:
             num_before, busy_s = sum(making.num_drawn for making in makings), 0.0
             with closing(stream_batch(loaded.model, [making.request for making in makings])) as chunks:
                 while at_work := [making for making in makings if making.is_drawing]:
                     while not turn.take():
-                        yield at_work[0].progress(is_waiting=True)
+                        yield at_work[0].progress(waits_for="other work to give way")
                     started = time.perf_counter()
                     index, chunk = next(chunks)
                     busy_s += time.perf_counter() - started

@@ -71,7 +71,7 @@ class Gallery:
         earlier: samples of an earlier gallery.
         own: those of its own job that are there, in the order of their numbers.
         at_work: how far the others are that have begun, by their numbers.
-        is_waiting: whether other jobs have their turn at the model.
+        waits_for: what must be done first, in words; empty while bytes are made.
         id: begins the names of its own samples.
     """
 
@@ -81,7 +81,7 @@ class Gallery:
         self.earlier = tuple(earlier)
         self.own: tuple[Made, ...] = ()
         self.at_work: dict[int, Progress] = {}
-        self.is_waiting = False
+        self.waits_for = ""
         self.id = secrets.token_hex(4)
 
     @property
@@ -104,7 +104,7 @@ class Gallery:
     def take(self, progress: Progress, folder: Path) -> None:
         """Notes how far the job is, and writes the file of a sample that is finished."""
         others = {sample: known for sample, known in self.at_work.items() if sample != progress.sample}
-        self.is_waiting = progress.is_waiting
+        self.waits_for = progress.waits_for
         if progress.completion is None:
             self.at_work = others | {progress.sample: progress}
         else:

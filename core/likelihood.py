@@ -15,7 +15,6 @@ a CPU's bf16 also depend on whether the kernels of `core.kernels` could be built
 """
 
 import os
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ from torch import Tensor
 
 from core.config import ImageCodecConfig
 from core.errors import UserError
-from core.kernels import attention, multiplies_bf16
+from core.kernels import attention, in_background, multiplies_bf16
 from core.models import ByteModel
 from core.models.layers import before_layer
 from core.models.loss import nll, nll_of_logits
@@ -138,7 +137,9 @@ def score(
     device = next(model.parameters()).device
     measured = measures_of if detailed else _bits_alone
     if device.type == "cpu" and scores_in_bf16(model):
-        _wait_for_kernels(progress)
+        for _ in in_background(attention.library):  # the building of the kernel, once
+            if progress is not None:
+                progress(0)
     for batch in _batches(todo, _BYTES_PER_BATCH.get(device.type, 1 << 13), only_equal_lengths):
         byte_ids_BT = _stack(arrays, batch).to(device)
         with _looking_up(progress):
@@ -158,17 +159,6 @@ def score(
         _score(own, mask, window=window, hop=hop, strided=strided, engine=scoring_engine(model))
         for own, mask in zip(measures, masks, strict=True)
     ]
-
-
-def _wait_for_kernels(progress: Callable[[int], None] | None) -> None:
-    """Has the kernels built, which takes seconds once, and calls `progress` with 0 meanwhile; what it raises ends the waiting."""
-    building = threading.Thread(target=attention.library, name="build", daemon=True)
-    building.start()
-    building.join(0.1)
-    while building.is_alive():
-        if progress is not None:
-            progress(0)
-        building.join(0.1)
 
 
 @contextmanager

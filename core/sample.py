@@ -19,19 +19,21 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import closing
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
 from core import native
 from core.config import ImageCodecConfig
 from core.errors import UserError
+from core.kernels import in_background
 from core.law import Chunk, SampleConfig, sampling_law, uniforms
 from core.likelihood import as_stream, engine_name
 from core.lockstep import Job, borrowed_lockstep
 from core.models import ByteModel, MegaByte
 from core.rows import NativeRow, Row, TorchRow
 
-__all__ = ["Chunk", "Request", "SampleConfig", "Sampler", "generate", "next_byte_law", "num_at_once", "stream_batch"]
+__all__ = ["Chunk", "Request", "SampleConfig", "Sampler", "generate", "next_byte_law", "num_at_once", "prepare", "stream_batch"]
 
 MAX_NUM_BYTES = 1 << 24  # of one sample, as many as the longest context
 MAX_SAMPLES = 1 << 16  # of one prefix
@@ -78,7 +80,7 @@ class Sampler:
         self.prefix = as_stream(prefix)
         self.num_bytes = num_bytes
         self.config = config
-        self.engine = _choose_engine(model)
+        _wanted_engine(model)
         context = model.config.max_seq_len
         _require_count("num_bytes", num_bytes, MAX_NUM_BYTES)
         if isinstance(model.codec_config, ImageCodecConfig) and len(self.prefix) + num_bytes > context:
@@ -90,6 +92,11 @@ class Sampler:
         self._cache_len = min(context, -(-(len(self.prefix) + num_bytes) // patch_size) * patch_size)
         self._after_prefix: dict[bool, Row] = {}
         self._reading = threading.Lock()  # samples made side by side share it
+
+    @cached_property
+    def engine(self) -> str:
+        """What makes the bytes; looked for at first use, which may take the seconds of `prepare`."""
+        return _choose_engine(self.model)
 
     def stream(self, sample_number: int = 0, *, alone: bool = True) -> Iterator[Chunk]:
         """The new bytes of one sample, in chunks that end with the model's patches. Closing it ends the work.
@@ -201,13 +208,29 @@ def _require_count(name: str, number: int, most: int) -> None:
         raise UserError(f"{name}={number} must lie in 1..{most}")
 
 
-def _choose_engine(model: ByteModel) -> str:
+def prepare(model: ByteModel) -> Iterator[None]:
+    """Builds what makes the samples of a model, which takes seconds once on a machine, and yields now and then meanwhile."""
+    if next(model.parameters()).device.type == "cpu" and _wanted_engine(model) != "torch":
+        yield from in_background(native.library)
+
+
+def _wanted_engine(model: ByteModel) -> str:
+    """The engine that the environment names, or an empty text.
+
+    Raises:
+        UserError: if the machine has none of that name.
+    """
     device = next(model.parameters()).device
     wanted = os.environ.get("MEGABYTE_ENGINE", "")
     names = sorted(name for name, (kind, _) in _LOCKSTEP.items() if kind == device.type)
     names += _NATIVE if device.type == "cpu" else ()
     if wanted not in ("", "torch", *names):
         raise UserError(f"MEGABYTE_ENGINE={wanted} must be torch or {' or '.join(names)}, or unset for the fastest engine")
+    return wanted
+
+
+def _choose_engine(model: ByteModel) -> str:
+    device, wanted = next(model.parameters()).device, _wanted_engine(model)
     if wanted in _LOCKSTEP and isinstance(model, MegaByte):
         return wanted
     if wanted == "" and device.type == "cuda" and isinstance(model, MegaByte):

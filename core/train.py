@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from core.allocator import return_freed_memory
 from core.checkpoint import export_model, latest_checkpoint, remove_old_checkpoints, save_checkpoint, step_folder
 from core.codecs import atomic_file, build_codec, shown
 from core.config import Config, TrainConfig, load_config
@@ -93,6 +94,8 @@ class _Run:
         self.is_on_gpu = ranks.device.type == "cuda"
         most = settings.batch_size if self.is_on_gpu else max(1, _CPU_BYTES // self.seq_len)
         self.micro_batch_size = micro_batch_size(settings, ranks.num_ranks, most)
+        if settings.checkpoint_activations and not self.is_on_gpu:
+            return_freed_memory()
 
         codec = build_codec(config.codec)
         data, valid = ranks.first_rank_first(

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 
 # Each module may import modules of lower lines, and of its own line within the same package (`core.codecs.*`, ...).
 LAYERS = [
-    ["core.errors", "core.kernels"],
+    ["core.errors", "core.allocator", "core.kernels"],
     ["core.limits"],
     ["core.config", "core.distributed"],
     ["core.arena", "core.cache", "core.codecs", "core.folder", "core.presets", "core.optim"],

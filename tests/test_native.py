@@ -57,7 +57,7 @@ def engine():
     """Skips where the engine cannot be built."""
     if not any(shutil.which(name) for name in ("c++", "g++", "clang++")):
         pytest.skip("there is no C++ compiler, so there is no native engine to test")
-    assert native._library() is not None
+    assert native.library() is not None
 
 
 def rounded(config: MegaByteConfig, seed: int = 0) -> MegaByte:
@@ -356,9 +356,9 @@ def compiler(tmp_path, monkeypatch):
         return fake if script is not None else tools
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    native._library.cache_clear()
+    native.library.cache_clear()
     yield install
-    native._library.cache_clear()
+    native.library.cache_clear()
 
 
 @pytest.mark.parametrize("script", [None, "exit 1", "echo not a library"], ids=["missing", "failing", "writing nothing"])

@@ -2,6 +2,7 @@
 
 import lzma
 import shutil
+import threading
 import wave
 from contextlib import closing
 from dataclasses import replace
@@ -342,9 +343,19 @@ class TestCompletion:
         loaded = service.model("text")
         with loaded.lock:
             with closing(service.complete(make_text()).run()) as steps:
-                assert next(steps).is_waiting
+                assert next(steps).waits_for == "other work to give way"
             assert loaded.lock.locked()
         assert not loaded.lock.locked()
+
+    def test_a_job_that_waits_for_the_decoder_says_so_and_can_be_closed(self, service, make_text, monkeypatch):
+        is_built = threading.Event()
+        monkeypatch.delenv("MEGABYTE_ENGINE", raising=False)
+        monkeypatch.setattr("core.native.library", is_built.wait)
+        loaded = service.model("text")
+        with closing(service.complete(make_text()).run()) as steps:
+            assert next(steps).waits_for == "the decoder to be built, once"
+            assert not loaded.lock.locked()
+        is_built.set()
 
     @pytest.mark.parametrize(
         ("make", "settings", "words"),

@@ -67,7 +67,7 @@ class Display:
             "id": name,
             "kind": gallery.job.codec.modality,
             "title": gallery.title_of(progress.sample),
-            "caption": "waiting for other work to give way" if gallery.is_waiting else done + speed,
+            "caption": f"waiting for {gallery.waits_for}" if gallery.waits_for else done + speed,
             "done": progress.done_bytes / progress.total_bytes,
             "media": self._media(name, gallery.job, progress.partial),
         }

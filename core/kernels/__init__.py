@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import tempfile
 import threading
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
@@ -39,6 +40,16 @@ def load_library(source: Path, *flags: str) -> ctypes.CDLL | None:
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         _logger.info("no library of %s, torch does its work instead: %s", source.name, error)
         return None
+
+
+def in_background(build: Callable[[], object]) -> Iterator[None]:
+    """Runs this in a thread and yields ten times a second until it is done; closing the iterator leaves it at work."""
+    thread = threading.Thread(target=build, name="build", daemon=True)
+    thread.start()
+    thread.join(0.1)
+    while thread.is_alive():
+        yield
+        thread.join(0.1)
 
 
 def build_library(source: Path, *flags: str) -> Path:

@@ -44,14 +44,14 @@ def compile_model(model: ByteModel, engine: str = ENGINE_NAME) -> "NativeDecoder
     """A decoder with the model's present weights; None where torch has to do the work."""
     if not _has_supported_form(model):
         return None
-    library = _library()
-    if library is None:
+    found = library()
+    if found is None:
         return None
     now = engine, *fingerprint(model)
     known, decoder = _decoders.get(model, (None, None))
     if known != now:
         is_int8 = engine == INT8_ENGINE_NAME
-        decoder = NativeDecoder(model, library, is_int8) if is_int8 or _is_exact_in_bf16(model) else None
+        decoder = NativeDecoder(model, found, is_int8) if is_int8 or _is_exact_in_bf16(model) else None
         _decoders[model] = now, decoder
     return decoder
 
@@ -221,7 +221,7 @@ class NativeSequence:
 
 def can_draw() -> bool:
     """Whether `draw_rows` may be called on this machine."""
-    return _library() is not None
+    return library() is not None
 
 
 def draw_rows(logits_BV: Tensor, laws: Sequence[Tensor], uniforms_B1: Tensor, given_B1: Tensor) -> tuple[Tensor, Tensor]:
@@ -235,7 +235,7 @@ def draw_rows(logits_BV: Tensor, laws: Sequence[Tensor], uniforms_B1: Tensor, gi
     """
     bytes_B1, bits_B1 = given_B1.clone(), torch.empty(given_B1.shape)
     numbers = logits_BV, *laws, uniforms_B1, bytes_B1, bits_B1
-    _library().draw_rows(len(given_B1), *map(_pointer, numbers))
+    library().draw_rows(len(given_B1), *map(_pointer, numbers))
     return bytes_B1, bits_B1
 
 
@@ -306,28 +306,28 @@ def fingerprint(model: MegaByte) -> tuple:
 
 def build() -> None:
     """Builds what a CPU's work builds at first use, so that no completion and no score has to wait for it."""
-    _library()
+    library()
     attention.library()
     step.library()
 
 
 @lru_cache(maxsize=1)
-def _library() -> ctypes.CDLL | None:
+def library() -> ctypes.CDLL | None:
     """The built library, or None if this machine cannot build it; looked for once per process."""
-    library = load_library(_SOURCE)
-    if library is None:
+    found = load_library(_SOURCE)
+    if found is None:
         return None
-    library.sequence_open.argtypes = (POINTER(_Model), POINTER(_State), c_int64)
-    library.sequence_open.restype = c_void_p
-    library.sequence_step.argtypes = (c_void_p, c_int64)
-    library.sequence_step.restype = None
-    library.sequence_draw.argtypes = (c_void_p, c_int64, c_int64, POINTER(_Law), c_void_p, c_void_p, c_void_p)
-    library.sequence_draw.restype = None
-    library.draw_rows.argtypes = (c_int64, *(c_void_p for _ in range(7)))
-    library.draw_rows.restype = None
-    library.sequence_close.argtypes = (c_void_p,)
-    library.sequence_close.restype = None
-    return library
+    found.sequence_open.argtypes = (POINTER(_Model), POINTER(_State), c_int64)
+    found.sequence_open.restype = c_void_p
+    found.sequence_step.argtypes = (c_void_p, c_int64)
+    found.sequence_step.restype = None
+    found.sequence_draw.argtypes = (c_void_p, c_int64, c_int64, POINTER(_Law), c_void_p, c_void_p, c_void_p)
+    found.sequence_draw.restype = None
+    found.draw_rows.argtypes = (c_int64, *(c_void_p for _ in range(7)))
+    found.draw_rows.restype = None
+    found.sequence_close.argtypes = (c_void_p,)
+    found.sequence_close.restype = None
+    return found
 
 
 def _pointer(tensor: Tensor | None) -> int | None:
