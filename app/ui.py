@@ -10,8 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-# Gradio reads this when it is imported: no start-up ping, no version check, nothing leaves the machine.
+# Gradio reads these: no start-up ping, no version check, nothing leaves the machine; few past events are kept in memory.
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+os.environ["GRADIO_ANALYTICS_MAX_EVENTS"] = "100"
 
 import gradio as gr
 from gradio.utils import get_upload_folder
