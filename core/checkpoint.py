@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from core.config import Config, load_config
 from core.distributed import share_of, usable_device
@@ -192,10 +193,14 @@ def load_model(name_or_dir: str | Path, device: str = "cpu") -> ByteModel:
     """
     checkpoint = load_checkpoint(resolve_model(name_or_dir), averaged=True)
     _require_modality(checkpoint)
-    with torch.device("meta"):
-        _require_fitting(build_model(checkpoint.config), checkpoint)  # before there is memory for a model of any size
-    model = build_model(checkpoint.config)
-    load_weights(model, checkpoint)
+    with torch.device("meta"), _NoFirstValues():
+        model = build_model(checkpoint.config)
+    _require_fitting(model, checkpoint)  # before there is memory for a model of any size
+    tensors = {name: tensor.to(torch.float32, copy=True) for name, tensor in checkpoint.tensors.items()}
+    model.load_state_dict(tensors, assign=True)
+    for module in model.modules():
+        if isinstance(module, Rotary):
+            module.empty("cpu")
     model.name = checkpoint.card.get("name", checkpoint.config.name)
     model.card = checkpoint.card
     model.digest = checkpoint.digest
@@ -211,6 +216,13 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
     _require_fitting(model, checkpoint)
     for name, tensor in model_tensors(model).items():
         tensor.copy_(share_of(checkpoint.tensors[name], tensor))
+
+
+class _NoFirstValues(TorchFunctionMode):
+    """Inside the block new layers are not filled with random numbers: to draw them takes longer than to read a model."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        return None if getattr(func, "__module__", "") == "torch.nn.init" else func(*args, **kwargs or {})
 
 
 def _require_fitting(model: nn.Module, checkpoint: Checkpoint) -> None:

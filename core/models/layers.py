@@ -76,13 +76,17 @@ class Rotary(nn.Module):
         self.num_slots = num_slots
         for name in ("cos", "sin"):
             self.register_buffer(name, torch.empty(0, head_dim), persistent=False)
-        if self.num_bytes <= _SMALL_TABLE_BYTES:
+        if self.num_bytes <= _SMALL_TABLE_BYTES and not self.cos.is_meta:
             self._fill()
 
     @property
     def num_bytes(self) -> int:
         """Memory of both tables once they are made."""
         return 2 * self.num_slots * self.cos.shape[1] * self.cos.element_size()
+
+    def empty(self, device: torch.device | str) -> None:
+        """Forgets the tables, which are made again at their next use, on this device."""
+        self.cos, self.sin = (table.new_empty(0, table.shape[1], device=device) for table in (self.cos, self.sin))
 
     def tables(self) -> "Rotation":
         """Cosines and signed sines of all slots, `(S, C)`."""
@@ -338,4 +342,6 @@ def init_matrices(model: nn.Module, std: float) -> None:
 
 
 def truncated_normal(parameter: Tensor, std: float) -> None:
+    if parameter.is_meta:
+        return
     nn.init.trunc_normal_(parameter, std=std, a=-2 * std, b=2 * std)
