@@ -9,7 +9,7 @@ _LARGE_BYTES = 4 << 20
 
 def keep_freed_memory() -> None:
     """Keeps it for the next tensor: to get it from the system anew takes up to a fifth of a score."""
-    # Without a threshold of its own the arena of another thread cannot grow so far.
+    # One arena: those of other threads cannot grow so far.
     if _set(_MMAP_THRESHOLD, 1 << 30) and _set(_TRIM_THRESHOLD, (1 << 31) - 1):
         _set(_ARENA_MAX, 1)
 

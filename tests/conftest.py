@@ -19,6 +19,7 @@ from PIL import Image
 from app.__main__ import main
 from app.jobs import JobStore
 from app.service import Service
+from core import native
 from core.checkpoint import export_model, model_tensors
 from core.config import AudioCodecConfig, Config, ImageCodecConfig, LevelConfig, MegaByteConfig, TextCodecConfig
 from core.models import ByteModel, build_model
@@ -96,6 +97,7 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def service(tiny_models: Path) -> Service:
     """The application's services on the tiny models."""
+    native.build()  # no first completion waits for it
     return Service(weights=tiny_models, runs=tiny_models / "no-runs")
 
 

@@ -162,8 +162,10 @@ def test_of_two_changes_at_once_one_scoring_is_left(open_page, make_text):
     page = open_page()
     upload(page, make_text("long.txt", b"The lamp was lit.\n" * 100_000))
     page.wait_for_selector("#message-view .message.working:has-text('Scored ')")
+    job = page.evaluate("sessionStorage.getItem('megabyte-likelihood')")
     changes = "#score-as input[value=file], #score-adapt input"
     page.evaluate(f"for (const input of document.querySelectorAll('{changes}')) input.click()")
+    page.wait_for_function("job => sessionStorage.getItem('megabyte-likelihood') !== job", arg=job)
     page.get_by_role("tab", name="Jobs").click()
     page.wait_for_function("document.querySelectorAll('#jobs-view tbody tr').length === 1")
     page.wait_for_timeout(1500)  # the table is read anew every second

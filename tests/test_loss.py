@@ -21,7 +21,7 @@ def reference(model, byte_ids) -> torch.Tensor:
     return F.cross_entropy(model(byte_ids).transpose(1, 2), byte_ids, reduction="none")
 
 
-@pytest.mark.parametrize("num_bytes", [1, CONTEXT - 1])
+@pytest.mark.parametrize("num_bytes", [1, PATCH, CONTEXT])
 @pytest.mark.parametrize("name", CASES)
 def test_chunks_give_the_loss_of_the_logits(name, num_bytes, small_chunks, tolerance):
     model, byte_ids = build(CASES[name]), random_bytes(3, num_bytes)

@@ -420,8 +420,8 @@ class MegaByte(nn.Module):
                 nn.init.zeros_(linear.weight)
         if level.transformer.residual_scalars is not None:
             level.transformer.residual_scalars.copy_(torch.tensor([1.0, 0.0]))
-        if config.smooth_init:
-            embedding = level.embedder.embedding.weight
+        embedding = level.embedder.embedding.weight
+        if config.smooth_init and not embedding.is_meta:
             embedding.copy_(config.init_std * _smooth_functions(NUM_BYTE_VALUES, embedding.shape[1]))
 
 
