@@ -388,10 +388,10 @@ def run_together(tasks: Sequence[tuple[CompletionJob, int]]) -> Iterator[Progres
 
     Their bytes are those that each job makes alone. Closing the iterator frees the model.
     """
-    makings = [_Making(job, sample) for job, sample in tasks]
     loaded = tasks[0][0].loaded
     for _ in prepare(loaded.model):
-        yield makings[0].progress(waits_for="the decoder to be built, once")
+        yield _Making(*tasks[0]).progress(waits_for="the decoder to be built, once")
+    makings = [_Making(job, sample) for job, sample in tasks]
     with Turn(loaded.lock) as turn:
         while makings := [making for making in makings if making.next_stretch()]:
             num_before, busy_s = sum(making.num_drawn for making in makings), 0.0

@@ -12,7 +12,7 @@ import gradio as gr
 import numpy as np
 
 from app.batch import Batch
-from app.calls import Answer, Calls, add_endpoint, answer_of
+from app.calls import Answer, Calls, answer_of
 from app.downloads import FORMS, Export, write_export
 from app.gallery import gallery_work
 from app.job_endpoints import add_job_endpoints
@@ -105,9 +105,9 @@ def _add_scores(service: Service, calls: Calls) -> None:
     palette = gr.Radio(list(SEQUENTIAL), value="viridis", label="palette")
     exported, facts = gr.File(label="exported"), gr.JSON(label="facts")
     how = [scored_as, adapt]
-    add_endpoint("score", score, [file, model, *how], [facts])
-    add_endpoint("export", export, [file, form, measure, palette, model, *how], [exported, facts])
-    add_endpoint("compare", compare, [file, other, model, other_model, against_form, palette, *how], [exported, facts])
+    calls.add_endpoint("score", score, [file, model, *how], [facts])
+    calls.add_endpoint("export", export, [file, form, measure, palette, model, *how], [exported, facts])
+    calls.add_endpoint("compare", compare, [file, other, model, other_model, against_form, palette, *how], [exported, facts])
 
 
 def _add_completions(service: Service, calls: Calls) -> None:
@@ -171,10 +171,10 @@ def _add_completions(service: Service, calls: Calls) -> None:
     files, archive, facts = gr.File(label="files", file_count="multiple"), gr.File(label="zip"), gr.JSON(label="facts")
     drawing = [temperature, top_k, top_p, seed]
     settings = [file, text, model, keep, num_bytes, samples, *drawing, keep_bytes, framing, upside_down, first_bytes]
-    add_endpoint("generate", generate, settings, [files, facts])
-    add_endpoint("repeat", repeat, [file], [files, facts])
-    add_endpoint("batch_plan", batch_plan, [sources, recipe], [facts])
-    add_endpoint("batch", run_batch, [sources, recipe], [archive, facts])
+    calls.add_endpoint("generate", generate, settings, [files, facts])
+    calls.add_endpoint("repeat", repeat, [file], [files, facts])
+    calls.add_endpoint("batch_plan", batch_plan, [sources, recipe], [facts])
+    calls.add_endpoint("batch", run_batch, [sources, recipe], [archive, facts])
 
 
 def completion_form(

@@ -12,6 +12,8 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from pathlib import Path
 from typing import Any
 
+from anyio import to_thread
+
 MAX_BODY_BYTES = 16 << 20  # of a call; files come by themselves
 MAX_CACHE_BYTES = 4 << 30  # of uploads and of the copies that the page shows
 MIN_CACHE_AGE_S = 600.0  # a younger file may still be in use
@@ -31,7 +33,7 @@ class Guard:
         self,
         app: Any,
         cache: Path,
-        cancel: Callable[[str], bool],
+        cancel: Callable[[str, int | None], bool],
         max_body_bytes: int = MAX_BODY_BYTES,
         max_cache_bytes: int = MAX_CACHE_BYTES,
     ) -> None:
@@ -59,6 +61,11 @@ class Guard:
         else:
             await self._app(scope, receive, send)
 
+    async def _is_cancelled(self, event: Any, endpoint: Any) -> bool:
+        if not isinstance(event, str):
+            return False
+        return await to_thread.run_sync(self._cancel, event, endpoint if isinstance(endpoint, int) else None)
+
     async def _check_body(self, scope: Message, receive: Receive, send: Send, is_cancel: bool) -> None:
         messages, num_bytes, has_more = [], 0, True
         while has_more:
@@ -73,8 +80,7 @@ class Guard:
         if _names_an_address(value):
             await _refuse(send, 400, "files of other machines are not fetched; upload the file instead")
             return
-        event = value.get("event_id") if is_cancel and isinstance(value, dict) else None
-        if isinstance(event, str) and self._cancel(event):
+        if is_cancel and isinstance(value, dict) and await self._is_cancelled(value.get("event_id"), value.get("fn_index")):
             await _answer(send, 200, {"success": True})
             return
         messages.reverse()

@@ -8,7 +8,7 @@ from typing import Any
 
 import gradio as gr
 
-from app.calls import Calls, add_endpoint, answer_of, found_gallery, owner_of
+from app.calls import Calls, answer_of, found_gallery, owner_of
 from app.gallery import Made, gallery_work
 from app.jobs import JobView
 from app.tabs.refusals import ENDPOINT_WORDS, refusals_shown
@@ -57,11 +57,11 @@ def add_job_endpoints(calls: Calls) -> None:
     job, facts = gr.Textbox(label="job"), gr.JSON(label="facts")
     sample, number, value = (gr.Number(0, precision=0, label=name) for name in ("sample", "number", "value"))
     files = gr.File(label="files", file_count="multiple")
-    add_endpoint("jobs", jobs, [], [facts])
-    add_endpoint("stop", stop, [job], [facts])
-    add_endpoint("result", result, [job], [files, facts])
-    add_endpoint("alternatives", alternatives, [job, sample, number], [facts])
-    add_endpoint("branch", branch, [job, sample, number, value], [files, facts])
+    calls.add_endpoint("jobs", jobs, [], [facts])
+    calls.add_endpoint("stop", stop, [job], [facts])
+    calls.add_endpoint("result", result, [job], [files, facts])
+    calls.add_endpoint("alternatives", alternatives, [job, sample, number], [facts])
+    calls.add_endpoint("branch", branch, [job, sample, number, value], [files, facts])
 
 
 def _facts_of(view: JobView) -> dict[str, Any]:

@@ -113,7 +113,7 @@ def check_port(host: str, port: int) -> None:
             raise UserError(f"port {port} on {host} cannot be used ({error.strerror}); choose another with --port") from None
 
 
-def launch_options(cancel: Callable[[str], bool]) -> dict[str, Any]:
+def launch_options(cancel: Callable[[str, int | None], bool]) -> dict[str, Any]:
     """What `Blocks.launch` needs for this page, whoever calls it; `cancel` is that of `Calls`."""
     return {
         "theme": theme(),

@@ -7,7 +7,7 @@ and no batch size can change a byte of it. The engine follows from model, machin
     native-int8   the same with MEGABYTE_ENGINE=native-int8: faster, and its law is not quite the model's
     torch-fp32    on a CPU otherwise, or with MEGABYTE_ENGINE=torch (cuda-fp32 on a GPU)
     torch-bf16    on a CPU with MEGABYTE_ENGINE=torch-bf16: 16 samples in lockstep, whose rows fill up with the next ones;
-                  its bytes also depend on whether the kernels of `core.kernels` could be built
+                  its bytes also depend on whether the kernels of `core.kernels` and the library of `core.native` could be built
     cuda-bf16     on a GPU: one sample, a captured graph per byte
     cuda-bf16-64  on a GPU with MEGABYTE_ENGINE=cuda-bf16-64: 64 samples in lockstep
 """
@@ -210,7 +210,12 @@ def _require_count(name: str, number: int, most: int) -> None:
 
 def prepare(model: ByteModel) -> Iterator[None]:
     """Builds what makes the samples of a model, which takes seconds once on a machine, and yields now and then meanwhile."""
-    if next(model.parameters()).device.type == "cpu" and _wanted_engine(model) != "torch":
+    if next(model.parameters()).device.type != "cpu":
+        return
+    wanted = _wanted_engine(model)
+    if wanted in _LOCKSTEP:
+        yield from in_background(native.build)
+    elif wanted != "torch" and native.has_supported_form(model):
         yield from in_background(native.library)
 
 

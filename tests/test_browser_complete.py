@@ -1,8 +1,8 @@
 """The Complete tab in a real headless Chromium."""
 
 from collections import Counter
-from math import inf
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -119,7 +119,7 @@ def test_stop_ends_within_a_second_and_keeps_what_was_painted(open_page):
     page.fill("#complete-text textarea", f"{HOSTILE} The lamp")
     ask_for_minutes_of_work(page)
     took = []
-    while len(took) < 3 and min(took, default=inf) > STOP_LIMIT_S:  # a machine that stalls once is no fault of the page
+    for _ in range(3):
         page.click("#complete-start")
         page.wait_for_function("document.querySelector('#results-view .made')?.textContent.length > 10")
         first = len(page.text_content("#results-view .made"))
@@ -128,7 +128,7 @@ def test_stop_ends_within_a_second_and_keeps_what_was_painted(open_page):
         took.append(seconds_from_click(page, "#complete-stop", is_stopped))
         assert len(page.text_content("#results-view .made")) > 10
         page.wait_for_selector("#complete-start:not([disabled])")
-    assert min(took) < STOP_LIMIT_S
+    assert median(took) < STOP_LIMIT_S  # one stall of the machine is no fault of the page
     set_number(page, "samples", 1)
     set_number(page, "num-bytes", 8)
     wait_for_plan(page, "makes 8 bytes with text:")

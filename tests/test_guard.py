@@ -13,7 +13,7 @@ import pytest
 from app.guard import Guard, make_room
 
 
-def answer(cache: Path, path: str, *bodies: bytes, method: str = "POST", cancel: Any = bool, **limits: int) -> tuple[int, bytes]:
+def answer(cache: Path, path: str, *bodies: bytes, method: str = "POST", cancel: Any = None, **limits: int) -> tuple[int, bytes]:
     """The status and the body of an answer; what gets through is echoed with status 200."""
     sent: list[dict[str, Any]] = []
     arriving = [{"type": "http.request", "body": body, "more_body": True} for body in bodies[:-1]]
@@ -33,7 +33,9 @@ def answer(cache: Path, path: str, *bodies: bytes, method: str = "POST", cancel:
         await send({"type": "http.response.start", "status": 200, "headers": []})
         await send({"type": "http.response.body", "body": content})
 
-    call = Guard(echo, cache, cancel, **limits)({"type": "http", "path": path, "method": method}, receive, send)
+    call = Guard(echo, cache, cancel or (lambda event, endpoint: False), **limits)(
+        {"type": "http", "path": path, "method": method}, receive, send
+    )
     with ThreadPoolExecutor(1) as thread:  # the loop of a browser may be running in this one
         thread.submit(asyncio.run, call).result()
     return sent[0]["status"], sent[1]["body"]
@@ -68,13 +70,20 @@ def test_a_call_that_is_named_like_an_upload_is_none(tmp_path, path):
 
 @pytest.mark.parametrize("route", ["cancel", "reset"])
 def test_a_cancelled_call_is_ended_here_or_handed_on(tmp_path, route):
-    events = {"ours"}
+    heard = []
+
+    def cancel(event: str, endpoint: int | None) -> bool:
+        heard.append((event, endpoint))
+        return event == "ours"
+
     ours, unknown = (json.dumps({"event_id": event, "fn_index": 3}).encode() for event in ("ours", "unknown"))
     path = f"/gradio_api/{route}"
-    assert answer(tmp_path, path, ours, cancel=events.__contains__) == (200, b'{"success": true}')
+    assert answer(tmp_path, path, ours, cancel=cancel) == (200, b'{"success": true}')
     for body in (unknown, b'{"event_id": ["ours"]}', b'["event_id"]', b"no JSON"):
-        assert answer(tmp_path, path, body, cancel=events.__contains__) == (200, body)
-    assert answer(tmp_path, f"/gradio_api/call/{route}", ours, cancel=events.__contains__) == (200, ours)
+        assert answer(tmp_path, path, body, cancel=cancel) == (200, body)
+    assert answer(tmp_path, path, b'{"event_id": "other", "fn_index": [3]}', cancel=cancel)[0] == 200
+    assert heard == [("ours", 3), ("unknown", 3), ("other", None)]
+    assert answer(tmp_path, f"/gradio_api/call/{route}", ours, cancel=cancel) == (200, ours)
 
 
 def test_a_body_is_read_up_to_its_limit_only(tmp_path):

@@ -213,7 +213,7 @@ def test_more_calls_of_one_caller_than_allowed_are_refused_in_words(page_url):
 
 
 def test_limits_are_set():
-    options = ui.launch_options(cancel=bool)
+    options = ui.launch_options(cancel=lambda event, endpoint: False)
     assert options["max_file_size"] == "64mb"
     assert options["share"] is False
     assert options["state_session_capacity"] <= 1000

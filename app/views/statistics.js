@@ -141,7 +141,7 @@ function jump() {
 }
 
 function press(event) {
-  const bar = { ArrowLeft: chosen - 1, ArrowRight: chosen + 1, Home: 0, End: BARS - 1 }[event.key];
+  const bar = { ArrowLeft: chosen - 1, ArrowDown: chosen - 1, ArrowRight: chosen + 1, ArrowUp: chosen + 1, Home: 0, End: BARS - 1 }[event.key];
   if (bar !== undefined) chooseBar(bar);
   else if (event.key === "Enter") jump();
   else return;

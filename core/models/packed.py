@@ -16,13 +16,17 @@ _FEW_ROWS = 16  # that oneDNN's layout is chosen for; products of any other numb
 
 
 class PackedTransformer(Transformer):
-    """A bfloat16 Transformer, to be used but not trained, that shares the parts of another and steps by our kernel."""
+    """A bfloat16 Transformer, to be used but not trained, that shares the parts of another and steps by our kernel.
+
+    Its steps take slots of each row's own, with a mask. It holds the matrices twice: as they were for whole rows, and packed.
+    """
 
     def __init__(self, plain: Transformer) -> None:
         nn.Module.__init__(self)
         self.memory, self.row_length = plain.memory, plain.row_length
         self.rotary, self.blocks, self.norm = plain.rotary, plain.blocks, plain.norm
         self.residual_scalars = plain.residual_scalars
+        self.training = plain.training
         self._kept: list[Tensor] = []  # what the structures point into
         matrices = [parameter for block in plain.blocks for parameter in block.parameters() if parameter.ndim == 2]
         self._arena = Arena(sum(matrix.nbytes for matrix in matrices))
@@ -46,12 +50,15 @@ class PackedTransformer(Transformer):
     def step(self, x_BD: Tensor, cache: LevelCache, slots: Slots) -> Tensor:
         slots_B, mask_BS = slots.positions.flatten(), slots.mask_BS
         num_slots = cache.keys.shape[3]
-        assert cache.keys.is_contiguous()
-        assert cache.values.is_contiguous()
+        for kept in (cache.keys, cache.values):
+            assert kept.shape == (self._step.num_layers, len(slots_B), self._step.num_heads, num_slots, kernel.CHANNELS)
+            assert kept.dtype == torch.bfloat16
+            assert kept.is_contiguous()
         assert slots_B.dtype == torch.int64
         assert slots_B.is_contiguous()
         assert mask_BS.dtype == torch.bfloat16
         assert mask_BS.is_contiguous()
+        assert len(mask_BS) == len(slots_B)
         assert mask_BS.shape[1] <= num_slots
         step = kernel.Step.from_buffer_copy(self._step)  # other threads may step with other caches
         step.num_rows, step.num_slots, step.num_read = len(slots_B), num_slots, mask_BS.shape[1]

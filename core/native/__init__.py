@@ -42,7 +42,7 @@ _decoders: WeakKeyDictionary[MegaByte, tuple[tuple, "NativeDecoder | None"]] = W
 
 def compile_model(model: ByteModel, engine: str = ENGINE_NAME) -> "NativeDecoder | None":
     """A decoder with the model's present weights; None where torch has to do the work."""
-    if not _has_supported_form(model):
+    if not has_supported_form(model):
         return None
     found = library()
     if found is None:
@@ -233,6 +233,9 @@ def draw_rows(logits_BV: Tensor, laws: Sequence[Tensor], uniforms_B1: Tensor, gi
         uniforms_B1: float64.
         given_B1: bytes to be taken instead, int64; -1 for none.
     """
+    assert logits_BV.shape == (len(given_B1), NUM_BYTE_VALUES)
+    assert logits_BV.dtype == torch.float32
+    assert all(each.shape == given_B1.shape and each.is_contiguous() for each in (*laws, uniforms_B1))
     bytes_B1, bits_B1 = given_B1.clone(), torch.empty(given_B1.shape)
     numbers = logits_BV, *laws, uniforms_B1, bytes_B1, bits_B1
     library().draw_rows(len(given_B1), *map(_pointer, numbers))
@@ -287,7 +290,7 @@ def _quota(group: Path) -> Iterator[float]:
                 yield quota / period
 
 
-def _has_supported_form(model: ByteModel) -> bool:
+def has_supported_form(model: ByteModel) -> bool:
     """One or two levels without convolutions, in float32 on a CPU."""
     if not isinstance(model, MegaByte) or len(model.levels) > 2 or any(level.config.conv_kernels for level in model.levels):
         return False

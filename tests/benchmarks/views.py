@@ -78,7 +78,7 @@ def served(items: dict[int, dict[str, Any]]) -> Iterator[str]:
         for number, item in items.items():
             button = gr.Button(str(number), elem_id=f"open-{number}")
             button.click(lambda item=item: {"items": [item]}, None, view, api_visibility="private")
-    options = launch_options(cancel=bool) | {"quiet": True, "prevent_thread_lock": True}
+    options = launch_options(cancel=lambda event, endpoint: False) | {"quiet": True, "prevent_thread_lock": True}
     _, url, _ = page.launch(**options)
     try:
         yield url
