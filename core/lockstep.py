@@ -77,7 +77,7 @@ class Lockstep:
         model: in the precision in which it is to run.
         num_rows: B, the padded shape.
         cache_len: bytes that a row holds.
-        has_filters: whether any job uses top-k or top-p, which take a sort per byte.
+        has_filters: whether any job uses top-k or top-p, which take a sort per byte where torch draws.
         compiled: fuse the small kernels of the last level with `torch.compile`, which takes a minute at first.
     """
 
@@ -352,8 +352,8 @@ def borrowed_lockstep(model: MegaByte, num_rows: int, cache_len: int, *, has_fil
     """
     rounded = bf16_copy(model)
     batch = _idle.pop(model, None)
-    wanted = rounded, num_rows, has_filters
-    if batch is None or (batch.model, batch.num_rows, batch.has_filters) != wanted or batch.cache.max_seq_len < cache_len:
+    is_fit = batch is not None and (batch.model, batch.num_rows) == (rounded, num_rows) and batch.cache.max_seq_len >= cache_len
+    if not is_fit or (batch.has_filters != has_filters and not batch.draws_natively):
         batch = None  # before memory is taken for another one
         batch = Lockstep(rounded, num_rows, cache_len, has_filters=has_filters)
     try:

@@ -92,14 +92,14 @@ def test_without_the_kernel_torch_attends(monkeypatch):
 
 @pytest.mark.usefixtures("kernel")
 @pytest.mark.parametrize("length", [1, 3, 200])
-@pytest.mark.parametrize("normalized", [False, True])
+@pytest.mark.parametrize("epsilon", [0.0, 1e-6, 3.0])
 @pytest.mark.parametrize("turned", [False, True])
-def test_queries_are_placed_as_by_the_layer_in_float32(length, normalized, turned):
+def test_queries_are_placed_as_by_the_layer_in_float32(length, epsilon, turned):
     q = queries_keys_values(3, 2, length, 5.0)[0]
     q[1] = 0
     rotation = Rotary(64, 300)(slice(70, 70 + length)) if turned else None
-    exact = F.rms_norm(q.float(), (64,), eps=1e-6) if normalized else q.float()
-    found = attention.place(q, rotation, normalized)
+    exact = F.rms_norm(q.float(), (64,), eps=epsilon) if epsilon else q.float()
+    found = attention.place(q, rotation, epsilon)
     torch.testing.assert_close(found.float(), rotate(exact, rotation), rtol=2**-8, atol=1e-6)
 
 
@@ -140,6 +140,6 @@ def test_tensors_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="not bfloat16"):
         attend_causally(q, k[:, :, 1:], v)
     with pytest.raises(ValueError, match="not bfloat16"):
-        attention.place(q.float(), None, True)
+        attention.place(q.float(), None, 1e-6)
     with pytest.raises(ValueError, match="tables of angles"):
-        attention.place(q, Rotary(64, 300)(slice(0, 199)), True)
+        attention.place(q, Rotary(64, 300)(slice(0, 199)), 1e-6)

@@ -6,12 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from core import lockstep
+from core import lockstep, native
 from core.config import LevelConfig, MegaByteConfig
+from core.kernels import step as kernel
 from core.law import SampleConfig, draw, sampling_law, surprisal, uniforms
 from core.likelihood import score
 from core.lockstep import Job, Lockstep, bf16_copy
 from core.models import MegaByte
+from core.models.packed import PackedTransformer
 from core.sample import Request, Sampler, generate, stream_batch
 from tests.model_cases import CASES, CONTEXT, build, random_bytes
 
@@ -30,26 +32,52 @@ def made_by(batch: Lockstep, jobs: list[Job]) -> list[tuple[np.ndarray, np.ndarr
     return [tuple(np.concatenate([getattr(c, name) for c in mine]) for name in ("byte_values", "bits")) for mine in chunks]
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_logits_equal_the_model_s_steps_in_rows_of_unequal_length(name, tolerance):
-    model = build(CASES[name])
-    byte_ids = random_bytes(3, CONTEXT)
-    patch_size = model.config.patch_size
+def logits_in_rows(model: MegaByte, byte_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The logits `(n, V)` of three rows of unequal length that read these bytes, `(3, T)`, and those of the whole pass."""
+    patch_size, length = model.config.patch_size, byte_ids.shape[1]
     positions = [0, 2 * patch_size, 3 * patch_size]  # of the rows at first
-    batch = Lockstep(model, 3, CONTEXT)
+    batch = Lockstep(model, 3, length)
     given_BR = np.full((3, batch.round_size), -1)
     for row, position in enumerate(positions):
         batch._begin(row, Job(byte_ids[row, :position].numpy().astype(np.uint8), 1, SampleConfig(), uniforms(0, 0)), given_BR)
+    found, expected = [], []
     with torch.no_grad():
-        expected = model(byte_ids)
-        while max(positions) < CONTEXT:
+        whole = model(byte_ids)
+        while max(positions) < length:
             given_BR[:, :patch_size] = np.stack([byte_ids[row, p : p + patch_size].numpy() for row, p in enumerate(positions)])
             batch._load(positions, given_BR, [], patch_size)
             for offset, phase in enumerate(batch.phases(max(positions), patch_size)):
                 batch.make_byte(phase)
-                wanted = torch.stack([expected[row, p + offset] for row, p in enumerate(positions)])
-                torch.testing.assert_close(batch.logits_BV, wanted, **tolerance[torch.float32])
+                found.append(batch.logits_BV.clone())
+                expected.append(torch.stack([whole[row, p + offset] for row, p in enumerate(positions)]))
             positions = [p + patch_size for p in positions]
+    return torch.cat(found), torch.cat(expected)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_logits_equal_the_model_s_steps_in_rows_of_unequal_length(name, tolerance):
+    torch.testing.assert_close(*logits_in_rows(build(CASES[name]), random_bytes(3, CONTEXT)), **tolerance[torch.float32])
+
+
+@pytest.mark.parametrize("positions", ["learned", "rotary", "both"])
+def test_steps_by_the_kernel_are_as_near_to_float32_as_those_of_torch(positions, monkeypatch):
+    if kernel.library() is None:
+        pytest.skip("this machine cannot have the kernel")
+    coarse = LevelConfig(dim=128, num_layers=2, num_heads=2, patch_size=4)
+    fine = LevelConfig(dim=64, num_layers=2, num_heads=1, cross_patch=3)
+    exact = build(MegaByteConfig(levels=(coarse, fine), max_seq_len=96, positions=positions, qk_norm=True, init_std=0.2))
+    with torch.no_grad():
+        for parameter in exact.parameters():
+            parameter.copy_(parameter.bfloat16())
+    byte_ids = random_bytes(3, 96)
+    ours, _ = logits_in_rows(bf16_copy(exact), byte_ids)
+    assert all(isinstance(level.transformer, PackedTransformer) for level in bf16_copy(exact).levels)
+    monkeypatch.setattr(kernel, "library", lambda: None)
+    plain, _ = logits_in_rows(bf16_copy(build(exact.config)), byte_ids)
+    _, expected = logits_in_rows(exact, byte_ids)
+    off, plain_off = ((logits - expected).square().mean().sqrt() for logits in (ours, plain))
+    assert off <= 1.2 * plain_off
+    assert plain_off < 0.05 * expected.std()
 
 
 @pytest.mark.parametrize("name", ["exact", "recipe_all", "three_levels", "flat"])
@@ -100,8 +128,9 @@ def test_a_row_does_not_depend_on_its_neighbours(name):
         assert all(np.array_equal(mine, theirs) for mine, theirs in zip(alone, beside, strict=True))
 
 
-def test_the_sort_for_filters_changes_no_bit_of_those_without():
+def test_the_sort_for_filters_changes_no_bit_of_those_without(monkeypatch):
     model = build(CASES["recipe_all"])
+    monkeypatch.setattr(native, "can_draw", lambda: False)
     plain, sorting = (made_by(Lockstep(model, 2, CONTEXT, has_filters=has), [job(b"ab", 25)])[0] for has in (False, True))
     assert all(np.array_equal(mine, theirs) for mine, theirs in zip(plain, sorting, strict=True))
 
@@ -197,17 +226,21 @@ def test_a_shared_prefix_is_read_once(counted):
     assert np.array_equal(made[0], made[38])
 
 
-def test_an_engine_serves_one_completion_after_another(counted):
-    model = build(CASES["recipe_all"])
+@pytest.mark.parametrize("natively", [False, True])
+def test_an_engine_serves_one_completion_after_another(counted, natively, monkeypatch):
+    if natively and not native.can_draw():
+        pytest.skip("there is no C++ compiler")
+    monkeypatch.setattr(native, "can_draw", lambda: natively)
+    model, num_made = build(CASES["recipe_all"]), 1 if natively else 2  # torch sorts for filters alone
     first = generate(model, b"abcdefgh", 5, seed=1)[0]
     assert np.array_equal(first, generate(model, b"abcdefgh", 5, seed=1)[0])
     assert counted == {"read": 1, "made": 1}
     generate(model, b"abcdefgh", 5, top_k=3)
-    assert counted["made"] == 2
+    assert counted["made"] == num_made
     with torch.no_grad():
         model.levels[0].pad.add_(1)
     generate(model, b"abcdefgh", 5, top_k=3)
-    assert counted == {"read": 3, "made": 3}
+    assert counted == {"read": num_made + 1, "made": num_made + 1}
 
 
 def test_completions_at_the_same_time_have_engines_of_their_own(counted):

@@ -29,7 +29,8 @@ struct Places {
   Tensor x;
   uint16_t* y;             // (sequences, heads, length, 64)
   const float *cos, *sin;  // (length, 64), or null
-  int64_t normalized, num_sequences, num_heads, length;
+  int64_t num_sequences, num_heads, length;
+  double epsilon;
 };
 
 struct Heads {
@@ -154,7 +155,7 @@ extern "C" void place(const Places* places, int64_t num_threads) {
     const uint16_t* x = places->x.data + sequence * places->x.sequence + row * places->x.row;
     uint16_t* y = places->y + (sequence * num_heads * length + row) * kChannels;
     for (int64_t head = 0; head < num_heads; ++head) {
-      place_head(x + head * places->x.head, places->normalized, cos, sin, y + head * length * kChannels);
+      place_head(x + head * places->x.head, float(places->epsilon), cos, sin, y + head * length * kChannels);
     }
   }
 }

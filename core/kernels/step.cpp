@@ -44,7 +44,8 @@ struct Step {
   const Layer* layers;
   Norm norm;
   int64_t num_layers, dim, ffn_dim, num_heads;
-  int64_t qk_norm, relu_squared;
+  int64_t relu_squared;
+  double qk_epsilon;  // of the norm of queries and keys; 0 without
   const float *cos, *sin;  // (slots, 64), or null
   int64_t num_rows, num_slots;
   uint16_t *keys, *values;  // (layers, rows, heads, slots, 64)
@@ -160,8 +161,8 @@ void attend_head(const Step& step, const Between& between, int64_t layer, int64_
   alignas(64) uint16_t query[kChannels];
   const float* cos = step.cos == nullptr ? nullptr : step.cos + slot * kChannels;
   const float* sin = step.sin == nullptr ? nullptr : step.sin + slot * kChannels;
-  place_head(own, step.qk_norm, cos, sin, query);
-  place_head(own + step.dim, step.qk_norm, cos, sin, keys + slot * kChannels);
+  place_head(own, float(step.qk_epsilon), cos, sin, query);
+  place_head(own + step.dim, float(step.qk_epsilon), cos, sin, keys + slot * kChannels);
   std::copy(own + 2 * step.dim, own + 2 * step.dim + kChannels, values + slot * kChannels);
   attend(step, query, keys, values, step.mask + row * step.num_read, weights, between.attended + row * step.dim + head * kChannels);
 }

@@ -72,7 +72,8 @@ class Step(Structure):
     _fields_ = [
         ("layers", POINTER(Layer)),
         ("norm", Norm),
-        *((name, c_int64) for name in ("num_layers", "dim", "ffn_dim", "num_heads", "qk_norm", "relu_squared")),
+        *((name, c_int64) for name in ("num_layers", "dim", "ffn_dim", "num_heads", "relu_squared")),
+        ("qk_epsilon", c_double),
         *((name, c_void_p) for name in ("cos", "sin")),
         *((name, c_int64) for name in ("num_rows", "num_slots")),
         *((name, c_void_p) for name in ("keys", "values", "slots", "mask")),

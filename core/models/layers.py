@@ -24,6 +24,7 @@ from core.kernels import attention as kernel
 
 # In place: the matrix product before it keeps its inputs alone.
 _ACTIVATIONS = {"relu": F.relu_, "relu2": lambda x: F.relu_(x).square()}
+QK_EPSILON = 1e-6  # of the norm of queries and keys
 
 # Up to this row length, plain matrix products beat the fused attention kernels wherever those waste a tile on a row.
 _SHORT_ROW = 128
@@ -160,7 +161,7 @@ def _placed(x_BKHLC: Tensor, norm: nn.Module, rotation: Rotation | None) -> Tens
     """Queries or keys as they are compared: normalised, then turned by the angles of their L slots."""
     has_norm = isinstance(norm, nn.RMSNorm)
     if (has_norm or rotation is not None) and not x_BKHLC.requires_grad and kernel.can_attend(x_BKHLC):
-        return kernel.place(x_BKHLC.flatten(0, 1), rotation, has_norm).view(x_BKHLC.shape)
+        return kernel.place(x_BKHLC.flatten(0, 1), rotation, norm.eps if has_norm else 0.0).view(x_BKHLC.shape)
     return rotate(norm(x_BKHLC), rotation)
 
 
@@ -172,7 +173,7 @@ class Attention(nn.Module):
         self.num_heads = config.num_heads
         self.memory = config.cross_patch
         self.has_qk_norm = qk_norm
-        self.qk_norm = nn.RMSNorm(config.head_dim, eps=1e-6, elementwise_affine=False) if qk_norm else nn.Identity()
+        self.qk_norm = nn.RMSNorm(config.head_dim, eps=QK_EPSILON, elementwise_affine=False) if qk_norm else nn.Identity()
         self.qkv = nn.Linear(config.dim, 3 * config.dim)
         self.out = nn.Linear(config.dim, config.dim)
 

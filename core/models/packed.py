@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from core.arena import Arena
 from core.cache import LevelCache
 from core.kernels import step as kernel
-from core.models.layers import Block, Slots, Transformer
+from core.models.layers import QK_EPSILON, Block, Slots, Transformer
 
 _FEW_ROWS = 16  # that oneDNN's layout is chosen for; products of any other number are right as well
 
@@ -41,8 +41,8 @@ class PackedTransformer(Transformer):
             dim=first.attention.out.in_features,
             ffn_dim=first.ffn_in.out_features,
             num_heads=first.attention.num_heads,
-            qk_norm=first.attention.has_qk_norm,
             relu_squared=first.squares,
+            qk_epsilon=QK_EPSILON if first.attention.has_qk_norm else 0.0,
             cos=self._vector(cos),
             sin=self._vector(sin),
         )

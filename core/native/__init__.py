@@ -1,8 +1,9 @@
-"""Native decoding on a CPU: whole patches of a MegaByte at batch 1 in one call of C++, several times as fast as torch.
+"""Native decoding on a CPU: whole patches of one row of a MegaByte in one call of C++, several times as fast as torch.
 
 Every weight is read once per byte, so a byte costs what reading the weights costs. `decode.cpp` reads them as bf16 and
 computes in float32; only models whose matrices are exactly representable in bf16 are taken, which exported models are,
-so its logits differ from torch's by the order of summation alone. The bytes are drawn there as well.
+so its logits differ from torch's by the order of summation alone. The bytes are drawn there as well, and so
+are those of many rows whose logits torch makes (`draw_rows`).
 
 The library is built at first use, see `core.kernels`.
 Without a compiler, on a GPU and for a model that is not supported `compile_model` gives None and torch does the work.
@@ -26,7 +27,7 @@ from core.cache import Cache
 from core.config import NUM_BYTE_VALUES
 from core.kernels import attention, load_library, step
 from core.models import ByteModel, MegaByte
-from core.models.layers import Block
+from core.models.layers import QK_EPSILON, Block
 from core.models.megabyte import Level
 
 ENGINE_NAME = "native-bf16"
@@ -79,8 +80,8 @@ class NativeDecoder:
             patch_size=config.patch_size,
             real_previous=config.real_previous,
             slices=config.unembedder == "slices",
-            qk_norm=config.qk_norm,
             relu_squared=config.activation == "relu2",
+            qk_epsilon=QK_EPSILON if config.qk_norm else 0.0,
             logit_softcap=config.logit_softcap,
             unembedder=self._matrix(levels[0].unembedder.project if len(levels) > 1 else None),
             head=self._matrix(levels[-1].embedder.embedding),
@@ -378,8 +379,8 @@ class _Level(Structure):
 class _Model(Structure):
     _fields_ = [
         ("levels", POINTER(_Level)),
-        *((name, c_int64) for name in ("num_levels", "patch_size", "real_previous", "slices", "qk_norm", "relu_squared")),
-        ("logit_softcap", c_double),
+        *((name, c_int64) for name in ("num_levels", "patch_size", "real_previous", "slices", "relu_squared")),
+        *((name, c_double) for name in ("qk_epsilon", "logit_softcap")),
         ("unembedder", _Matrix),
         ("head", _Matrix),
     ]

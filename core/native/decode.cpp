@@ -1,6 +1,7 @@
-// The bytes of a MegaByte at batch 1: what `MegaByte.step` and the sampler do, without an operator call per matrix.
+// The bytes of one row of a MegaByte: what `MegaByte.step` and the sampler do, without an operator call per matrix; and what
+// many rows draw from logits made elsewhere.
 //
-// At batch 1 every weight is read once per byte and used once, so the time is the time to read the weights. They are
+// With one row every weight is read once per byte and used once, so the time is the time to read the weights. They are
 // bf16 here (the exported models are, so nothing is lost) or int8; everything that is computed is float32.
 //
 // The decoding state is the caller's `core.cache.Cache`, read and written in place: Python may run any step instead.
@@ -179,9 +180,9 @@ struct Sequence {
     float* query = scratch.qkv.data() + head * C;
     float* own_key = kept.keys + offset + slots.own * C;
     float* turned_query = scratch.attended.data() + head * C;  // read before the result takes its place
-    if (model.qk_norm) {
-      normalize_rms(query, C);
-      normalize_rms(query + level.dim, C);
+    if (model.qk_epsilon != 0) {
+      normalize_rms(query, C, float(model.qk_epsilon));
+      normalize_rms(query + level.dim, C, float(model.qk_epsilon));
     }
     turn(level, slots.own, query, turned_query);
     turn(level, slots.own, query + level.dim, own_key);

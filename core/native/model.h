@@ -46,8 +46,8 @@ struct Model {
   int64_t patch_size;
   int64_t real_previous;
   int64_t slices;     // the unembedder maps one slice per child
-  int64_t qk_norm;    // queries and keys at unit root mean square
   int64_t relu_squared;
+  double qk_epsilon;     // of the norm of queries and keys; 0 without
   double logit_softcap;  // 0 for none
   Matrix unembedder;  // to the second level
   Matrix head;

@@ -26,7 +26,6 @@ using Words = uint32_t __attribute__((vector_size(64)));
 
 constexpr int64_t kPanelRows = 64;
 constexpr int64_t kLanes = 16;
-constexpr float kQkEpsilon = 1e-6f;
 
 inline Floats low_halves(Words words) { return (Floats)(words << 16); }
 inline Floats high_halves(Words words) { return (Floats)(words & 0xffff0000u); }
@@ -197,7 +196,7 @@ inline void rotate(const float* x, const float* cos, const float* sin, float* y,
 }
 
 // Scales x to unit root mean square.
-inline void normalize_rms(float* x, int64_t n) {
-  const float scale = 1.0f / std::sqrt(dot(x, x, n) / n + kQkEpsilon);
+inline void normalize_rms(float* x, int64_t n, float epsilon) {
+  const float scale = 1.0f / std::sqrt(dot(x, x, n) / n + epsilon);
   for (int64_t i = 0; i < n; ++i) x[i] *= scale;
 }
