@@ -6,6 +6,7 @@ import socket
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from app.tabs.following import QUIET, greet, remember_tab, visitor_state
 from app.tabs.sources import SAMPLES_FOLDER
 from app.views import factory
 from core import native
+from core.allocator import trim_freed_memory
 from core.errors import UserError
 
 MAX_FILE_SIZE = "64mb"
@@ -35,6 +37,7 @@ QUEUE_SIZE = 32
 MAX_SESSIONS = 500  # that are remembered, a quarter of a megabyte each
 # Seconds between clean-ups of Gradio's cache, and the age at which a file goes: long enough for an open page.
 DELETE_CACHE = (1800, 6 * 3600)
+TRIM_EVERY_S = 10.0
 SYSTEM_FONT = ["ui-sans-serif", "system-ui", "sans-serif"]
 MONO_FONT = ["ui-monospace", "DejaVu Sans Mono", "monospace"]
 PAGE_CSS = Path(__file__).with_name("ui.css")
@@ -92,11 +95,18 @@ def launch(service: Service, host: str = "127.0.0.1", port: int = 7860, open_bro
         )
         if service.is_on_cpu:
             threading.Thread(target=native.build, name="build", daemon=True).start()
+        threading.Thread(target=_trim_memory, name="trim", daemon=True).start()
         print(f"The page is at {url} (Ctrl-C ends it)", file=sys.stderr, flush=True)
         try:
             page.block_thread()
         finally:
             calls.store.close()
+
+
+def _trim_memory() -> None:
+    while True:
+        time.sleep(TRIM_EVERY_S)
+        trim_freed_memory()
 
 
 def check_port(host: str, port: int) -> None:

@@ -108,7 +108,7 @@ def memory_of(pid: int) -> float:
 def seconds_of_page(url: str) -> float:
     """How long the page takes to come."""
     started = time.monotonic()
-    with urllib.request.urlopen(url) as page:
+    with urllib.request.urlopen(url, timeout=60) as page:
         page.read()
     return time.monotonic() - started
 
