@@ -116,12 +116,6 @@ class Learner:
             update_average(self.average, self.weights, average_decay(self.step, self._config.ema_decay))
         self.step += 1
 
-    def abandon_step(self, random_states: dict[str, Tensor]) -> None:
-        """Forgets the gradients of a step that was begun, and the random numbers drawn since `random_states` were taken."""
-        for optimizer in self.optimizers:
-            optimizer.zero_grad()
-        self._set_random_states(random_states)
-
     def random_states(self) -> dict[str, Tensor]:
         """The states of the generators that dropout draws from."""
         states = {"cpu": torch.get_rng_state()}
@@ -129,7 +123,7 @@ class Learner:
             states["cuda"] = torch.cuda.get_rng_state(self._ranks.device)
         return states
 
-    def _set_random_states(self, states: dict[str, Tensor]) -> None:
+    def set_random_states(self, states: dict[str, Tensor]) -> None:
         for kind, state in states.items():
             torch.cuda.set_rng_state(state, self._ranks.device) if kind == "cuda" else torch.set_rng_state(state)
 
@@ -188,7 +182,7 @@ class Learner:
             raise UserError(f"{checkpoint.folder / 'state.safetensors'} lacks {error}; start a new run instead") from None
         # Absent if the run goes on with more ranks or on another device; the fresh seed stands then.
         keys = {kind: f"random.{kind}.{self._ranks.rank}" for kind in self.random_states()}
-        self._set_random_states({kind: state.tensors[key] for kind, key in keys.items() if key in state.tensors})
+        self.set_random_states({kind: state.tensors[key] for kind, key in keys.items() if key in state.tensors})
         self.step, self.bytes_seen, self.seconds = state.step, state.bytes_seen, state.seconds
         self.best_bits_per_byte, self.unvalidated = state.best_bits_per_byte, state.unvalidated
 

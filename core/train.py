@@ -160,7 +160,7 @@ class _Run:
                 random_states = learner.random_states()
                 loss = self.accumulate_gradients(objective, batch, stop)
                 if loss is None:
-                    learner.abandon_step(random_states)
+                    learner.set_random_states(random_states)  # those that the step has drawn are drawn again
                     if learner.step:
                         require_finite(guard, settings)
                         self.note_progress(report)
@@ -173,7 +173,7 @@ class _Run:
                 step, is_last = learner.step, learner.step == settings.num_steps
                 is_evaluating = is_last or step % settings.eval_every == 0
                 is_reporting = is_evaluating or step % settings.log_every == 0
-                is_saving = is_last or step % settings.checkpoint_every == 0 or self.is_asked_to_stop(stop)
+                is_saving = is_last or step % settings.checkpoint_every == 0
                 if not (is_reporting or is_saving):
                     continue
 

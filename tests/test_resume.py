@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from core.checkpoint import step_folder, step_folders
+from core.checkpoint import load_train_state, step_folder, step_folders
 from core.config import MegaByteConfig
 from core.errors import UserError
 from core.learner import Nll
@@ -51,12 +51,14 @@ def test_a_signal_saves_the_step_at_hand_and_the_resumed_run_is_bit_identical(tm
 
 # Two forward passes a step, three a validation, which comes after steps 6 and 12.
 @pytest.mark.parametrize(
-    ("num_passes", "saved"), [(1, None), (2, 1), (7, 3), (8, 4), (13, 6), (14, 6), (15, 6), (16, 6), (28, 12)]
+    ("num_passes", "saved", "log_every"),
+    [(1, None, 1), (2, 1, 5), (7, 3, 5), (8, 4, 1), (13, 6, 1), (14, 6, 1), (15, 6, 1), (16, 6, 1), (28, 12, 1)],
 )
 def test_a_signal_between_two_passes_gives_up_the_step_or_the_validation_and_nothing_is_lost(
-    tmp_path, monkeypatch, num_passes, saved
+    tmp_path, monkeypatch, num_passes, saved, log_every
 ):
-    run_tiny(tmp_path, "unbroken")
+    config = tiny_config(log_every=log_every)
+    run_tiny(tmp_path, "unbroken", config)
     passes, forward = iter(range(1, 1000)), Nll.forward
 
     def stopped_forward(self, byte_ids):
@@ -66,11 +68,15 @@ def test_a_signal_between_two_passes_gives_up_the_step_or_the_validation_and_not
 
     monkeypatch.setattr(Nll, "forward", stopped_forward)
     with pytest.raises(SystemExit):
-        run_tiny(tmp_path, "stopped")
+        run_tiny(tmp_path, "stopped", config)
     assert next(passes) == num_passes + 1  # no other pass was made
-    found = [folder.name for folder in step_folders(tmp_path / "stopped")]
-    assert found[-1:] == ([] if saved is None else [f"step-{saved:08d}"])
-    run_tiny(tmp_path, "stopped", resume=True)
+    found = step_folders(tmp_path / "stopped")
+    assert [folder.name for folder in found[-1:]] == ([] if saved is None else [f"step-{saved:08d}"])
+    for folder in found[-1:]:
+        state = load_train_state(folder)
+        assert state.bytes_seen == saved * config.train.batch_size * SEQ_LEN
+        assert state.seconds > 0
+    run_tiny(tmp_path, "stopped", config, resume=True)
     require_same_end(tmp_path / "stopped", tmp_path / "unbroken")
 
 

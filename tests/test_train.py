@@ -102,6 +102,13 @@ def test_micro_batches_add_up_to_the_whole_batch(tmp_path):
         assert one["grad_norm"] == pytest.approx(whole["grad_norm"], rel=1e-4)
 
 
+def test_a_forward_pass_on_a_cpu_is_short_enough_to_be_waited_for_by_a_signal(tmp_path, monkeypatch):
+    sizes, forward = [], MeanNll.forward
+    monkeypatch.setattr(MeanNll, "forward", lambda self, byte_ids: sizes.append(byte_ids.numel()) or forward(self, byte_ids))
+    run_tiny(tmp_path, config=tiny_config(num_steps=1, batch_size=1024, micro_batch_size=0))
+    assert sizes == [16384, 16384]
+
+
 # What is written
 
 
