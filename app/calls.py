@@ -20,7 +20,7 @@ from app.tabs import batch
 from core.errors import UserError
 
 _LOOK_EVERY_S = 1.0
-_REMEMBERED_EVENTS = 1000
+_REMEMBERED_EVENTS = 1000  # far more than wait to begin, which takes milliseconds: no limit of ours holds a call back
 _MAX_EVENT_LENGTH = 100
 
 

@@ -186,10 +186,10 @@ class JobStore:
         job.must_end = job.must_end or STOPPED
         with self._mutex:
             self._jobs.pop(job.id, None)
-            if job.is_over.is_set():
-                shutil.rmtree(job.folder, ignore_errors=True)
-            else:
+            if not (is_over := job.is_over.is_set()):
                 self._forgotten.add(job)
+        if is_over:
+            shutil.rmtree(job.folder, ignore_errors=True)
 
     def list(self, owner: str) -> list[JobView]:
         """The jobs of an owner, newest first. This is no look: a list is shown to whoever returns."""
@@ -247,8 +247,9 @@ class JobStore:
         with self._mutex:
             job.is_over.set()
             self._forgotten.discard(job)
-            if job.id not in self._jobs:  # forgotten meanwhile
-                shutil.rmtree(job.folder, ignore_errors=True)
+            is_forgotten = job.id not in self._jobs
+        if is_forgotten:
+            shutil.rmtree(job.folder, ignore_errors=True)
 
     def _find(self, owner: str, job_id: str | None) -> Job:
         self._forget_old()
@@ -263,6 +264,7 @@ class JobStore:
         limits, oldest_end = self.limits, self._clock() - self.limits.retention_s
         kept_of_owner: Counter[str] = Counter()
         num_kept = num_bytes = 0
+        gone: list[Path] = []
         with self._mutex:
             ended = [job for job in self._jobs.values() if job.is_over.is_set()]
             for job in sorted(reversed(ended), key=lambda job: job.ended, reverse=True):
@@ -273,10 +275,12 @@ class JobStore:
                 )
                 if job.ended < oldest_end or is_too_much:
                     del self._jobs[job.id]
-                    shutil.rmtree(job.folder, ignore_errors=True)
+                    gone.append(job.folder)
                 else:
                     kept_of_owner[job.owner] += 1
                     num_kept, num_bytes = num_kept + 1, num_bytes + job.num_bytes
+        for folder in gone:  # large ones take a while, which nobody else should wait for
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _size_of(folder: Path) -> int:

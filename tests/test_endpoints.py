@@ -159,12 +159,14 @@ def test_to_cancel_a_call_that_is_over_ends_no_other(page_url):
     assert facts["num_bytes_generated"] == 30_000
 
 
+def forever(job: Job) -> None:
+    while True:
+        job.report(None)
+        time.sleep(0.001)
+
+
 def test_a_call_may_be_cancelled_before_it_begins(store):
     calls, request = Calls(store), SimpleNamespace(session_hash="mine")
-
-    def forever(job: Job) -> None:
-        while True:
-            job.report(None)
 
     def call() -> None:
         LocalContext.event_id.set("event")
@@ -174,6 +176,15 @@ def test_a_call_may_be_cancelled_before_it_begins(store):
     assert not calls.cancel("event", None)
     with pytest.raises(ValueError, match=STOPPED):
         copy_context().run(call)
+
+
+def test_a_caller_who_goes_away_ends_the_job(store, monkeypatch):
+    monkeypatch.setattr("app.calls._LOOK_EVERY_S", 0.01)
+    answers = Calls(store).finished(SimpleNamespace(session_hash="mine"), "kind", "title", forever)
+    next(answers)
+    assert [job.state for job in store.list("mine")] == ["running"]
+    answers.close()
+    wait_until(lambda: [job.state for job in store.list("mine")] == ["stopped"])
 
 
 def test_sigterm_ends_a_busy_page_cleanly(tmp_path, make_text):

@@ -1,5 +1,6 @@
 """Jobs: they outlive their page, end for four reasons only, belong to one owner, and share a model fairly."""
 
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -234,6 +235,26 @@ def test_a_forgotten_job_ends_and_leaves_nothing(store):
         store.forget("me", job_id)
         assert store.list("me") == []
         wait_until(lambda: not folder.exists())  # noqa: B023
+
+
+def test_nobody_waits_while_large_results_of_somebody_else_are_removed(store, monkeypatch):
+    removing, may_go, job_id = threading.Event(), threading.Event(), store.submit("you", "score", "", quick)
+    ended(store, "you", job_id)
+
+    def slow_removal(*_: object, **__: object) -> None:
+        removing.set()
+        may_go.wait(10)
+
+    monkeypatch.setattr(shutil, "rmtree", slow_removal)
+    thread = threading.Thread(target=store.forget, args=("you", job_id))
+    thread.start()
+    assert removing.wait(10)
+    mine = threading.Thread(target=lambda: ended(store, "me", store.submit("me", "score", "", quick)))
+    mine.start()
+    mine.join(5)
+    assert not mine.is_alive()
+    may_go.set()
+    thread.join()
 
 
 def test_a_forgotten_job_counts_until_it_is_over(clock):

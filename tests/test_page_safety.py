@@ -198,6 +198,25 @@ def test_an_upload_beyond_the_limit_is_refused_and_leaves_nothing(page_server):
     assert {path for path in page_server.temporary.rglob("*") if path.is_file()} == before
 
 
+def test_no_name_of_an_upload_leads_out_of_its_folder(page_server):
+    marker = "escaped-4711"
+    names = [
+        f"../{marker}", f"../../../{marker}", f"/tmp/{marker}", f"{ROOT}/{marker}", f"..\\..\\{marker}", f"C:\\{marker}",
+        f"%2e%2e%2f{marker}", f"..%2f{marker}", f"..;/{marker}", f"a/../../../{marker}", f"{marker}\0.txt", f"~/{marker}",
+        f"-rf {marker}", f"{marker}\u202etxt.exe", f"{marker}{'x' * 300}", f"file:///tmp/{marker}", ".", "..", "...", " ", "/",
+    ]  # fmt: skip
+    for name in names:
+        status, answer = uploaded(page_server, name, name.encode())
+        assert status < 500, (name, answer)
+        if status == 200:
+            [path] = map(Path, answer)
+            assert path.resolve().is_relative_to(page_server.temporary.resolve()), name
+            assert path.resolve().parents[1].name.startswith("uploads-"), path
+            assert path.read_bytes() == name.encode(), name
+    near = [*page_server.temporary.resolve().parents, page_server.temporary, Path.home(), Path("/tmp"), ROOT]
+    assert not [path for folder in near for path in folder.glob(f"*{marker}*")]
+
+
 def test_more_calls_of_one_caller_than_allowed_are_refused_in_words(page_url):
     caller = Client(page_url, verbose=False)
     calls = [caller.submit(None, "Once", "", keep=1.0, num_bytes=1_000_000, api_name="/generate") for _ in range(9)]
