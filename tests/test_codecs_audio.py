@@ -154,11 +154,17 @@ def test_other_wavs_are_turned_into_16_bit_samples_and_it_is_said(tmp_path, subt
     assert "turned into 16-bit samples" in sound.notes[0]
 
 
-def test_what_is_beyond_full_scale_is_cut_off_and_it_is_said(tmp_path):
-    wild = np.array([np.nan, np.inf, -np.inf, 2.0, -2.0, 0.5], np.float32)
-    sound = read_media(saved(tmp_path / "a.wav", wild, subtype="FLOAT"))
-    assert sound.samples.tolist() == [0, 32767, -32768, 32767, -32768, 16384]
+@pytest.mark.parametrize("num_channels", [1, 2, 3])
+def test_what_is_beyond_full_scale_is_cut_off_and_it_is_said(tmp_path, num_channels):
+    wild = np.array([np.nan, np.inf, -np.inf, 2.0, -2.0, 3e38, -3e38, 0.5], np.float32)
+    sound = read_media(saved(tmp_path / "a.wav", np.stack([wild] * num_channels, axis=1), subtype="FLOAT"))
+    assert sound.samples.tolist() == [0, 32767, -32768, 32767, -32768, 32767, -32768, 16384]
     assert sound.notes[-1] == "cut off at full scale"
+
+
+def test_channels_without_bounds_have_a_mean_too(tmp_path):
+    sound = read_media(saved(tmp_path / "a.wav", np.array([[np.inf, -np.inf], [0.5, 0.0]], np.float32), subtype="FLOAT"))
+    assert sound.samples.tolist() == [0, 8192]
 
 
 @pytest.mark.parametrize("num_channels", [2, 3, 8])

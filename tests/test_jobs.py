@@ -218,8 +218,10 @@ def test_a_page_that_comes_back_finds_what_nobody_looks_at(store, clock):
 
 def test_closing_ends_everything_and_removes_the_files(clock):
     store = JobStore(clock=clock)
-    folder = store.look("me", store.submit("me", "x", "", endless)).folder
+    job_id = store.submit("me", "x", "", endless)
+    folder = store.look("me", job_id).folder
     store.close()
+    assert store.list("me")[0].state == "stopped"
     assert not folder.parent.exists()
     with pytest.raises(ValueError, match="being closed"):
         store.submit("me", "x", "", endless)
@@ -371,7 +373,7 @@ def test_a_job_that_waits_for_the_model_can_be_stopped(store, service, make_text
         assert not lock.locked()
 
 
-def test_a_scoring_stops_within_a_second(store, service, make_text):
+def test_a_scoring_at_work_and_one_that_waits_stop_within_a_second(store, service, make_text):
     path = make_text(content=b"The lamp was lit.\n" * 50_000)
 
     def work(job: Job) -> None:
@@ -383,6 +385,12 @@ def test_a_scoring_stops_within_a_second(store, service, make_text):
     store.stop("me", job_id)
     ended(store, "me", job_id)
     assert time.monotonic() - started < CANCEL_LIMIT_S
+    assert not service.model("text").lock.locked()
+    with service.model("text").lock:
+        waiting = store.submit("me", "score", "", work)
+        wait_until(lambda: service.model("text").lock.is_wanted)
+        store.stop("me", waiting)
+        assert ended(store, "me", waiting).state == "stopped"
     assert not service.model("text").lock.locked()
 
 

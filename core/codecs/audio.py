@@ -347,7 +347,7 @@ def _read_samples(source: soundfile.SoundFile, name: str, max_seconds: float) ->
         num_samples += block.size
         _require_length(num_samples, source, name, max_seconds)
         if not (block.min() >= -1.0 and block.max() <= 1.0):  # also where there is what is not a number
-            is_clipped, block = True, np.nan_to_num(block, posinf=1.0, neginf=-1.0)
+            is_clipped, block = True, np.nan_to_num(block).clip(-1.0, 1.0)
         blocks.append(_to_int16(block * 32768))
     notes = []
     if source.channels > 1:
@@ -378,6 +378,7 @@ def _mono_blocks(source: soundfile.SoundFile) -> Iterator[np.ndarray]:
             yield _mixed_down(frames[:num_read])
 
 
+@np.errstate(over="ignore", invalid="ignore")  # what is not finite is far beyond full scale, and cut off as that
 def _mixed_down(frames: np.ndarray) -> np.ndarray:
     """The mean of the channels, (N, C) to (N,)."""
     match frames.shape[1]:
