@@ -129,6 +129,7 @@ def _member(
         micro_batch_size=next(n for n in range(min(batch_size, most), 0, -1) if batch_size % n == 0),
         seq_len=0,
         augment=False,
+        weight_decay=0.05,  # enough for bytes that are seen once; the shipped model of text sees them forty times
         **{"eval_sequences": max(1, (1 << 19 if size == "gpu" else 1 << 16) // model.max_seq_len), **training},
     )
     return Member(

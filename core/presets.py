@@ -37,10 +37,11 @@ def _text(name: str) -> Config:
             LevelConfig(dim=256, num_layers=2, num_heads=4),
         ),
         max_seq_len=8192,
-        dropout=0.1,
+        dropout=0.15,
         codec=TextCodecConfig(),
         batch_size=32,
-        num_steps=4986,
+        num_steps=9000,
+        weight_decay=0.15,
     )
 
 
@@ -87,6 +88,7 @@ def _shipped(
     batch_size: int,
     num_steps: int,
     positions: str = "rotary",
+    weight_decay: float = 0.05,
 ) -> Config:
     """About 20 million parameters and everything that was found to pay."""
     return Config(
@@ -113,7 +115,7 @@ def _shipped(
             lr=3e-3,
             muon_lr=0.02,
             betas=(0.9, 0.95),
-            weight_decay=0.05,
+            weight_decay=weight_decay,
             warmup_steps=100,
             schedule="trapezoid",
             decay_fraction=0.6,
