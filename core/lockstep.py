@@ -37,10 +37,11 @@ from core.likelihood import nats_to_bits
 from core.models import MegaByte
 from core.models.layers import Slots
 from core.models.megabyte import Level
-from core.models.packed import packed
+from core.models.packed import fused, packed
 
 _FEWEST_SLOTS = 64  # of the first level that are read; doubled as the rows grow
-_ROUND_BYTES = 16  # rounded up to whole patches: what the host does between two rounds should cost little beside them
+# Rounded up to whole patches: what the host does between two rounds should cost little beside them.
+_ROUND_BYTES = {"cpu": 16, "cuda": 64}
 
 # Those that sum the slots in their order; others split them by their number, and then neighbours would change a row.
 _ATTENTION = {
@@ -61,10 +62,11 @@ class Job:
     config: SampleConfig
     noise: np.random.Generator
     made: list[np.ndarray] = field(default_factory=list)
+    num_made: int = 0
 
-    @property
-    def num_made(self) -> int:
-        return sum(len(chunk) for chunk in self.made)
+    def add(self, byte_values: np.ndarray) -> None:
+        self.made.append(byte_values)
+        self.num_made += len(byte_values)
 
     def history(self) -> np.ndarray:
         return np.concatenate([self.prefix, *self.made])
@@ -79,12 +81,24 @@ class Lockstep:
         cache_len: bytes that a row holds.
         has_filters: whether any job uses top-k or top-p, which take a sort per byte where torch draws.
         compiled: fuse the small kernels of the last level with `torch.compile`, which takes a minute at first.
+        is_fused: step on a GPU in few kernels and, without filters, draw in one, which take seconds to compile once.
+
+    Raises:
+        UserError: if steps are to be fused and there is no Triton on this machine.
     """
 
     def __init__(
-        self, model: MegaByte, num_rows: int, cache_len: int, *, has_filters: bool = True, compiled: bool = False
+        self,
+        model: MegaByte,
+        num_rows: int,
+        cache_len: int,
+        *,
+        has_filters: bool = True,
+        compiled: bool = False,
+        is_fused: bool = False,
     ) -> None:
-        self.model = model
+        self.plain_model, self.is_fused = model, is_fused
+        self.model = fused(model) if is_fused else model
         self.num_rows = num_rows
         self.device = next(model.parameters()).device
         self.cache = model.new_cache(num_rows, cache_len)
@@ -97,14 +111,14 @@ class Lockstep:
         self.has_filters = has_filters
         self.draws_natively = self.device.type == "cpu" and native.can_draw()  # on a GPU the host must not look at the logits
         self._finest = torch.compile(self._finish_byte, dynamic=False) if compiled else self._finish_byte
-        self.round_size = -(-_ROUND_BYTES // self.patch_size) * self.patch_size
+        self.round_size = -(-_ROUND_BYTES[self.device.type] // self.patch_size) * self.patch_size
         # What a round is made from, written by the host before it: numbers, given bytes (-1: none), and each row's law.
         self._uniforms_BR = self._zeros(torch.float64, self.round_size)
         self._given_BR = self._zeros(torch.int64, self.round_size)
-        # What comes out of it, and the place in it where the next byte goes.
+        # What comes out of it, and where the rows stood when it began.
         self._bytes_BR = self._zeros(torch.int64, self.round_size)
         self._bits_BR = self._zeros(torch.float32, self.round_size)
-        self._place_1 = torch.zeros(1, dtype=torch.int64, device=self.device)
+        self._started_B = self._zeros(torch.int64)
         self.logits_BV = self._zeros(torch.float32, NUM_BYTE_VALUES)  # of the newest byte; parity tests look at them
         self._temperature_B1 = self._zeros(torch.float64, 1)
         self._top_k_B1 = self._zeros(torch.int64, 1)
@@ -143,7 +157,7 @@ class Lockstep:
                     first = int((given_BR[row] >= 0).sum())
                     new = slice(first, min(num_bytes, first + job.num_bytes - job.num_made))
                     chunk = Chunk(bytes_BR[row, new].copy(), bits_BR[row, new].copy())
-                    job.made.append(chunk.byte_values)
+                    job.add(chunk.byte_values)
                     if job.num_made == job.num_bytes:
                         rows[row] = None
                     chunks.append((index, chunk))
@@ -198,7 +212,7 @@ class Lockstep:
             uniforms_BR[row, first:end] = job.noise.random(end - first)
             law_B3[row] = job.config.temperature, job.config.top_k or NUM_BYTE_VALUES, job.config.top_p
         self.positions_B.copy_(torch.tensor(positions))
-        self._place_1.zero_()
+        self._started_B.copy_(self.positions_B)
         self._uniforms_BR.copy_(torch.from_numpy(uniforms_BR))
         self._given_BR.copy_(torch.from_numpy(given_BR))
         for target, column in zip((self._temperature_B1, self._top_k_B1, self._top_p_B1), law_B3.T, strict=True):
@@ -222,7 +236,6 @@ class Lockstep:
             self._temperature_B1.fill_(1.0)
             for phase in phases:
                 self.positions_B.zero_()
-                self._place_1.zero_()
                 # Libraries choose their kernels and compilers compile before anything is recorded.
                 stream = torch.cuda.Stream()
                 stream.wait_stream(torch.cuda.current_stream())
@@ -255,19 +268,58 @@ class Lockstep:
 
     def _finish_byte(self, num_slots: int) -> None:
         """Wakes the last level, draws a byte of every row and appends it."""
+        if self.is_fused and not self.has_filters:
+            self._finish_fused(num_slots)
+            return
         logits_BV = self.model.to_logits(self._wake(len(self.model.levels) - 1, num_slots)[:, 0])
         self.logits_BV.copy_(logits_BV)
-        uniforms_B1 = self._uniforms_BR.index_select(1, self._place_1)
-        given_B1 = self._given_BR.index_select(1, self._place_1)
+        place_1 = (self.positions_B - self._started_B)[:1]
+        uniforms_B1, given_B1 = self._uniforms_BR.index_select(1, place_1), self._given_BR.index_select(1, place_1)
         chosen_B1, bits_B1 = self._choose(logits_BV, uniforms_B1, given_B1)
-        self._bytes_BR.index_copy_(1, self._place_1, chosen_B1)
-        self._bits_BR.index_copy_(1, self._place_1, bits_B1)
+        self._bytes_BR.index_copy_(1, place_1, chosen_B1)
+        self._bits_BR.index_copy_(1, place_1, bits_B1)
         self.cache.patch_bytes_BP.index_copy_(1, self.positions_B[:1] % self.patch_size, chosen_B1)
-        self._place_1.add_(1)
         self.positions_B.add_(1)
+
+    def _finish_fused(self, num_slots: int) -> None:
+        level, level_cache = self.model.levels[-1], self.cache.levels[-1]
+        transformer, embedder = level.transformer, level.embedder
+        if embedder.convs or embedder.positions is not None or transformer.memory:
+            x_BD, slots = self._entered(len(self.model.levels) - 1, num_slots)
+        else:
+            x_BD, slots_B = transformer.kernels.begin(
+                self.positions_B,
+                self.cache.patch_bytes_BP,
+                embedder.embedding.weight,
+                level.pad,
+                level.positions,
+                level_cache.from_parent_BLD,
+                level.row_length,
+                shows_pad_once=level.is_top or level.real_previous,
+            )
+            slots = Slots(slots_B, (self._rows_B, slice(None), slots_B), slice(0, num_slots))
+        transformer.kernels.draw(
+            transformer.logits(x_BD, level_cache, slots, embedder.embedding),
+            self.model.config.logit_softcap,
+            self.logits_BV,
+            self.positions_B,
+            self.cache.patch_bytes_BP,
+            self._started_B,
+            self._uniforms_BR,
+            self._given_BR,
+            self._temperature_B1,
+            self._bytes_BR,
+            self._bits_BR,
+        )
 
     def _wake(self, index: int, num_slots: int) -> Tensor:
         """`Level.step` with positions on the device: what the element says to its children, `(B, P, D_child)`."""
+        level = self.model.levels[index]
+        x_BD, slots = self._entered(index, num_slots)
+        return level.unembedder(level.transformer.step(x_BD, self.cache.levels[index], slots)[:, None])
+
+    def _entered(self, index: int, num_slots: int) -> tuple[Tensor, Slots]:
+        """What the Transformer of a level reads, `(B, D)`, and its slots."""
         level, level_cache = self.model.levels[index], self.cache.levels[index]
         in_row_B = self.positions_B // level.span % level.row_length
         x_BD = self._element_before(level, level_cache, in_row_B)
@@ -275,8 +327,7 @@ class Lockstep:
             x_BD = x_BD + level.positions[in_row_B]
         if level_cache.from_parent_BLD is not None:
             x_BD = x_BD + level_cache.from_parent_BLD[self._rows_B, in_row_B]
-        x_BD = level.transformer.step(x_BD, level_cache, self._slots(level, level_cache, in_row_B, num_slots))
-        return level.unembedder(x_BD[:, None])
+        return x_BD, self._slots(level, level_cache, in_row_B, num_slots)
 
     def _element_before(self, level: Level, level_cache: LevelCache, in_row_B: Tensor) -> Tensor:
         """The shifted own input: the embedding of the element before, or the pad where there is none to show."""
@@ -344,7 +395,7 @@ class Lockstep:
 
 
 @contextmanager
-def borrowed_lockstep(model: MegaByte, num_rows: int, cache_len: int, *, has_filters: bool) -> Iterator[Lockstep]:
+def borrowed_lockstep(model: MegaByte, num_rows: int, cache_len: int, *, has_filters: bool, is_fused: bool) -> Iterator[Lockstep]:
     """A lockstep of the model's bfloat16 copy for the time of the block, nobody else's meanwhile.
 
     The newest one of each model is kept until its weights change, because its graphs take seconds to capture. One with
@@ -352,10 +403,12 @@ def borrowed_lockstep(model: MegaByte, num_rows: int, cache_len: int, *, has_fil
     """
     rounded = bf16_copy(model)
     batch = _idle.pop(model, None)
-    is_fit = batch is not None and (batch.model, batch.num_rows) == (rounded, num_rows) and batch.cache.max_seq_len >= cache_len
+    wanted = (rounded, num_rows, is_fused)
+    is_fit = batch is not None and (batch.plain_model, batch.num_rows, batch.is_fused) == wanted
+    is_fit = is_fit and batch.cache.max_seq_len >= cache_len
     if not is_fit or (batch.has_filters != has_filters and not batch.draws_natively):
         batch = None  # before memory is taken for another one
-        batch = Lockstep(rounded, num_rows, cache_len, has_filters=has_filters)
+        batch = Lockstep(rounded, num_rows, cache_len, has_filters=has_filters, is_fused=is_fused)
     try:
         yield batch
     finally:

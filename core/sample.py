@@ -10,6 +10,7 @@ and no batch size can change a byte of it. The engine follows from model, machin
                   its bytes also depend on whether the kernels of `core.kernels` and the library of `core.native` could be built
     cuda-bf16     on a GPU: one sample, a captured graph per byte
     cuda-bf16-64  on a GPU with MEGABYTE_ENGINE=cuda-bf16-64: 64 samples in lockstep
+    cuda-bf16-fused and cuda-bf16-64-fused  the same with few kernels, made by Triton: faster, after some seconds at first use
 """
 
 import os
@@ -45,6 +46,7 @@ _NATIVE = (native.ENGINE_NAME, native.INT8_ENGINE_NAME)
 
 # Lockstep engines, which work at one padded shape: the type of device they run on and the rows of that shape.
 _LOCKSTEP = {"torch-bf16": ("cpu", 16), "cuda-bf16": ("cuda", 1), "cuda-bf16-64": ("cuda", 64)}
+_LOCKSTEP |= {f"{name}-fused": shape for name, shape in _LOCKSTEP.items() if name.startswith("cuda")}
 _CACHE_STEP = 2048  # bytes by which a lockstep's rows grow: kernels see whole tiles of slots however long the longest row is
 
 
@@ -290,5 +292,6 @@ def _in_lockstep(model: MegaByte, engine: str, requests: Sequence[Request]) -> I
     longest = max((len(job.prefix) + job.num_bytes for job in jobs), default=1)
     has_filters = any(job.config.top_k is not None or job.config.top_p < 1.0 for job in jobs)
     cache_len = min(model.config.max_seq_len, -(-longest // _CACHE_STEP) * _CACHE_STEP)
-    with borrowed_lockstep(model, num_rows, cache_len, has_filters=has_filters) as batch, closing(batch.run(jobs)) as chunks:
+    borrowed = borrowed_lockstep(model, num_rows, cache_len, has_filters=has_filters, is_fused=engine.endswith("-fused"))
+    with borrowed as batch, closing(batch.run(jobs)) as chunks:
         yield from chunks

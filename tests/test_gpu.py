@@ -42,16 +42,17 @@ def test_bf16_scores_are_close_to_the_cpu_s(name):
     assert on_gpu.bits_per_byte == pytest.approx(on_cpu.bits_per_byte, rel=0.005)
 
 
-@pytest.mark.parametrize("compiled", [False, True], ids=["plain", "compiled"])
-@pytest.mark.parametrize("name", ["exact", "recipe_all", "three_levels", "flat"])
-def test_captured_graphs_give_the_logits_of_the_cpu(name, compiled, tolerance):
-    model, byte_ids = build(CASES[name]), random_bytes(3, CONTEXT)
+@pytest.mark.parametrize("way", ["plain", "compiled", "fused", "fused, many rows"])
+@pytest.mark.parametrize("name", ["exact", "recipe_all", "all_rotary", "three_levels", "flat"])
+def test_captured_graphs_give_the_logits_of_the_cpu(name, way, tolerance):
+    num_rows = 6 if way == "fused, many rows" else 3
+    model, byte_ids = build(CASES[name]), random_bytes(num_rows, CONTEXT)
     with torch.no_grad():
         expected = model(byte_ids)
     patch_size = model.config.patch_size
-    batch = Lockstep(model.cuda(), 3, CONTEXT, compiled=compiled)
-    positions = [0, 2 * patch_size, 3 * patch_size]
-    given_BR = np.full((3, batch.round_size), -1)
+    batch = Lockstep(model.cuda(), num_rows, CONTEXT, compiled=way == "compiled", is_fused=way.startswith("fused"))
+    positions = [0, 2 * patch_size, 3 * patch_size] * (num_rows // 3)
+    given_BR = np.full((num_rows, batch.round_size), -1)
     for row, position in enumerate(positions):
         prefix = byte_ids[row, :position].numpy().astype(np.uint8)
         batch._begin(row, Job(prefix, 1, SampleConfig(), uniforms(0, 0)), given_BR)
@@ -65,7 +66,23 @@ def test_captured_graphs_give_the_logits_of_the_cpu(name, compiled, tolerance):
         positions = [p + patch_size for p in positions]
 
 
-@pytest.mark.parametrize("engine", ["cuda-bf16", "cuda-bf16-64"])
+@pytest.mark.parametrize("name", ["exact", "recipe", "full_unembedder", "cross_patch_rotary", "flat"])
+def test_fused_draws_are_those_of_the_law(name):
+    model = build(CASES[name]).cuda()
+    laws = [SampleConfig(), SampleConfig(temperature=0.5), SampleConfig(temperature=0.0)]
+    made = []
+    for is_fused in (False, True):
+        jobs = [Job(np.arange(5, dtype=np.uint8), 20, law, uniforms(3, row)) for row, law in enumerate(laws)]
+        batch = Lockstep(model, 3, CONTEXT, has_filters=False, is_fused=is_fused)
+        bits = [[], [], []]
+        for index, chunk in batch.run(jobs):
+            bits[index].append(chunk.bits)
+        made.append(([job.history() for job in jobs], [np.concatenate(row) for row in bits]))
+    np.testing.assert_array_equal(made[0][0], made[1][0])
+    np.testing.assert_allclose(made[0][1], made[1][1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("engine", ["cuda-bf16", "cuda-bf16-64", "cuda-bf16-fused", "cuda-bf16-64-fused"])
 def test_a_seed_gives_the_same_bytes_beside_any_neighbours_on_the_gpu(engine, monkeypatch):
     monkeypatch.setenv("MEGABYTE_ENGINE", engine)
     model = build(CASES["all_rotary"]).cuda()

@@ -4,21 +4,26 @@ From plain bfloat16 weights torch's product on a CPU reads, and lays out anew, a
 had a step is one call of it; elsewhere oneDNN multiplies by weights that are laid out once.
 """
 
+import copy
+import importlib
+
 import torch
 from torch import Tensor, nn
 
 from core.arena import Arena
 from core.cache import LevelCache
+from core.errors import UserError
 from core.kernels import step as kernel
 from core.models.layers import QK_EPSILON, Block, Slots, Transformer
+from core.models.megabyte import MegaByte
 
 _FEW_ROWS = 16  # that oneDNN's layout is chosen for; products of any other number are right as well
 
 
-class PackedTransformer(Transformer):
-    """A bfloat16 Transformer, to be used but not trained, that shares the parts of another and steps by our kernel.
+class _Sharing(Transformer):
+    """A Transformer, to be used but not trained, that shares the parts of another.
 
-    Its steps take slots of each row's own, with a mask. It holds the matrices twice: as they were for whole rows, and packed.
+    Its steps take slots of each row's own, with a mask.
     """
 
     def __init__(self, plain: Transformer) -> None:
@@ -27,6 +32,79 @@ class PackedTransformer(Transformer):
         self.rotary, self.blocks, self.norm = plain.rotary, plain.blocks, plain.norm
         self.residual_scalars = plain.residual_scalars
         self.training = plain.training
+
+
+class FusedTransformer(_Sharing):
+    """Steps on a GPU in few kernels. Its slots need a mask only where a row must not see all slots before its own."""
+
+    def __init__(self, plain: Transformer) -> None:
+        super().__init__(plain)
+        try:
+            self.kernels = importlib.import_module("core.kernels.fused")
+        except ImportError:
+            raise UserError("fused steps need Triton; pip install triton, or choose another engine") from None
+
+    def step(self, x_BD: Tensor, cache: LevelCache, slots: Slots) -> Tensor:
+        if len(x_BD) <= self.kernels.FEW_ROWS:
+            return self.kernels.normalized(self._few_rows(x_BD, cache, slots), self.norm)
+        return self._many_rows(x_BD, cache, slots)
+
+    def logits(self, x_BD: Tensor, cache: LevelCache, slots: Slots, embedding: nn.Embedding) -> Tensor:
+        """A step of the last level: summands of its logits before the cap, float32 `(parts, B, V)`."""
+        if len(x_BD) <= self.kernels.FEW_ROWS:
+            x_BD = self._few_rows(x_BD, cache, slots)
+            return self.kernels.linear(x_BD, embedding, norm=self.norm, dtype=torch.float32)[None]
+        return self.kernels.product(self._many_rows(x_BD, cache, slots), embedding, in_parts=True)
+
+    def _few_rows(self, x_BD: Tensor, cache: LevelCache, slots: Slots) -> Tensor:
+        """The layers without the norm after them."""
+        kernels, input_BD = self.kernels, x_BD
+        for layer, block in enumerate(self.blocks):
+            x_BD = self._mixed(x_BD, input_BD, layer)
+            qkv = kernels.linear(x_BD, block.attention.qkv, norm=block.attention_norm)
+            x_BD = kernels.linear(self._attend(qkv, layer, cache, slots), block.attention.out, residual=x_BD)
+            hidden = kernels.linear(x_BD, block.ffn_in, norm=block.ffn_norm, power=2 if block.squares else 1)
+            x_BD = kernels.linear(hidden, block.ffn_out, residual=x_BD)
+        return x_BD
+
+    def _many_rows(self, x_BD: Tensor, cache: LevelCache, slots: Slots) -> Tensor:
+        kernels, input_BD = self.kernels, x_BD
+        norms = [*(block.attention_norm for block in self.blocks), self.norm]
+        x_BD = self._mixed(x_BD, input_BD, 0) if self.blocks else x_BD
+        h_BD = kernels.normalized(x_BD, norms[0])
+        for layer, block in enumerate(self.blocks):
+            if layer and self.residual_scalars is not None:
+                x_BD = self._mixed(x_BD, input_BD, layer)
+                h_BD = kernels.normalized(x_BD, norms[layer])
+            qkv = kernels.product(h_BD, block.attention.qkv)
+            parts = kernels.product(self._attend(qkv, layer, cache, slots), block.attention.out, in_parts=True)
+            x_BD, h_BD = kernels.added(x_BD, parts, block.attention.out.bias, block.ffn_norm)
+            hidden = kernels.product(h_BD, block.ffn_in, power=2 if block.squares else 1)
+            parts = kernels.product(hidden, block.ffn_out, in_parts=True)
+            x_BD, h_BD = kernels.added(x_BD, parts, block.ffn_out.bias, norms[layer + 1])
+        return h_BD
+
+    def _attend(self, qkv: Tensor, layer: int, cache: LevelCache, slots: Slots) -> Tensor:
+        return self.kernels.attend(
+            qkv,
+            cache.keys[layer],
+            cache.values[layer],
+            self.rotary and self.rotary.tables(),
+            QK_EPSILON if self.blocks[layer].attention.has_qk_norm else None,
+            slots.positions.flatten(),
+            slots.mask_BS,
+            self.memory + self.row_length,
+        )
+
+
+class PackedTransformer(_Sharing):
+    """A bfloat16 Transformer that steps on a CPU by our kernel.
+
+    It holds the matrices twice: as they were for whole rows, and packed.
+    """
+
+    def __init__(self, plain: Transformer) -> None:
+        super().__init__(plain)
         self._kept: list[Tensor] = []  # what the structures point into
         matrices = [parameter for block in plain.blocks for parameter in block.parameters() if parameter.ndim == 2]
         self._arena = Arena(sum(matrix.nbytes for matrix in matrices))
@@ -105,6 +183,18 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+
+
+def fused(model: MegaByte) -> MegaByte:
+    """A model that shares the parameters of this one and steps on its GPU in few kernels.
+
+    Raises:
+        UserError: if there is no Triton on this machine.
+    """
+    twin = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+    for level in twin.levels:
+        level.transformer = FusedTransformer(level.transformer)
+    return twin
 
 
 def packed(transformer: Transformer) -> Transformer:

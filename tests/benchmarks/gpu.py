@@ -1,9 +1,9 @@
 """Everything that is claimed of a GPU: one table, then one JSON line a result.
 
-python -m tests.benchmarks.gpu [PART ...] [--ways eager compiled] [--batch-sizes 1 64] [--profile]
+python -m tests.benchmarks.gpu [PART ...] [--ways eager fused] [--batch-sizes 1 64] [--profile]
 
 Each part has a process of its own, so that one that fails says why and does not stop the others, and leaves no memory
-behind. `--ways`, `--batch-sizes` and `--profile` are of the part generate.
+behind. `--ways` and `--batch-sizes` are of the part generate.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from core.presets import preset
 
 CUDA = torch.device("cuda")
 ROUNDS = 3
-WAYS = ("eager", "compiled")
+WAYS = ("eager", "compiled", "fused")
 # The byte Transformer of 350M parameters of the paper's section 6.2.
 FLAT = MegaByteConfig(levels=(LevelConfig(dim=1024, num_layers=24, num_heads=16, ffn_dim=5056),), max_seq_len=8192)
 
@@ -46,14 +46,14 @@ def generate(options: argparse.Namespace) -> Iterator[Case]:
         model = bf16_model(own)
         for batch_size in options.batch_sizes:
             what = f"paper-generation, {way}"
-            yield what, partial(generation, what, model, batch_size, own.max_seq_len, way == "compiled")
+            yield what, partial(generation, what, model, batch_size, own.max_seq_len, way)
             if options.profile:
-                yield f"{what}, profile", partial(profile, model, batch_size, way == "compiled")
+                yield f"{what}, profile", partial(profile, model, batch_size, way)
         del model
     model = bf16_model(FLAT)
-    yield "flat 350M", partial(generation, "flat 350M", model, 1, FLAT.max_seq_len, False)
+    yield "flat 350M", partial(generation, "flat 350M", model, 1, FLAT.max_seq_len, "eager")
     # The first quarter only, the cheapest one: a whole sample at 16 rows takes long.
-    yield "flat 350M", partial(generation, "flat 350M, 1st quarter", model, 16, FLAT.max_seq_len // 4, False)
+    yield "flat 350M", partial(generation, "flat 350M, 1st quarter", model, 16, FLAT.max_seq_len // 4, "eager")
 
 
 def bf16_model(config: MegaByteConfig) -> MegaByte:
@@ -62,10 +62,10 @@ def bf16_model(config: MegaByteConfig) -> MegaByte:
         return MegaByte(config).bfloat16().eval()
 
 
-def generation(name: str, model: MegaByte, batch_size: int, num_bytes: int, is_compiled: bool) -> Facts:
+def generation(name: str, model: MegaByte, batch_size: int, num_bytes: int, way: str) -> Facts:
     torch.cuda.reset_peak_memory_stats()
     started = time.perf_counter()
-    batch = Lockstep(model, batch_size, model.config.max_seq_len, has_filters=False, compiled=is_compiled)
+    batch = lockstep(model, batch_size, way)
     torch.cuda.synchronize()
     ready = time.perf_counter()
     jobs = [Job(np.zeros(0, np.uint8), num_bytes, SampleConfig(), uniforms(0, number)) for number in range(batch_size)]
@@ -84,10 +84,15 @@ def generation(name: str, model: MegaByte, batch_size: int, num_bytes: int, is_c
     }
 
 
-def profile(model: MegaByte, batch_size: int, is_compiled: bool) -> Facts:
+def lockstep(model: MegaByte, num_rows: int, way: str) -> Lockstep:
+    context = model.config.max_seq_len
+    return Lockstep(model, num_rows, context, has_filters=False, compiled=way == "compiled", is_fused=way == "fused")
+
+
+def profile(model: MegaByte, batch_size: int, way: str) -> Facts:
     """Prints the kernels of some rounds in the middle of the context."""
     middle = model.config.max_seq_len // 2
-    batch = Lockstep(model, batch_size, model.config.max_seq_len, has_filters=False, compiled=is_compiled)
+    batch = lockstep(model, batch_size, way)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as found, torch.inference_mode():
         started = time.perf_counter()
         for start in range(middle, middle + 8 * batch.round_size, batch.round_size):
@@ -101,11 +106,13 @@ def profile(model: MegaByte, batch_size: int, is_compiled: bool) -> Facts:
     return {"what": "profile", "batch_size": batch_size, "seconds": seconds, "bytes_per_s": made / seconds}
 
 
-def train(_: argparse.Namespace) -> Iterator[Case]:
+def train(options: argparse.Namespace) -> Iterator[Case]:
     """Forward and backward of the text preset and of the paper's text model, beside the measured matmul ceiling."""
     torch.set_float32_matmul_precision("high")
     for name, batch_size, way in (("text", 32, "eager"), ("text", 32, "compiled"), ("paper-text", 4, "eager")):
         yield f"{name}, {way}", partial(training_pass, name, batch_size, way)
+        if options.profile:
+            yield f"{name}, {way}, profile", partial(training_profile, name, batch_size, way)
 
 
 def training_pass(name: str, batch_size: int, way: str) -> Facts:
@@ -113,6 +120,19 @@ def training_pass(name: str, batch_size: int, way: str) -> Facts:
     model = random_model(without_dropout(preset(name).model), CUDA)
     [result] = measure([training(f"{name}, {way}", model, batch_size, 8192, compiled=way == "compiled")], ROUNDS)
     return result.to_dict()
+
+
+def training_profile(name: str, batch_size: int, way: str) -> Facts:
+    """Prints the kernels of three passes."""
+    free()
+    model = random_model(without_dropout(preset(name).model), CUDA)
+    case = training(f"{name}, {way}", model, batch_size, 8192, compiled=way == "compiled")
+    case.run()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as found:
+        passes = [case.run() for _ in range(3)]
+        torch.cuda.synchronize()
+    print(found.key_averages().table(sort_by="cuda_time_total", row_limit=40, max_name_column_width=90), flush=True)
+    return {"what": "profile", "batch_size": batch_size, "bytes_per_s": sum(p[0] for p in passes) / sum(p[1] for p in passes)}
 
 
 def image640(_: argparse.Namespace) -> Iterator[Case]:
@@ -213,7 +233,7 @@ def main() -> int:
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)} (all)")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS, help="how samples are made (all)")
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 64], help="samples at a time (1 64)")
-    parser.add_argument("--profile", action="store_true", help="also the kernels of some patches")
+    parser.add_argument("--profile", action="store_true", help="also the kernels of some patches and training passes")
     parser.add_argument("--in-process", action="store_true", help=argparse.SUPPRESS)  # how a part is run
     options = parser.parse_args()
     if unknown := set(options.parts) - PARTS.keys():
