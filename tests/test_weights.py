@@ -53,7 +53,7 @@ def test_samples_of_all_models_are_made_the_same_way_each_time(tiny_models, make
         make_samples.make(tmp_path, out, service)
         found.append({path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in out.iterdir()})
     assert found[0] == found[1]
-    assert set(found[0]) == {"README.md", "image32.png", "audio-1.wav", "audio-2.wav", "audio-3.wav"}
+    assert set(found[0]) == {"README.md", "image32.webp", "audio-1.wav", "audio-2.wav", "audio-3.wav"}
     page = (tmp_path / "first" / "README.md").read_text()
     assert page.count("Made:") == make_samples.NUM_TEXTS
     with pytest.raises(UserError, match="is missing; lay out the data"):

@@ -12,6 +12,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+import soundfile
 from PIL import Image, ImageDraw, ImageFont
 
 from app.service import Completion, ModelInfo, Service
@@ -23,8 +24,9 @@ from core.plans import split_of
 HERE = Path(__file__).parent
 NUM_PICTURES, NUM_SOUNDS, NUM_TEXTS = 16, 3, 4
 COMPLETIONS_OF_A_PICTURE = 4
-CELL = 96  # pixels, at least, of a picture on the sheet
-SECONDS = (1.0, 2.5)  # of the sounds that are continued
+CELL = 64  # pixels, at least, of a picture on the sheet
+SHEET_QUALITY = 75  # of WebP
+SECONDS = (0.7, 1.0)  # of the sounds that are continued
 PROMPT_BYTES, TEXT_BYTES, TEXT_TEMPERATURE = 300, 500, 0.8
 _GAP = 6
 
@@ -78,7 +80,8 @@ def sounds(service: Service, model: ModelInfo, data: ByteData, out: Path) -> lis
     for number, path in enumerate(spread(files, NUM_SOUNDS)):
         [result] = complete(service, path, model=model.path, keep=0.5, seed=number)
         name = f"{model.name}-{number + 1}.wav"
-        result.codec.write(result.media, out / name)
+        subtype = "ULAW" if result.codec.config.encoding == "mulaw8" else "PCM_16"  # no more bits than the model's bytes have
+        soundfile.write(out / name, result.media.samples, result.media.sample_rate, subtype=subtype)
         lines.append(f"- [{name}]({name}): the first {_seconds(path) / 2:.2f} s are recorded, the rest is made")
     return lines
 
@@ -119,8 +122,8 @@ def make(root: Path, out: Path, service: Service) -> None:
             work = Path(name)
             data = build_shards(sources[model.name], service.model(model.path).codec, work, print)
             if model.modality == "image":
-                contact_sheet(service, model, data, work).save(out / f"{model.name}.png", optimize=True)
-                lines += [f"![Test pictures, the half that was kept, and four completions]({model.name}.png)"]
+                contact_sheet(service, model, data, work).save(out / f"{model.name}.webp", quality=SHEET_QUALITY, method=6)
+                lines += [f"![Test pictures, the half that was kept, and four completions]({model.name}.webp)"]
             elif model.modality == "audio":
                 lines += sounds(service, model, data, out)
             else:
