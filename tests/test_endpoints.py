@@ -26,7 +26,7 @@ from page_server import free_port, wait_for_page
 from waiting import wait_until
 
 from app.calls import Calls, owner_of
-from app.endpoints import completion_form
+from app.endpoints import _scored, completion_form
 from app.exports import write_csv, write_png
 from app.jobs import STOPPED, Job
 from app.tabs.refusals import ENDPOINT_WORDS
@@ -185,6 +185,15 @@ def test_a_caller_who_goes_away_ends_the_job(store, monkeypatch):
     assert [job.state for job in store.list("mine")] == ["running"]
     answers.close()
     wait_until(lambda: [job.state for job in store.list("mine")] == ["stopped"])
+
+
+def test_a_score_that_a_script_asked_for_can_be_stopped(service, store, make_text):
+    path, lock = str(make_text()), service.model("text").lock
+    with lock:
+        job_id = store.submit("mine", "score", "", lambda job: _scored(service, job, path, None, None, None))
+        wait_until(lambda: lock.is_wanted)
+        store.stop("mine", job_id)
+        assert store.look("mine", job_id, wait_s=5).state == "stopped"
 
 
 def test_sigterm_ends_a_busy_page_cleanly(tmp_path, make_text):
