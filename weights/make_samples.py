@@ -26,7 +26,7 @@ NUM_PICTURES, NUM_SOUNDS, NUM_TEXTS = 16, 3, 4
 COMPLETIONS_OF_A_PICTURE = 4
 CELL = 64  # pixels, at least, of a picture on the sheet
 SHEET_QUALITY = 75  # of WebP
-SECONDS = (0.7, 1.0)  # of the sounds that are continued
+SECONDS = (0.7, 1.05)  # of the sounds that are continued
 PROMPT_BYTES, TEXT_BYTES, TEXT_TEMPERATURE = 300, 500, 0.8
 _GAP = 6
 
