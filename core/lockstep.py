@@ -287,7 +287,7 @@ class Lockstep:
         if embedder.convs or embedder.positions is not None or transformer.memory:
             x_BD, slots = self._entered(len(self.model.levels) - 1, num_slots)
         else:
-            x_BD, slots_B = transformer.kernels.begin(
+            x_BD, slots_B = transformer.byte_kernels.begin(
                 self.positions_B,
                 self.cache.patch_bytes_BP,
                 embedder.embedding.weight,
@@ -298,7 +298,7 @@ class Lockstep:
                 shows_pad_once=level.is_top or level.real_previous,
             )
             slots = Slots(slots_B, (self._rows_B, slice(None), slots_B), slice(0, num_slots))
-        transformer.kernels.draw(
+        transformer.byte_kernels.draw(
             transformer.logits(x_BD, level_cache, slots, embedder.embedding),
             self.model.config.logit_softcap,
             self.logits_BV,

@@ -1,4 +1,4 @@
-"""Steps of a few rows through a level, and draws of their bytes, on a GPU in few kernels (Triton).
+"""Steps of a few rows through a level on a GPU in few kernels (Triton).
 
 A step of a few rows reads every weight once and does next to nothing with it: what counts is how fast the weights stream
 in, and how long the GPU waits between two kernels. At up to four rows a layer is five kernels: the norm is part of the product
@@ -9,7 +9,7 @@ No neighbour changes a bit of a row. Sums are float32; what the plain layers rou
 as well.
 """
 
-# Shapes: B rows, D width, N outputs, H heads, C channels per head, S slots, L elements of a row, R bytes of a round, V = 256.
+# Shapes: B rows, D width, N outputs, H heads, C channels per head, S slots.
 
 import torch
 import triton
@@ -25,7 +25,7 @@ _MOST_OUTPUTS, _MOST_WEIGHTS = 8, 32768
 _MOST_ROWS, _OUTPUTS, _COLUMNS = 64, 32, 128
 
 
-def _launch(device: torch.device) -> dict[str, bool]:
+def launch(device: torch.device) -> dict[str, bool]:
     """Where the GPU can do that, kernels begin before the one before them ends, and wait before they read what it wrote."""
     early = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
     return {"EARLY": True, "launch_pdl": True} if early else {"EARLY": False}
@@ -60,7 +60,7 @@ def linear(
         OUTPUTS=outputs,
         COLUMNS=columns,
         num_warps=4 if columns <= 2048 else 8,
-        **_launch(x_BD.device),
+        **launch(x_BD.device),
     )
     return out_BN
 
@@ -94,7 +94,7 @@ def product(x_BD: Tensor, layer: nn.Linear | nn.Embedding, *, power: int = 0, in
         OUTPUTS=_OUTPUTS,
         COLUMNS=_COLUMNS,
         num_stages=4,
-        **_launch(x_BD.device),
+        **launch(x_BD.device),
     )
     return out_BN
 
@@ -121,7 +121,7 @@ def added(x_BD: Tensor, parts: Tensor | None, bias: Tensor | None, norm: nn.Laye
         norm.eps,
         NUM_PARTS=0 if parts is None else len(parts),
         ALL_COLUMNS=triton.next_power_of_2(num_columns),
-        **_launch(x_BD.device),
+        **launch(x_BD.device),
     )
     return out_BD, normalized_BD
 
@@ -164,131 +164,9 @@ def attend(
         PADDED=triton.next_power_of_2(head_dim),
         SLOTS=min(256, max(16, triton.next_power_of_2(most_slots))) if is_few else 32,
         num_warps=8 if is_few else 4,
-        **_launch(qkv.device),
+        **launch(qkv.device),
     )
     return out_BD
-
-
-def begin(
-    positions_B: Tensor, patch_bytes_BP: Tensor, embedding: Tensor, pad: Tensor, learned: Tensor | None,
-    parent_BLD: Tensor | None, row_length: int, shows_pad_once: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """What the Transformer of the last level reads at these positions, `(B, D)`, and its slots, int64 `(B,)`."""
-    num_rows, dim = len(positions_B), len(pad)
-    x_BD, slots_B = pad.new_empty(num_rows, dim), empty_like(positions_B)
-    _begin[(num_rows,)](
-        positions_B,
-        patch_bytes_BP,
-        embedding,
-        pad,
-        pad if learned is None else learned,
-        pad if parent_BLD is None else parent_BLD,
-        x_BD,
-        slots_B,
-        patch_bytes_BP.shape[1],
-        row_length,
-        dim,
-        HAS_LEARNED=learned is not None,
-        HAS_PARENT=parent_BLD is not None,
-        SHOWS_PAD_ONCE=shows_pad_once,
-        COLUMNS=triton.next_power_of_2(dim),
-        **_launch(pad.device),
-    )
-    return x_BD, slots_B
-
-
-def draw(
-    parts: Tensor, softcap: float, logits_BV: Tensor, positions_B: Tensor, patch_bytes_BP: Tensor, started_B: Tensor,
-    uniforms_BR: Tensor, given_BR: Tensor, temperature_B1: Tensor, bytes_BR: Tensor, bits_BR: Tensor,
-) -> None:  # fmt: skip
-    """Draws and appends a byte of every row by the law of its logits, the sum of the parts `(parts, B, V)`, without filters."""
-    num_parts, num_rows, num_values = parts.shape
-    _draw[(num_rows,)](
-        parts,
-        softcap,
-        logits_BV,
-        positions_B,
-        patch_bytes_BP,
-        started_B,
-        uniforms_BR,
-        given_BR,
-        temperature_B1,
-        bytes_BR,
-        bits_BR,
-        num_rows,
-        patch_bytes_BP.shape[1],
-        given_BR.shape[1],
-        HAS_CAP=softcap > 0,
-        NUM_PARTS=num_parts,
-        VALUES=num_values,
-        **_launch(parts.device),
-    )
-
-
-@triton.jit
-def _begin(
-    positions_ptr, bytes_ptr, embedding_ptr, pad_ptr, learned_ptr, parent_ptr, out_ptr, slots_ptr,
-    patch_size, row_length, dim,
-    HAS_LEARNED: tl.constexpr, HAS_PARENT: tl.constexpr, SHOWS_PAD_ONCE: tl.constexpr,
-    COLUMNS: tl.constexpr, EARLY: tl.constexpr,
-):  # fmt: skip
-    if EARLY:
-        gdc_launch_dependents()
-        gdc_wait()
-    row = tl.program_id(0)
-    element = out_ptr.dtype.element_ty
-    column = tl.arange(0, COLUMNS)
-    is_column = column < dim
-    position = tl.load(positions_ptr + row)
-    in_row = position % row_length
-    byte = tl.load(bytes_ptr + row * patch_size + (position + patch_size - 1) % patch_size)
-    shows_pad = position == 0 if SHOWS_PAD_ONCE else in_row == 0
-    pad = tl.load(pad_ptr + column, mask=is_column, other=0.0)
-    x = tl.where(shows_pad, pad, tl.load(embedding_ptr + byte * dim + column, mask=is_column, other=0.0)).to(tl.float32)
-    if HAS_LEARNED:
-        x += tl.load(learned_ptr + in_row * dim + column, mask=is_column, other=0.0).to(tl.float32)
-        x = x.to(element).to(tl.float32)
-    if HAS_PARENT:
-        x += tl.load(parent_ptr + (row * row_length + in_row) * dim + column, mask=is_column, other=0.0).to(tl.float32)
-    tl.store(out_ptr + row * dim + column, x.to(element), mask=is_column)
-    tl.store(slots_ptr + row, in_row)
-
-
-@triton.jit
-def _draw(
-    parts_ptr, softcap, logits_ptr, positions_ptr, patch_bytes_ptr, started_ptr,
-    uniforms_ptr, given_ptr, temperature_ptr, bytes_ptr, bits_ptr, num_rows, patch_size, round_size,
-    HAS_CAP: tl.constexpr, NUM_PARTS: tl.constexpr, VALUES: tl.constexpr, EARLY: tl.constexpr,
-):  # fmt: skip
-    if EARLY:
-        gdc_launch_dependents()
-        gdc_wait()
-    row = tl.program_id(0)
-    value = tl.arange(0, VALUES)
-    logits = tl.load(parts_ptr + row * VALUES + value)
-    for part in tl.static_range(1, NUM_PARTS):
-        logits += tl.load(parts_ptr + (part * num_rows + row) * VALUES + value)
-    if HAS_CAP:
-        logits = softcap * (2.0 / (1.0 + tl.exp(-2.0 * (logits / softcap))) - 1.0)
-    tl.store(logits_ptr + row * VALUES + value, logits)
-    wide = logits.to(tl.float64)
-    highest = tl.max(wide, axis=0)
-    temperature = tl.load(temperature_ptr + row)
-    weights = tl.exp((wide - highest) / temperature)
-    cumulated = tl.cumsum(weights, axis=0)
-    position = tl.load(positions_ptr + row)
-    place = row * round_size + position - tl.load(started_ptr + row)
-    threshold = tl.load(uniforms_ptr + place) * tl.max(cumulated, axis=0)
-    drawn = tl.sum((cumulated <= threshold).to(tl.int32), axis=0)
-    drawn = tl.minimum(drawn, tl.max(tl.where(weights > 0, value, 0), axis=0))
-    likeliest = tl.min(tl.where(wide == highest, value, VALUES), axis=0)
-    given = tl.load(given_ptr + place).to(tl.int32)
-    chosen = tl.where(given >= 0, given, tl.where(temperature == 0, likeliest, drawn))
-    nats = tl.log(tl.sum(tl.exp(wide - highest), axis=0)) + highest - tl.sum(tl.where(value == chosen, wide, 0.0), axis=0)
-    tl.store(bytes_ptr + place, chosen.to(tl.int64))
-    tl.store(bits_ptr + place, (nats * 1.4426950408889634).to(tl.float32))
-    tl.store(patch_bytes_ptr + row * patch_size + position % patch_size, chosen.to(tl.int64))
-    tl.store(positions_ptr + row, position + 1)
 
 
 @triton.jit

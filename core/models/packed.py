@@ -41,6 +41,7 @@ class FusedTransformer(_Sharing):
         super().__init__(plain)
         try:
             self.kernels = importlib.import_module("core.kernels.fused")
+            self.byte_kernels = importlib.import_module("core.kernels.fused_bytes")
         except ImportError:
             raise UserError("fused steps need Triton; pip install triton, or choose another engine") from None
 
