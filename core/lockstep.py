@@ -128,14 +128,14 @@ class Lockstep:
             with self._on_device():
                 self._capture_all()
 
-    @torch.inference_mode()
     def run(self, jobs: Sequence[Job]) -> Iterator[tuple[int, Chunk]]:
         """(index of the job, its next bytes), round by round; jobs with one prefix begin one after another."""
         waiting = deque(_by_prefix(jobs))
         rows: list[tuple[int, Job] | None] = [None] * self.num_rows
         positions = [0] * self.num_rows  # an idle row makes its first bytes over and over
         while waiting or any(rows):
-            with self._on_device():  # left before the chunks are: what the caller does between rounds is its own
+            # Left before the chunks are: what the caller does between rounds is its own.
+            with torch.inference_mode(), self._on_device():
                 given_BR = np.full((self.num_rows, self.round_size), -1, dtype=np.int64)
                 for row in range(self.num_rows):
                     if rows[row] is None:
@@ -146,15 +146,15 @@ class Lockstep:
                     elif positions[row] == self.cache.max_seq_len:
                         positions[row] = self._read(self.cache.rows(slice(row, row + 1)), self._context(rows[row][1])[0])
                 num_bytes = min(self.round_size, self.cache.max_seq_len - max(positions))
-                working = [(row, *found) for row, found in enumerate(rows) if found is not None]
+                num_given = (given_BR >= 0).sum(1).tolist()
+                working = [(row, *found, num_given[row]) for row, found in enumerate(rows) if found is not None]
                 self._load(positions, given_BR, working, num_bytes)
                 for phase in self.phases(max(positions), num_bytes):
                     self.make_byte(phase)
                 bytes_BR, bits_BR = self._bytes_BR.cpu().numpy().astype(np.uint8), self._bits_BR.cpu().numpy()
                 chunks = []
-                for row, index, job in working:
+                for row, index, job, first in working:
                     positions[row] += num_bytes
-                    first = int((given_BR[row] >= 0).sum())
                     new = slice(first, min(num_bytes, first + job.num_bytes - job.num_made))
                     chunk = Chunk(bytes_BR[row, new].copy(), bits_BR[row, new].copy())
                     job.add(chunk.byte_values)
@@ -203,11 +203,11 @@ class Lockstep:
         num_whole = len(history) - len(history) % self.patch_size
         return history[:num_whole], history[num_whole:]
 
-    def _load(self, positions: list[int], given_BR: np.ndarray, working: list[tuple[int, int, Job]], num_bytes: int) -> None:
+    def _load(self, positions: list[int], given_BR: np.ndarray, working: list[tuple[int, int, Job, int]], num_bytes: int) -> None:
+        """Writes what a round is made from. Of a row at work: its number, its job's index, the job, how many bytes are given."""
         uniforms_BR = np.zeros((self.num_rows, self.round_size))
         law_B3 = np.tile([1.0, NUM_BYTE_VALUES, 1.0], (self.num_rows, 1))
-        for row, _, job in working:
-            first = int((given_BR[row] >= 0).sum())
+        for row, _, job, first in working:
             end = min(num_bytes, first + job.num_bytes - job.num_made)
             uniforms_BR[row, first:end] = job.noise.random(end - first)
             law_B3[row] = job.config.temperature, job.config.top_k or NUM_BYTE_VALUES, job.config.top_p
@@ -244,8 +244,9 @@ class Lockstep:
                         self._run(*phase)
                 torch.cuda.current_stream().wait_stream(stream)
                 self._graphs[phase] = torch.cuda.CUDAGraph()
+                # On a stream of this GPU: torch's own one for captures stays on the GPU of the process's first capture.
                 # Other models may be at work in other threads.
-                with torch.cuda.graph(self._graphs[phase], pool=pool, capture_error_mode="thread_local"):
+                with torch.cuda.graph(self._graphs[phase], pool=pool, stream=stream, capture_error_mode="thread_local"):
                     self._run(*phase)
             for tensor in (tensor for level_cache in self.cache.levels for tensor in level_cache.tensors()):
                 tensor.zero_()

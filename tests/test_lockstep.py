@@ -105,7 +105,7 @@ def test_the_drawn_byte_is_that_of_the_python_law(settings, natively):
     logits_BV = torch.randn(64, 256, generator=torch.Generator().manual_seed(1)) * 3
     logits_BV[:8] = logits_BV[:8].round()  # with many equal values
     noise = uniforms(2, 0).random(64)
-    jobs = [(row, row, Job(np.zeros(0, np.uint8), 1, config, uniforms(0, 0))) for row in range(64)]
+    jobs = [(row, row, Job(np.zeros(0, np.uint8), 1, config, uniforms(0, 0)), 0) for row in range(64)]
     batch._load([0] * 64, np.full((64, batch.round_size), -1), jobs, 1)
     given_B1 = torch.full((64, 1), -1)
     given_B1[5] = 77
