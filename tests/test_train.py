@@ -24,6 +24,7 @@ from core.optim import (
     learning_rate_fraction,
 )
 from core.train import _Run, micro_batch_size, repeatable_kernels, train
+from tests.model_cases import CASES, CONTEXT, build, random_bytes
 from tests.tiny_run import ALONE, SEQ_LEN, TINY_MODEL, metrics, run_tiny, tiny_config, tiny_data
 
 # What is learned
@@ -178,6 +179,21 @@ def test_bf16_autocast_keeps_weights_and_moments_in_float32(tmp_path):
 
 
 # What is refused
+
+
+def test_layers_add_up_in_bf16_where_the_run_multiplies_in_it(monkeypatch):
+    monkeypatch.setattr(learner, "multiplies_bf16", lambda: True)
+    model, byte_ids = build(CASES["recipe"]), random_bytes(2, CONTEXT)
+    seen, losses = [], {}
+    for block in (block for level in model.levels for block in level.transformer.blocks):
+        block.register_forward_hook(lambda _, inputs, output: seen.append((inputs[0].dtype, output.dtype)))
+    for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        seen.clear()
+        loss = MeanNll(model, precision)(byte_ids)
+        assert set(seen) == {(dtype, dtype)}
+        assert loss.dtype == torch.float32
+        losses[precision] = loss.item()
+    assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.01)
 
 
 @pytest.mark.parametrize("multiplies", [True, False])
