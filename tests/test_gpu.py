@@ -105,7 +105,7 @@ def test_the_app_works_on_the_gpu(tiny_models, tmp_path):
     job = service.complete(tmp_path / "a.txt", num_bytes=40, samples=3, seed=1)
     for _ in job.run():
         pass
-    assert [result.engine for result in job.results] == ["cuda-bf16"] * 3
+    assert [result.engine for result in job.results] == ["cuda-bf16-fused"] * 3
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two CUDA devices on this machine")
