@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from app.jobs import JobStore, JobView
+from app.jobs import JobEndedError, JobStore, JobView
 from app.palette import DIVERGING
 from app.service import Service
 from app.tabs import likelihood
@@ -75,6 +75,25 @@ def test_an_item_has_the_totals_and_then_what_other_coders_need(service, scored,
     assert item["bits_per_byte"] == pytest.approx(score.bits_per_byte)
     assert message == score_values.done()
     assert list(view.result.scored) == [item["id"]] == [item["document"]["id"]]
+
+
+class _EndedAfterScoring:
+    """A job that is told to end at its first report after the one of its score."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.reports_with_a_score = folder, 0
+
+    def report(self, board: likelihood.Board) -> None:
+        self.reports_with_a_score += bool(board.scored)
+        if self.reports_with_a_score == 2:
+            assert board.items[0]["references"] is None
+            raise JobEndedError
+
+
+def test_a_job_ends_while_other_coders_are_at_work(service, make_text, tmp_path):
+    work = likelihood.scoring_work(service, [make_text()], [None], "media", False)
+    with pytest.raises(JobEndedError):
+        work(_EndedAfterScoring(tmp_path))
 
 
 def test_each_kind_opens_the_view_that_fits(scored, make_png, make_wav, make_text, tmp_path):
