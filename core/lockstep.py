@@ -84,7 +84,7 @@ class Lockstep:
         is_fused: step on a GPU in few kernels and, without filters, draw in one, which take seconds to compile once.
 
     Raises:
-        UserError: if steps are to be fused and there is no Triton on this machine.
+        UserError: if steps are to be fused and this machine cannot build the kernels.
     """
 
     def __init__(

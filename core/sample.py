@@ -8,12 +8,11 @@ and no batch size can change a byte of it. The engine follows from model, machin
     torch-fp32    on a CPU otherwise, or with MEGABYTE_ENGINE=torch (cuda-fp32 on a GPU)
     torch-bf16    on a CPU with MEGABYTE_ENGINE=torch-bf16: 16 samples in lockstep, whose rows fill up with the next ones;
                   its bytes also depend on whether the kernels of `core.kernels` and the library of `core.native` could be built
-    cuda-bf16-fused     on a GPU with Triton: one sample, a captured graph per byte of few kernels
+    cuda-bf16-fused     on a GPU for which Triton can build kernels: one sample, a captured graph per byte of few kernels
     cuda-bf16-64-fused  the same with MEGABYTE_ENGINE=cuda-bf16-64-fused: 64 samples in lockstep
-    cuda-bf16 and cuda-bf16-64  the same by torch's own kernels: slower, ready some seconds sooner, and without Triton
+    cuda-bf16 and cuda-bf16-64  the same by torch's own kernels: slower, and ready some seconds sooner
 """
 
-import importlib.util
 import os
 import threading
 from collections import deque
@@ -33,6 +32,7 @@ from core.law import Chunk, SampleConfig, sampling_law, uniforms
 from core.likelihood import as_stream, engine_name
 from core.lockstep import Job, borrowed_lockstep
 from core.models import ByteModel, MegaByte
+from core.models.packed import can_fuse
 from core.rows import NativeRow, Row, TorchRow
 
 __all__ = ["Chunk", "Request", "SampleConfig", "Sampler", "generate", "next_byte_law", "num_at_once", "prepare", "stream_batch"]
@@ -242,7 +242,7 @@ def _choose_engine(model: ByteModel) -> str:
     if wanted in _LOCKSTEP and isinstance(model, MegaByte):
         return wanted
     if wanted == "" and device.type == "cuda" and isinstance(model, MegaByte):
-        return "cuda-bf16-fused" if importlib.util.find_spec("triton") else "cuda-bf16"
+        return "cuda-bf16-fused" if can_fuse(device) else "cuda-bf16"
     engine = wanted or native.ENGINE_NAME
     if engine in _NATIVE and native.compile_model(model, engine) is not None:
         return engine

@@ -1,5 +1,6 @@
 """Packed Transformers step as plain ones do: by our kernel, or with oneDNN's weights where it cannot be had."""
 
+import importlib
 from dataclasses import replace
 
 import pytest
@@ -7,10 +8,11 @@ import torch
 
 from core.cache import LevelCache
 from core.config import LevelConfig, MegaByteConfig
+from core.errors import UserError
 from core.kernels import step as kernel
 from core.models.layers import Slots, Transformer
 from core.models.megabyte import MegaByte
-from core.models.packed import PackedLinear, PackedTransformer, packed
+from core.models.packed import PackedLinear, PackedTransformer, can_fuse, fused, packed
 
 FLAT = MegaByteConfig(levels=(LevelConfig(dim=128, num_layers=2, num_heads=2),), max_seq_len=300, init_std=0.2)
 CASES = {
@@ -114,3 +116,16 @@ def test_without_the_kernel_onednn_multiplies(monkeypatch):
     assert type(ours.blocks[0].ffn_in) is (PackedLinear if has_onednn else torch.nn.Linear)
     expected = plain.step(inputs(2), filled(2), places([3, 7], 20))
     torch.testing.assert_close(ours.step(inputs(2), filled(2), places([3, 7], 20)), expected, rtol=0.02, atol=0.05)
+
+
+@pytest.mark.parametrize("reason", [ModuleNotFoundError("no triton"), RuntimeError("Failed to find C compiler")])
+def test_fused_steps_whose_kernels_cannot_be_built_are_refused_in_a_sentence(reason, monkeypatch):
+    def import_module(_: str) -> None:
+        raise reason
+
+    monkeypatch.setattr(importlib, "import_module", import_module)
+    can_fuse.cache_clear()
+    assert not can_fuse(torch.device("cuda"))
+    with pytest.raises(UserError, match="need Triton, a C compiler and Python's headers"):
+        fused(MegaByte(FLAT))
+    can_fuse.cache_clear()

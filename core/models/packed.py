@@ -6,6 +6,8 @@ had a step is one call of it; elsewhere oneDNN multiplies by weights that are la
 
 import copy
 import importlib
+import logging
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +18,8 @@ from core.errors import UserError
 from core.kernels import step as kernel
 from core.models.layers import QK_EPSILON, Block, Slots, Transformer
 from core.models.megabyte import MegaByte
+
+_logger = logging.getLogger(__name__)
 
 _FEW_ROWS = 16  # that oneDNN's layout is chosen for; products of any other number are right as well
 
@@ -39,11 +43,8 @@ class FusedTransformer(_Sharing):
 
     def __init__(self, plain: Transformer) -> None:
         super().__init__(plain)
-        try:
-            self.kernels = importlib.import_module("core.kernels.fused")
-            self.byte_kernels = importlib.import_module("core.kernels.fused_bytes")
-        except ImportError:
-            raise UserError("fused steps need Triton; pip install triton, or choose another engine") from None
+        self.kernels = importlib.import_module("core.kernels.fused")
+        self.byte_kernels = importlib.import_module("core.kernels.fused_bytes")
 
     def step(self, x_BD: Tensor, cache: LevelCache, slots: Slots) -> Tensor:
         if len(x_BD) <= self.kernels.FEW_ROWS:
@@ -190,12 +191,27 @@ def fused(model: MegaByte) -> MegaByte:
     """A model that shares the parameters of this one and steps on its GPU in few kernels.
 
     Raises:
-        UserError: if there is no Triton on this machine.
+        UserError: if this machine cannot build the kernels.
     """
+    if not can_fuse(next(model.parameters()).device):
+        raise UserError("fused steps need Triton, a C compiler and Python's headers; install them, or choose another engine")
     twin = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
     for level in twin.levels:
         level.transformer = FusedTransformer(level.transformer)
     return twin
+
+
+@cache
+def can_fuse(device: torch.device) -> bool:
+    """Whether Triton is here and can build kernels for a GPU, for which it needs a C compiler and Python's headers."""
+    try:
+        kernels = importlib.import_module("core.kernels.fused")
+        with torch.cuda.device(device):
+            kernels.normalized(torch.zeros(1, 16, device=device), nn.LayerNorm(16, device=device))
+    except Exception as error:  # of many kinds; whatever it is, torch's own kernels do the same work
+        _logger.info("no fused kernels, torch's own make the samples instead: %s", error)
+        return False
+    return True
 
 
 def packed(transformer: Transformer) -> Transformer:
