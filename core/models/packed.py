@@ -207,7 +207,8 @@ def can_fuse(device: torch.device) -> bool:
     try:
         kernels = importlib.import_module("core.kernels.fused")
         with torch.cuda.device(device):
-            kernels.normalized(torch.zeros(1, 16, device=device), nn.LayerNorm(16, device=device))
+            settings = {"device": device, "dtype": torch.bfloat16}
+            kernels.normalized(torch.zeros(1, 16, **settings), nn.LayerNorm(16, **settings))
     except Exception as error:  # of many kinds; whatever it is, torch's own kernels do the same work
         _logger.info("no fused kernels, torch's own make the samples instead: %s", error)
         return False
