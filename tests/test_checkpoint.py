@@ -1,6 +1,7 @@
 """Checkpoints: written whole or not at all, damage always found, nothing but tensors and JSON ever read."""
 
 import contextlib
+import itertools
 import json
 import os
 import shutil
@@ -304,3 +305,15 @@ def test_a_copied_checkpoint_is_still_whole(tmp_path):
     shutil.copytree(target, tmp_path / "copy")
     save_file({"w": torch.zeros(1)}, tmp_path / "copy" / "unrelated.safetensors")
     assert load_checkpoint(tmp_path / "copy").digest == load_checkpoint(target).digest
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_value_that_is_no_finite_number_is_found_at_every_place(dtype, tmp_path):
+    tensor = torch.linspace(-1, 1, 37).to(dtype)
+    checkpoint._save_tensors(tmp_path / "model.safetensors", {"weight": tensor})
+    for place, bad in itertools.product(range(len(tensor)), (float("nan"), float("inf"), -float("inf"))):
+        spoilt = tensor.clone()
+        spoilt[place] = bad
+        with pytest.raises(UserError, match="weight holds values that are no finite numbers"):
+            checkpoint._save_tensors(tmp_path / "other.safetensors", {"weight": spoilt})
+    assert not (tmp_path / "other.safetensors").exists()
