@@ -23,6 +23,7 @@ State = Literal["running", "done", "failed", "stopped"]
 Work = Callable[["Job"], Any]
 
 STOPPED = "stopped"
+MAX_OWNER_LENGTH = 200
 _GONE_AFTER_S = 1.5  # who watches a job looks several times a second
 logger = logging.getLogger(__name__)
 
@@ -67,6 +68,11 @@ class JobView:
     @property
     def is_running(self) -> bool:
         return self.state == "running"
+
+
+def is_owner(value: Any) -> bool:
+    """Whether a value that came from outside can own jobs: a short text that can be written down."""
+    return isinstance(value, str) and 0 < len(value) <= MAX_OWNER_LENGTH and value.isprintable()
 
 
 class JobEndedError(Exception):
@@ -136,9 +142,9 @@ class JobStore:
         """Starts a job and gives its name. `work` reports through the job it is given and returns the result.
 
         Raises:
-            ValueError: if there are too many jobs already, the store is closed, or the owner is empty, which is anybody.
+            ValueError: if there are too many jobs already, the store is closed, or the owner is none (`is_owner`).
         """
-        if not owner:
+        if not is_owner(owner):
             raise ValueError("work needs an owner; reload the page and ask again")
         self._forget_old()
         with self._mutex:
@@ -253,7 +259,7 @@ class JobStore:
 
     def _find(self, owner: str, job_id: str | None) -> Job:
         self._forget_old()
-        job = self._jobs.get(job_id or "")
+        job = self._jobs.get(job_id) if isinstance(job_id, str) and is_owner(owner) else None
         if job is None or not secrets.compare_digest(job.owner.encode(), owner.encode()):
             hours = self.limits.retention_s / 3600
             raise UnknownJobError(f"there is no such job here; results are kept for {hours:.0f} hours")

@@ -107,3 +107,5 @@ def test_a_visitor_keeps_the_name_given_at_the_first_visit():
     assert len(first) >= 20
     assert first != second
     assert greet(first) == first
+    for wrong in (5, [1], {"a": 1}, "\ud800", "x" * 1000):
+        assert len(greet(wrong)) == len(first)

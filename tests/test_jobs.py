@@ -124,6 +124,21 @@ def test_an_empty_owner_owns_nothing(store):
         store.look("", job_id)
 
 
+@pytest.mark.parametrize("wrong", [None, 5, True, [1], {"a": 1}, "\ud800", "a\0", "x" * 201])
+def test_what_is_no_short_text_owns_nothing_and_disturbs_nobody(store, wrong):
+    with pytest.raises(ValueError, match="needs an owner"):
+        store.submit(wrong, "score", "a.txt", quick)
+    job_id = store.submit("me", "score", "a.txt", quick)
+    assert store.list(wrong) == []
+    assert store.left_alone(wrong, "score") is None
+    for owner, name in ((wrong, job_id), ("me", wrong)):
+        store.forget(owner, name)
+        for refused in (store.look, store.stop):
+            with pytest.raises(UnknownJobError, match="no such job"):
+                refused(owner, name)
+    assert ended(store, "me", job_id).state == "done"
+
+
 def test_each_job_is_stopped_on_its_own_and_keeps_what_it_reported(store):
     first, second = (store.submit("me", "complete", name, endless) for name in "ab")
     wait_until(lambda: (store.look("me", first).latest or 0) > 2)

@@ -10,7 +10,7 @@ from typing import Any
 
 import gradio as gr
 
-from app.jobs import JobStore, JobView, UnknownJobError
+from app.jobs import JobStore, JobView, UnknownJobError, is_owner
 from app.tabs.refusals import reworded
 
 FOLLOW_EVERY_S = 0.15  # often enough to look alive, seldom enough to cost the models nothing
@@ -24,9 +24,9 @@ def visitor_state() -> gr.BrowserState:
     return gr.BrowserState("", storage_key="megabyte-visitor")
 
 
-def greet(visitor: str | None) -> str:
-    """The visitor's own secret name, a new one on the first visit."""
-    return visitor or secrets.token_urlsafe(16)
+def greet(visitor: Any) -> str:
+    """The visitor's own secret name, a new one on the first visit or in place of what is none."""
+    return visitor if is_owner(visitor) else secrets.token_urlsafe(16)
 
 
 def remember_tab(page: gr.Blocks, tabs: gr.Tabs) -> None:
