@@ -4,19 +4,18 @@ Gradio reads a body of any size into memory, fetches files that are named by an 
 Which calls are cancelled is heard here too, because Gradio does not tell those at work.
 """
 
-import contextlib
 import json
 import re
-import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from pathlib import Path
 from typing import Any
 
 from anyio import to_thread
 
+from app.uploads import leftovers_removed, make_room
+
 MAX_BODY_BYTES = 16 << 20  # of a call; files come by themselves
 MAX_CACHE_BYTES = 4 << 30  # of uploads and of the copies that the page shows
-MIN_CACHE_AGE_S = 600.0  # a younger file may still be in use
 UPLOAD_ROUTE = "/gradio_api/upload"
 CANCEL_ROUTES = ("/gradio_api/cancel", "/gradio_api/reset")  # some clients know the name of their event for the second only
 _ADDRESS = re.compile(r"\s*[a-z][a-z0-9+.-]+://", re.IGNORECASE)
@@ -24,6 +23,14 @@ _ADDRESS = re.compile(r"\s*[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
+
+
+class _RefusalError(Exception):
+    """What ends a request that has been handed on."""
+
+    def __init__(self, status: int, sentence: str) -> None:
+        super().__init__(sentence)
+        self.status, self.sentence = status, sentence
 
 
 class Guard:
@@ -42,6 +49,8 @@ class Guard:
         self._cancel = cancel
         self._max_body_bytes = max_body_bytes
         self._max_cache_bytes = max_cache_bytes
+        self._max_upload_bytes = max_cache_bytes // 4
+        self._room = 0  # when the latest upload began, less all that has come since
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -52,14 +61,51 @@ class Guard:
         if any(_is_address(path.partition(before)[2]) for before in ("/file=", "/file/", "/proxy=")):
             await _refuse(send, 403, "files of other machines are not served here")
         elif scope["method"] == "POST" and route == UPLOAD_ROUTE:
-            if make_room(self._cache, self._max_cache_bytes):
-                await self._app(scope, receive, send)
-            else:
-                await _refuse(send, 507, "there is no room for more uploads; try again in ten minutes")
+            await self._take_upload(scope, receive, send)
         elif scope["method"] == "POST":
             await self._check_body(scope, receive, send, is_cancel=route in CANCEL_ROUTES)
         else:
-            await self._app(scope, receive, send)
+            await self._hand_on(scope, receive, send)
+
+    async def _hand_on(self, scope: Message, receive: Receive, send: Send) -> None:
+        """To Gradio; what it raises, and would be written to the terminal, refuses the request, or ends its answer."""
+        has_begun = False
+
+        async def watched(message: Message) -> None:
+            nonlocal has_begun
+            has_begun = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, watched)
+        except Exception as error:
+            if has_begun:
+                await send({"type": "http.response.body", "body": b""})
+            elif isinstance(error, _RefusalError):
+                await _refuse(send, error.status, error.sentence)
+            else:
+                await _refuse(send, 400, "this request cannot be answered; it names something unknown or is damaged")
+
+    async def _take_upload(self, scope: Message, receive: Receive, send: Send) -> None:
+        used = await to_thread.run_sync(make_room, self._cache, self._max_cache_bytes - self._max_upload_bytes)
+        self._room = self._max_cache_bytes - used
+        num_bytes = 0
+
+        async def counted() -> Message:
+            nonlocal num_bytes
+            message = await receive()
+            size = len(message.get("body", b""))
+            num_bytes += size
+            self._room -= size
+            if num_bytes > self._max_upload_bytes:
+                most = f"{self._max_upload_bytes >> 20} MB"
+                raise _RefusalError(413, f"more than {most} at once are not taken; upload fewer files at a time")
+            if self._room < 0:
+                raise _RefusalError(507, "there is no room for more uploads; try again in ten minutes")
+            return message
+
+        with leftovers_removed():
+            await self._hand_on(scope, counted, send)
 
     async def _is_cancelled(self, event: Any, endpoint: Any) -> bool:
         if not isinstance(event, str):
@@ -88,24 +134,7 @@ class Guard:
         async def replay() -> Message:
             return messages.pop() if messages else await receive()
 
-        await self._app(scope, replay, send)
-
-
-def make_room(folder: Path, max_bytes: int, min_age_s: float = MIN_CACHE_AGE_S) -> bool:
-    """Whether the files of a folder have at most that many bytes, after the oldest ones have been removed if need be."""
-    found = []
-    for path in folder.rglob("*"):
-        with contextlib.suppress(OSError):  # removed meanwhile
-            if not path.is_dir():
-                found.append((path.stat().st_mtime, path.stat().st_size, path))
-    total, oldest_in_use = sum(size for _, size, _ in found), time.time() - min_age_s
-    for changed, size, path in sorted(found):
-        if total <= max_bytes or changed > oldest_in_use:
-            break
-        with contextlib.suppress(OSError):
-            path.unlink()
-            total -= size
-    return total <= max_bytes
+        await self._hand_on(scope, replay, send)
 
 
 def _read_json(body: bytes) -> Any:

@@ -16,6 +16,7 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 os.environ["GRADIO_ANALYTICS_MAX_EVENTS"] = "100"
 
 import gradio as gr
+from gradio import route_utils
 from gradio.utils import get_upload_folder
 from starlette.middleware import Middleware
 
@@ -27,6 +28,7 @@ from app.service import Service
 from app.tabs import batch, complete, jobs, likelihood
 from app.tabs.following import QUIET, greet, remember_tab, visitor_state
 from app.tabs.sources import SAMPLES_FOLDER
+from app.upload_parser import UploadParser
 from app.views import factory
 from core import native
 from core.allocator import trim_freed_memory
@@ -87,6 +89,7 @@ def launch(service: Service, host: str = "127.0.0.1", port: int = 7860, open_bro
     check_port(host, port)
     with tempfile.TemporaryDirectory(prefix="uploads-", ignore_cleanup_errors=True) as uploads:
         os.environ["GRADIO_TEMP_DIR"] = uploads  # read when components are made
+        route_utils.GradioMultiPartParser = UploadParser
         calls = Calls(JobStore())
         page = build(service, calls)
         options = launch_options(calls.cancel)

@@ -10,11 +10,28 @@ from typing import Any
 
 import pytest
 
-from app.guard import Guard, make_room
+from app.guard import Guard
+from app.uploads import begun_files, make_room
 
 
-def answer(cache: Path, path: str, *bodies: bytes, method: str = "POST", cancel: Any = None, **limits: int) -> tuple[int, bytes]:
+def answer(cache: Path, path: str, *bodies: bytes, cancel: Any = None, **others: Any) -> tuple[int, bytes]:
     """The status and the body of an answer; what gets through is echoed with status 200."""
+    app, request = others.pop("app", echo), {"type": "http", "path": path, "method": others.pop("method", "POST")}
+    call = answer_of(Guard(app, cache, cancel or (lambda event, endpoint: False), **others), request, *bodies)
+    with ThreadPoolExecutor(1) as thread:  # the loop of a browser may be running in this one
+        return thread.submit(asyncio.run, call).result()
+
+
+async def echo(scope: dict[str, Any], receive: Any, send: Any) -> None:
+    content, has_more = b"", True
+    while has_more:
+        message = await receive()
+        content, has_more = content + message["body"], message["more_body"]
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    await send({"type": "http.response.body", "body": content})
+
+
+async def answer_of(guard: Guard, request: dict[str, Any], *bodies: bytes) -> tuple[int, bytes]:
     sent: list[dict[str, Any]] = []
     arriving = [{"type": "http.request", "body": body, "more_body": True} for body in bodies[:-1]]
     arriving.append({"type": "http.request", "body": bodies[-1] if bodies else b"", "more_body": False})
@@ -25,20 +42,8 @@ def answer(cache: Path, path: str, *bodies: bytes, method: str = "POST", cancel:
     async def send(message: dict[str, Any]) -> None:
         sent.append(message)
 
-    async def echo(scope: dict[str, Any], receive: Any, send: Any) -> None:
-        content, has_more = b"", True
-        while has_more:
-            message = await receive()
-            content, has_more = content + message["body"], message["more_body"]
-        await send({"type": "http.response.start", "status": 200, "headers": []})
-        await send({"type": "http.response.body", "body": content})
-
-    call = Guard(echo, cache, cancel or (lambda event, endpoint: False), **limits)(
-        {"type": "http", "path": path, "method": method}, receive, send
-    )
-    with ThreadPoolExecutor(1) as thread:  # the loop of a browser may be running in this one
-        thread.submit(asyncio.run, call).result()
-    return sent[0]["status"], sent[1]["body"]
+    await guard(request, receive, send)
+    return sent[0]["status"], b"".join(message["body"] for message in sent[1:])
 
 
 def file_at(path: str) -> bytes:
@@ -99,16 +104,52 @@ def test_old_uploads_make_room_for_new_ones_and_young_ones_do_not(tmp_path):
         path = tmp_path / "sub" / str(number)
         path.write_bytes(bytes(100))
         os.utime(path, (time.time() - 7000 + number,) * 2)
-    assert make_room(tmp_path, 1000)
+    assert make_room(tmp_path, 1000) == 1000
     assert len(list((tmp_path / "sub").iterdir())) == 10
-    assert make_room(tmp_path, 450)
+    assert make_room(tmp_path, 450) == 400
     assert sorted(path.name for path in (tmp_path / "sub").iterdir()) == ["6", "7", "8", "9"]
     (tmp_path / "young").write_bytes(bytes(500))
-    assert not make_room(tmp_path, 450)
+    assert make_room(tmp_path, 450) == 500
     assert (tmp_path / "young").exists()
     status, said = answer(tmp_path, "/gradio_api/upload", b"file", max_cache_bytes=450)
     assert (status, b"no room" in said) == (507, True)
     assert answer(tmp_path, "/gradio_api/upload", b"file") == (200, b"file")
+
+
+def test_uploads_at_once_get_together_what_room_there_is(tmp_path):
+    upload = {"type": "http", "path": "/gradio_api/upload", "method": "POST"}
+    piece = bytes(200)
+    inner: list[tuple[int, bytes]] = []
+
+    async def app(scope: dict[str, Any], receive: Any, send: Any) -> None:
+        """The first reads half, then the next comes and reads all, then the first goes on."""
+        if not (tmp_path / "half").exists():
+            (tmp_path / "half").write_bytes((await receive())["body"])
+            inner.append(await answer_of(guard, upload, piece))
+        await echo(scope, receive, send)
+
+    for room, statuses in ((590, [200, 507]), (1000, [200, 200])):
+        (tmp_path / "half").unlink(missing_ok=True)
+        guard = Guard(app, tmp_path, lambda event, endpoint: False, max_cache_bytes=1600)
+        (tmp_path / "young").write_bytes(bytes(1600 - room))
+        with ThreadPoolExecutor(1) as thread:
+            outer = thread.submit(asyncio.run, answer_of(guard, upload, piece, piece)).result()
+        assert [inner.pop()[0], outer[0]] == statuses
+    status, said = answer(tmp_path, "/gradio_api/upload", *[piece] * 3, max_cache_bytes=2000)
+    assert (status, b"fewer files at a time" in said) == (413, True)
+
+
+def test_what_goes_wrong_below_is_a_sentence_and_leaves_no_file(tmp_path):
+    async def fails(scope: dict[str, Any], receive: Any, send: Any) -> None:
+        begun_files.get().append(tmp_path / "begun")
+        begun_files.get()[0].write_bytes(b"half of a fi")
+        if scope["path"] == "/later":
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+        raise KeyError(3)
+
+    status, said = answer(tmp_path, "/gradio_api/upload", b"file", app=fails)
+    assert (status, b"cannot be answered" in said) == (400, True)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_thousand_uploads_take_no_more_room_than_the_limit(tmp_path):

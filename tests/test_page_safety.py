@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import socket
 import subprocess
 import sys
 import time
@@ -20,6 +21,7 @@ import pytest
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 from page_server import ROOT, PageProcess
+from waiting import wait_until
 
 from app import ui
 
@@ -196,6 +198,30 @@ def test_an_upload_beyond_the_limit_is_refused_and_leaves_nothing(page_server):
     assert status == 413
     assert "exceeded maximum allowed size" in answer["detail"]
     assert {path for path in page_server.temporary.rglob("*") if path.is_file()} == before
+
+
+def part(headers: str, content: bytes = b"abc") -> bytes:
+    return f"--cut\r\nContent-Disposition: form-data{headers}\r\n\r\n".encode() + content
+
+
+def test_an_upload_that_is_none_is_refused_and_leaves_nothing(page_server):
+    before, logged = {path for path in page_server.temporary.rglob("*") if path.is_file()}, page_server.log.stat().st_size
+    file, end = part('; name="files"; filename="a.bin"', bytes(100_000)), b"\r\n--cut--\r\n"
+    bodies = [
+        part('; name="files"'), part('; name="note"'), part('; name="other"; filename="a.bin"'), part('; filename="a.bin"'),
+        part(""), file + b"\r\n" + part('; name="note"'), file + b"\r\n" + part(""),
+    ]  # fmt: skip
+    for query in ("", "?upload_id=4711"):
+        for body in [*(body + end for body in bodies), file, file[:50_000], b""]:
+            status, answer = post(page_server, f"gradio_api/upload{query}", body, "multipart/form-data; boundary=cut")
+            assert (status, len(answer["detail"]) > 10) == (400, True), (body[:200], answer)
+    address = urllib.parse.urlsplit(page_server.url)
+    head = f"POST /gradio_api/upload HTTP/1.1\r\nHost: {address.netloc}\r\nContent-Length: 9000000\r\n"
+    with socket.create_connection((address.hostname, address.port)) as broken:
+        broken.sendall(f"{head}Content-Type: multipart/form-data; boundary=cut\r\n\r\n".encode() + file)
+        wait_until(lambda: {path for path in page_server.temporary.rglob("*") if path.is_file()} != before, every_s=0.01)
+    wait_until(lambda: {path for path in page_server.temporary.rglob("*") if path.is_file()} == before, every_s=0.01)
+    assert "Traceback" not in page_server.log.read_bytes()[logged:].decode(errors="replace")
 
 
 def test_no_name_of_an_upload_leads_out_of_its_folder(page_server):
