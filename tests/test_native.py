@@ -20,6 +20,7 @@ from core.errors import UserError
 from core.law import draw, sampling_law, surprisal, uniforms
 from core.likelihood import score
 from core.models import MegaByte
+from core.rows import lay_out
 from core.sample import SampleConfig, Sampler, generate
 from tests.model_cases import CASES, CONTEXT, RECIPE, build, random_bytes, two_level
 
@@ -226,6 +227,14 @@ def test_what_is_not_supported_is_torch_s(name):
 def test_weights_that_bf16_would_change_are_torch_s():
     assert native.compile_model(build(CASES["exact"])) is None
     assert native.compile_model(rounded(CASES["exact"]).double()) is None
+
+
+@pytest.mark.usefixtures("engine")
+def test_weights_that_torch_has_laid_out_anew_are_still_taken():
+    for model, is_taken in ((rounded(CASES["exact"]), True), (build(CASES["exact"]), False)):
+        lay_out(model)
+        assert not all(p.is_contiguous() for p in model.parameters())
+        assert (native.compile_model(model) is not None) == is_taken
 
 
 @pytest.mark.usefixtures("engine")

@@ -300,7 +300,7 @@ def has_supported_form(model: ByteModel) -> bool:
 
 def _is_exact_in_bf16(model: MegaByte) -> bool:
     """Whether packing loses nothing, for the low halves of all values are 0; vectors stay in float32."""
-    return not any(p.detach().view(torch.int16)[:, ::2].any() for p in model.parameters() if p.ndim == 2)
+    return not any(p.detach().contiguous().view(torch.int16)[:, ::2].any() for p in model.parameters() if p.ndim == 2)
 
 
 def fingerprint(model: MegaByte) -> tuple:
