@@ -7,12 +7,14 @@ import json
 import os
 import re
 import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 
+from core.codecs.files import PARTIAL_NAME
 from core.config import FORMAT_VERSION, check_format_version, require_small
 from core.errors import UserError
 
@@ -53,15 +55,17 @@ def atomic_folder(target: Path) -> Iterator[Path]:
         raise
 
 
-def clear_leftovers(parent: Path) -> None:
-    """Removes what a killed `atomic_folder` or `atomic_file` left in `parent`; a folder that was only moved aside comes back."""
-    for replaced in parent.glob(".*.replaced"):
-        _take_back(replaced.with_name(replaced.name[1 : -len(".replaced")]))
-    for leftover in parent.glob(".*.partial"):
-        if leftover.is_dir():
-            shutil.rmtree(leftover, ignore_errors=True)
-        else:
-            leftover.unlink()  # of a single file that was being written
+def clear_leftovers(parent: Path, folders: str = "") -> None:
+    """Removes what a killed `atomic_file` left in `parent`, and a killed `atomic_folder` whose name fits the pattern `folders`.
+
+    A folder that was only moved aside comes back. Whatever else has such a name is somebody's own and stays.
+    """
+    for leftover in list(parent.glob(".*")):
+        folder = re.fullmatch(r"\.(.+)\.(?:partial|replaced)", leftover.name)
+        if folder and re.fullmatch(folders, folder[1]):
+            _take_back(leftover.with_name(folder[1]))
+        elif PARTIAL_NAME.fullmatch(leftover.name) and stat.S_ISREG(leftover.lstat().st_mode):
+            leftover.unlink()
 
 
 def present_folder(target: Path) -> Path:

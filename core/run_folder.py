@@ -6,6 +6,7 @@ OUT/config.json  OUT/metrics.jsonl  OUT/data/  OUT/checkpoints/step-00000200/  O
 import contextlib
 import fcntl
 import os
+import re
 import signal
 import threading
 from collections.abc import Iterator
@@ -13,10 +14,12 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from core.codecs.files import PARTIAL_NAME
 from core.errors import UserError
 from core.folder import clear_leftovers
 
 _PID_NAME = "pid"
+_SHARD_NAME = re.compile(r"[0-9a-f]{32}\.(bin|json)")  # as `core.data` makes them
 
 
 @contextlib.contextmanager
@@ -37,8 +40,9 @@ def claim_run(out: Path, resume: bool) -> Iterator[None]:
         if not resume and any(map(_is_foreign, out.iterdir())):
             raise UserError(f"{out} exists and is not empty; resume its run with --resume or give --out another folder")
         (out / _PID_NAME).write_text(f"{os.getpid()}\n", encoding="ascii")
-        for folder in (out, out / "data", out / "checkpoints"):
-            clear_leftovers(folder)
+        clear_leftovers(out, "export")
+        clear_leftovers(out / "data")
+        clear_leftovers(out / "checkpoints", r"step-\d{8}")
         try:
             yield
         finally:
@@ -49,7 +53,9 @@ def claim_run(out: Path, resume: bool) -> Iterator[None]:
 
 def _is_foreign(entry: Path) -> bool:
     """Whether a new run must not begin beside `entry`. Data of a run that was killed before its first step is used again."""
-    return entry.name not in (_PID_NAME, "data") and not entry.name.startswith(".")
+    if entry.name == "data" and entry.is_dir():
+        return not all(_SHARD_NAME.fullmatch(path.name) or PARTIAL_NAME.fullmatch(path.name) for path in entry.iterdir())
+    return entry.name != _PID_NAME and not entry.name.startswith(".")
 
 
 def _lock(descriptor: int, out: Path) -> None:

@@ -248,7 +248,7 @@ def test_a_fault_at_any_call_while_writing_leaves_a_whole_checkpoint_and_nothing
             save_step(tmp_path, 1, value=2.0)
             finished = True
         monkeypatch.undo()
-        clear_leftovers(tmp_path / "checkpoints")  # as the next start does
+        clear_leftovers(tmp_path / "checkpoints", r"step-\d{8}")  # as the next start does
         assert load_checkpoint(step_folder(tmp_path, 1)).tensors["w"][0] in ((2.0,) if finished else (1.0, 2.0))
         assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
         if finished and next(calls) <= failing_call:
@@ -269,9 +269,24 @@ def test_what_a_kill_leaves_behind_is_cleared_and_a_folder_moved_aside_comes_bac
     target = save_step(tmp_path, 1)
     target.rename(target.with_name(f".{target.name}.replaced"))
     target.with_name(f".{target.name}.partial").mkdir()
-    clear_leftovers(target.parent)
+    (target.parent / ".0123456789abcdef.partial").touch()
+    clear_leftovers(target.parent, r"step-\d{8}")
     assert list(target.parent.iterdir()) == [target]
     load_checkpoint(target)
+
+
+@pytest.mark.parametrize("folders", ["", "export", r"step-\d{8}"])
+def test_what_only_looks_like_a_leftover_is_left_alone(tmp_path, folders):
+    (tmp_path / "old").mkdir()
+    for name in (".thesis.partial", ".old.replaced", ".fedcba9876543210.partial", ".step-1.partial"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "keep").touch()
+    for name in (".holiday.mkv.partial", ".letter.replaced"):
+        (tmp_path / name).touch()
+    (tmp_path / ".0123456789abcdef.partial").symlink_to(tmp_path / "old")
+    before = sorted(tmp_path.rglob("*"))
+    clear_leftovers(tmp_path, folders)
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_an_export_over_the_remains_of_a_killed_one_succeeds(tmp_path, model):

@@ -217,7 +217,7 @@ def test_a_kill_before_any_call_while_writing_leaves_a_whole_checkpoint_and_noth
         was_killed = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
         assert exchanges <= step_folder(tmp_path, 1).exists()
         assert load_checkpoint(resolve_model(step_folder(tmp_path, 1))).config == tiny_config()  # a reader before that start
-        clear_leftovers(tmp_path / "checkpoints")  # as the next start does
+        clear_leftovers(tmp_path / "checkpoints", r"step-\d{8}")  # as the next start does
         assert load_checkpoint(step_folder(tmp_path, 1)).tensors["w"][0] in ((1.0, 2.0) if was_killed else (2.0,))
         assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
         if not was_killed:

@@ -1,5 +1,6 @@
 """A run that is stopped, killed or crashed goes on as if it had not been."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -146,6 +147,14 @@ def test_a_folder_in_use_is_refused_with_the_process_named_and_a_stale_claim_is_
     (tmp_path / "run" / "pid").write_text("1\n")
     with claim_run(tmp_path / "run", resume=False):
         assert (tmp_path / "run" / "pid").read_text() == f"{os.getpid()}\n"
+
+
+@pytest.mark.parametrize(("name", "is_own"), [("table.csv", False), (f"{'0a' * 16}.bin", True), (f".{'0a' * 8}.partial", True)])
+def test_a_new_run_begins_beside_the_data_of_a_killed_one_but_not_beside_those_of_others(tmp_path, name, is_own):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / name).touch()
+    with contextlib.nullcontext() if is_own else pytest.raises(UserError, match="not empty"), claim_run(tmp_path, resume=False):
+        pass
 
 
 def test_resuming_nothing_is_refused(tmp_path):
