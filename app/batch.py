@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from app.completion import MAX_TOGETHER, Completion, CompletionJob, Progress, run_together
-from app.ledger import Ledger, digest_of, key_of, open_ledger
+from app.ledger import LEDGER_NAME, Ledger, digest_of, key_of, open_ledger
 from app.messages import OUR_FAULT, plain_sentence
 from app.outputs import OutputNames, completion_paths, with_sidecar
 from app.recipe import Item
@@ -142,6 +142,7 @@ class Batch:
         Raises:
             ValueError: if nothing can be written to the folder.
         """
+        self._outputs.protect_sources([self._out / LEDGER_NAME])
         with open_ledger(self._out, resume=self._resume, force=self._force) as ledger:
             waiting: dict[int, list[_Task]] = {}  # of each model
             for row in self.rows:

@@ -1,13 +1,16 @@
 """What lies in a folder of results and what each result was made from, so that a call that was ended can go on.
 
 One JSON line for each name that is going to be written, and one when it is there with its SHA-256. A line comes to the disk
-before the file it allows, so that whatever a killed call left is known to be its own.
+before the file it allows, so that whatever a killed call left is known to be its own. A line begins with its own SHA-256;
+one that does not fit it was damaged, or written before lines had one, and is not believed.
 """
 
 import fcntl
 import hashlib
 import json
 import os
+import re
+import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +20,8 @@ from core.errors import shown
 from core.folder import clear_leftovers
 
 LEDGER_NAME = "ledger.jsonl"
+_BEGINS = b'{"line_sha256": "'
+_OWN_LINE = re.compile(_BEGINS + rb'|\{"name": ".*", "key": "[0-9a-f]{64}"')  # the second as older ledgers have them
 
 
 def digest_of(content: Path | bytes) -> str:
@@ -59,13 +64,16 @@ class Ledger:
         """Notes that the result `name` is going to be written to `paths`.
 
         Raises:
-            ValueError: if one of them exists and is not an unfinished result of the same key, unless it may be overwritten.
+            ValueError: if one of them exists and is not an unfinished result of the same key, unless it may be overwritten, or if
+            the disk is full.
         """
         is_own = self._resume and self._lines.get(name, {}).get("key") == key
         for path in paths:
             if path.exists() and not (self._force or is_own):
                 instead = (
-                    "it was made with other settings or from another file; " if self._resume else "--resume goes on with it, "
+                    f"it was made with other settings or from another file, or {LEDGER_NAME} was damaged; "
+                    if self._resume
+                    else "--resume goes on with it, "
                 )
                 raise ValueError(f"{shown(path)} exists; {instead}--force overwrites it, or choose another folder")
         self._write({"name": name, "key": key})
@@ -79,20 +87,39 @@ class Ledger:
         return path.is_file() and digest_of(path) == digest
 
     def _read(self) -> None:
-        content = (self._folder / LEDGER_NAME).read_bytes()
-        for line in content.splitlines():
-            try:
-                entry = json.loads(line)
-                self._lines[entry["name"]] = entry
-            except (ValueError, KeyError, TypeError):
-                continue  # cut by a kill
+        with open(self._descriptor, "rb", closefd=False) as file:
+            content = file.read()
+        lines = content.splitlines()
+        # A kill may have cut the very first line.
+        if not any(map(_OWN_LINE.match, lines)) and not _BEGINS.startswith(content[: len(_BEGINS)]):
+            raise ValueError(
+                f"{shown(self._folder / LEDGER_NAME)} is not from here and is not written to; choose another folder with --out"
+            )
+        self._lines = {entry["name"]: entry for entry in map(_entry_or_none, lines) if entry is not None}
         if content and not content.endswith(b"\n"):
             os.write(self._descriptor, b"\n")
 
     def _write(self, line: dict[str, Any]) -> None:
+        content = json.dumps({"line_sha256": key_of(line), **line}).encode() + b"\n"
+        num_before = os.fstat(self._descriptor).st_size
+        try:
+            while content:  # a disk that is nearly full takes a part
+                content = content[os.write(self._descriptor, content) :]
+            os.fsync(self._descriptor)
+        except OSError as error:
+            os.ftruncate(self._descriptor, num_before)
+            name = shown(self._folder / LEDGER_NAME)
+            raise ValueError(f"{name} could not be written ({error.strerror}); make room or choose another folder") from None
         self._lines[line["name"]] = line
-        os.write(self._descriptor, json.dumps(line).encode() + b"\n")
-        os.fsync(self._descriptor)
+
+
+def _entry_or_none(line: bytes) -> dict[str, Any] | None:
+    """What a line says; None if it is not as it was written."""
+    try:
+        entry = json.loads(line)
+        return entry if entry.pop("line_sha256") == key_of(entry) else None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
 
 
 @contextmanager
@@ -100,18 +127,22 @@ def open_ledger(folder: Path, *, resume: bool, force: bool) -> Iterator[Ledger]:
     """The ledger of a folder, which is made if need be; the folder belongs to this process until the block ends.
 
     Raises:
-        ValueError: if the folder cannot be made or written to, or another process writes there.
+        ValueError: if the folder cannot be made or written to, has another's ledger.jsonl, or another process writes there.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder / LEDGER_NAME, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        # Without O_NONBLOCK, opening a FIFO could wait for ever.
+        descriptor = os.open(folder / LEDGER_NAME, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK, 0o666)
     except OSError as error:
         raise ValueError(f"{shown(folder)} is no folder to write to ({error.strerror}); choose another with --out") from None
     try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise ValueError(f"{shown(folder / LEDGER_NAME)} is a device or a pipe; choose another folder with --out")
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        ledger = Ledger(folder, descriptor, resume=resume, force=force)
         if resume:
             clear_leftovers(folder)
-        yield Ledger(folder, descriptor, resume=resume, force=force)
+        yield ledger
     except BlockingIOError:
         raise ValueError(f"another process writes to {shown(folder)}; wait for it or choose another folder") from None
     finally:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from app.exports import export_score
-from app.ledger import Ledger, digest_of, key_of, open_ledger
+from app.ledger import LEDGER_NAME, Ledger, digest_of, key_of, open_ledger
 from app.messages import Failure, plain_sentence
 from app.outputs import OutputNames, score_paths
 from app.service import FileScore, Service
@@ -54,6 +54,7 @@ def score_into(
         ValueError: if nothing can be written to the folder.
     """
     outputs = OutputNames(files)
+    outputs.protect_sources([out / LEDGER_NAME])
     with open_ledger(out, resume=resume, force=force) as ledger:
         entries = [_Entry(service, file, score_paths(out, stem), options) for file, stem in outputs.stems()]
         early = [entry.begin(ledger, outputs) for entry in entries]

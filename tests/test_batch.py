@@ -181,6 +181,89 @@ def test_a_cut_last_line_of_the_ledger_costs_one_result_at_most(service, make_te
     assert ready(items, service, out, resume=True).summary.skipped == 2
 
 
+FACTS = {"bits_per_byte": 1.3969, "made_by": ["a", "b"]}
+
+
+def a_ledger(folder: Path) -> Path:
+    """A ledger of one result, of the key "k"."""
+    (folder / "a").write_bytes(b"made")
+    with open_ledger(folder, resume=False, force=True) as ledger:
+        ledger.claim("a", "k", [folder / "a"])
+        ledger.finish("a", "k", [folder / "a"], FACTS)
+    return folder / LEDGER_NAME
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda line: line.replace(b"1.3969", b"5.3969"),
+        lambda line: line.replace(b"made_by", b"made_bz"),
+        lambda line: line.replace(b'"facts"', b'"fact5"'),
+        lambda line: line.replace(b"1.3969", b"1e9999"),
+        lambda line: line[:-40],
+        lambda line: line[line.index(b'"name"') :].replace(b'"name"', b'{"name"'),  # as older ledgers have them
+        lambda line: b"[" * 200_000,
+        lambda line: b"[1]",
+    ],
+)
+def test_a_line_of_the_ledger_that_is_not_as_it_was_written_is_not_believed(tmp_path, damage):
+    ledger = a_ledger(tmp_path)
+    with open_ledger(tmp_path, resume=True, force=False) as opened:
+        assert opened.finished("a", "k") == FACTS
+    first, second, _ = ledger.read_bytes().split(b"\n")
+    ledger.write_bytes(b"\n".join((first, damage(second), b"")))
+    with open_ledger(tmp_path, resume=True, force=False) as opened:
+        assert opened.finished("a", "k") is None
+        opened.claim("a", "k", [tmp_path / "a"])  # the first line says that it may be made again
+
+
+@pytest.mark.parametrize("content", [b'{"my":"own notes"}\n', b'{"name": "Bob"}', b"\0" * 50])
+@pytest.mark.parametrize("force", [False, True])
+def test_a_file_of_somebody_else_is_not_written_to_as_a_ledger(cli, make_text, tmp_path, content, force):
+    (tmp_path / "out").mkdir()
+    other = tmp_path / "out" / LEDGER_NAME
+    other.write_bytes(content)
+    for verb, files in (("generate", [make_text()]), ("score", [make_text()]), ("score", [other])):
+        exit_code, out, err = cli(verb, *files, "--out", tmp_path / "out", *(["--force"] if force else []))
+        assert (exit_code, len(out), len(err)) == (1, 0, 1)
+        assert "choose another folder" in err[0]
+    assert other.read_bytes() == content
+
+
+@pytest.mark.parametrize("verb", ["score", "generate"])
+def test_the_ledger_is_not_one_of_the_files_given(cli, tmp_path, verb):
+    before = a_ledger(tmp_path).read_bytes()
+    exit_code, _, [said] = cli(verb, tmp_path / LEDGER_NAME, "--out", tmp_path)
+    assert (exit_code, "is one of the files given" in said) == (1, True)
+    assert (tmp_path / LEDGER_NAME).read_bytes() == before
+
+
+def test_a_pipe_is_no_ledger(cli, make_text, tmp_path):
+    os.mkfifo(tmp_path / LEDGER_NAME)
+    exit_code, _, [said] = cli("score", make_text(), "--out", tmp_path)
+    assert (exit_code, f"{LEDGER_NAME} is a device or a pipe" in said) == (1, True)
+
+
+@pytest.mark.parametrize("num_left", [0, 30])
+def test_a_line_that_the_disk_takes_a_part_of_is_taken_back(tmp_path, monkeypatch, num_left):
+    before, write, left = a_ledger(tmp_path).read_bytes(), os.write, [num_left]
+
+    def write_a_part(descriptor, content):
+        if not left:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(descriptor, content[: left.pop()])
+
+    with open_ledger(tmp_path, resume=True, force=False) as ledger:
+        monkeypatch.setattr(os, "write", write_a_part)
+        with pytest.raises(ValueError, match=r"could not be written \(No space left on device\); make room"):
+            ledger.claim("b", "k", [tmp_path / "b"])
+        assert (tmp_path / LEDGER_NAME).read_bytes() == before
+        left[:] = [10_000, 7]  # slow, but there is room
+        ledger.claim("b", "k", [tmp_path / "b"])
+    lines = (tmp_path / LEDGER_NAME).read_bytes().splitlines()
+    assert [json.loads(line)["name"] for line in lines] == ["a", "a", "b"]
+
+
 def test_a_folder_belongs_to_one_process_at_a_time(tmp_path):
     with (
         open_ledger(tmp_path, resume=False, force=False),
