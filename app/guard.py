@@ -15,6 +15,8 @@ from anyio import to_thread
 from app.uploads import leftovers_removed, make_room
 
 MAX_BODY_BYTES = 16 << 20  # of a call; files come by themselves
+MAX_VALUES = 100_000  # of a call; each takes Gradio a hundred bytes and a microsecond or more
+MAX_CANCEL_BYTES = 4096
 MAX_CACHE_BYTES = 4 << 30  # of uploads and of the copies that the page shows
 UPLOAD_ROUTE = "/gradio_api/upload"
 CANCEL_ROUTES = ("/gradio_api/cancel", "/gradio_api/reset")  # some clients know the name of their event for the second only
@@ -107,42 +109,73 @@ class Guard:
         with leftovers_removed():
             await self._hand_on(scope, counted, send)
 
-    async def _is_cancelled(self, event: Any, endpoint: Any) -> bool:
-        if not isinstance(event, str):
-            return False
-        return await to_thread.run_sync(self._cancel, event, endpoint if isinstance(endpoint, int) else None)
+    async def _is_cancelled(self, said: Any) -> bool:
+        """Whether what a client gives up was ours to end.
+
+        Raises:
+            _RefusalError: if it says nothing that Gradio understands.
+        """
+        if not isinstance(said, dict) or not isinstance(event := said.get("event_id"), str):
+            raise _RefusalError(400, "a call is given up by its event_id")
+        endpoint, session = said.get("fn_index"), said.get("session_hash")
+        if not isinstance(endpoint, int | None) or not isinstance(session, str | None):
+            raise _RefusalError(400, "fn_index is a number and session_hash a text")
+        return await to_thread.run_sync(self._cancel, event, endpoint)
 
     async def _check_body(self, scope: Message, receive: Receive, send: Send, is_cancel: bool) -> None:
-        messages, num_bytes, has_more = [], 0, True
+        body, most, has_more = bytearray(), MAX_CANCEL_BYTES if is_cancel else self._max_body_bytes, True
         while has_more:
-            messages.append(await receive())
-            num_bytes += len(messages[-1].get("body", b""))
-            has_more = messages[-1].get("more_body", False)
-            if num_bytes > self._max_body_bytes:
-                most = f"{self._max_body_bytes >> 20} MB"
-                await _refuse(send, 413, f"a call of more than {most} is not read; send long texts as files")
+            message = await receive()
+            body += message.get("body", b"")
+            has_more = message.get("more_body", False)
+            if len(body) > most:
+                size = f"{most >> 20} MB" if most >> 20 else f"{most} bytes"
+                await _refuse(send, 413, f"a call of more than {size} is not read; send long texts as files")
                 return
-        value = _read_json(b"".join(message.get("body", b"") for message in messages))
-        if _names_an_address(value):
-            await _refuse(send, 400, "files of other machines are not fetched; upload the file instead")
+        content = bytes(body)
+        try:
+            value = await to_thread.run_sync(_read_json, content)
+            if is_cancel and await self._is_cancelled(value):
+                await _answer(send, 200, {"success": True})
+                return
+        except _RefusalError as error:
+            await _refuse(send, error.status, error.sentence)
             return
-        if is_cancel and isinstance(value, dict) and await self._is_cancelled(value.get("event_id"), value.get("fn_index")):
-            await _answer(send, 200, {"success": True})
-            return
-        messages.reverse()
+        arrived = [{"type": "http.request", "body": content, "more_body": False}]
 
         async def replay() -> Message:
-            return messages.pop() if messages else await receive()
+            return arrived.pop() if arrived else await receive()
 
         await self._hand_on(scope, replay, send)
 
 
 def _read_json(body: bytes) -> Any:
-    """The value of a JSON body; None for what is none, which Gradio answers."""
+    """The value of a JSON body; None for what is none, which Gradio answers.
+
+    Raises:
+        _RefusalError: if it has too many values, or names files of other machines.
+    """
+    if _count_values(body) > MAX_VALUES:
+        raise _RefusalError(413, f"a call of more than {MAX_VALUES} values is not read; send long texts as files")
     try:
-        return json.loads(body)
+        value = json.loads(body)
     except (ValueError, RecursionError):
         return None
+    if _names_an_address(value):
+        raise _RefusalError(400, "files of other machines are not fetched; upload the file instead")
+    return value
+
+
+def _count_values(body: bytes) -> int:
+    """How many values JSON has, or more, without reading it: brackets and commas outside of strings, and strings."""
+    if b"\0" in body:  # UTF-16 and UTF-32, whose quotes and backslashes stand elsewhere
+        return len(body)
+    plain = body.replace(b"\\\\", b"").replace(b'\\"', b"")
+    num_strings = plain.count(b'"') // 2
+    if num_strings > MAX_VALUES:
+        return num_strings
+    outside = b"".join(plain.split(b'"')[::2])
+    return num_strings + sum(map(outside.count, (b",", b"{", b"[")))
 
 
 def _names_an_address(value: Any) -> bool:

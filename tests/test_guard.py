@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import time
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -84,10 +85,15 @@ def test_a_cancelled_call_is_ended_here_or_handed_on(tmp_path, route):
     ours, unknown = (json.dumps({"event_id": event, "fn_index": 3}).encode() for event in ("ours", "unknown"))
     path = f"/gradio_api/{route}"
     assert answer(tmp_path, path, ours, cancel=cancel) == (200, b'{"success": true}')
-    for body in (unknown, b'{"event_id": ["ours"]}', b'["event_id"]', b"no JSON"):
-        assert answer(tmp_path, path, body, cancel=cancel) == (200, body)
-    assert answer(tmp_path, path, b'{"event_id": "other", "fn_index": [3]}', cancel=cancel)[0] == 200
+    assert answer(tmp_path, path, unknown, cancel=cancel) == (200, unknown)
+    assert answer(tmp_path, path, b'{"event_id": "other"}', cancel=cancel)[0] == 200
     assert heard == [("ours", 3), ("unknown", 3), ("other", None)]
+    wrong = [b'["event_id"]', b"no JSON", b"", b'{"event_id": ["ours"]}', b'{"event_id": NaN}', b'{"fn_index": 3}']
+    wrong += [b'{"event_id": "ours", "fn_index": %s}' % value for value in (b"[3]", b'"3"', b"1e400", b"3" * 5000, b"NaN")]
+    for body in (*wrong, b'{"event_id": "ours", "session_hash": 3}', b'{"event_id": "ours"%s}' % (b" " * 5000)):
+        status, said = answer(tmp_path, path, body, cancel=cancel)
+        assert (status in (400, 413), len(json.loads(said)["detail"]) > 10) == (True, True), body
+    assert len(heard) == 3
     assert answer(tmp_path, f"/gradio_api/call/{route}", ours, cancel=cancel) == (200, ours)
 
 
@@ -96,6 +102,34 @@ def test_a_body_is_read_up_to_its_limit_only(tmp_path):
     status, said = answer(tmp_path, "/call", b"x" * 500, b"x" * 525, b"never read", max_body_bytes=1024)
     assert status == 413
     assert b"send long texts as files" in said
+
+
+@pytest.mark.parametrize("size", [300_000, 5_300_000])
+def test_a_body_of_very_many_values_is_refused_before_it_is_read(tmp_path, size, monkeypatch):
+    """They take a hundred times the memory, and a minute of everybody's time."""
+    monkeypatch.setattr(json, "loads", lambda body: pytest.fail("it was read"))
+    objects = b",".join([b"{}"] * (size // 3))
+    for body in (b"[%s]" % objects, b"[" * size, b'""' * (size // 2), rb'{"\\":[%s]}' % objects):
+        status, said = answer(tmp_path, "/gradio_api/queue/join", body)
+        assert (status, b"send long texts as files" in said) == (413, True)
+    wide = '["\\"", ' + "{}, " * (size // 10) + "1]"
+    assert answer(tmp_path, "/gradio_api/queue/join", wide.encode("utf-16"))[0] == 413
+
+
+def test_what_a_text_holds_are_no_values(tmp_path):
+    for text in ('{[,"\\' * 500_000, ",\n" * 1_000_000, '\\",' * 500_000, "\0" * 10):
+        body = json.dumps({"data": [text, ""]}).encode()
+        assert answer(tmp_path, "/gradio_api/queue/join", body) == (200, body)
+
+
+def test_a_body_in_many_pieces_takes_no_more_memory_than_in_one(tmp_path):
+    tracemalloc.start()
+    try:
+        assert answer(tmp_path, "/gradio_api/queue/join", *[b"1"] * 20_000)[0] == 200
+        kept = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert kept < 10_000_000, kept
 
 
 def test_old_uploads_make_room_for_new_ones_and_young_ones_do_not(tmp_path):
