@@ -39,17 +39,21 @@ def add_job_endpoints(calls: Calls) -> None:
     def alternatives(job: str | None, sample: int | None, number: int | None, request: gr.Request) -> list[dict[str, Any]]:
         """The five likeliest bytes, with their probabilities, in place of new byte `number` of a sample of a job."""
         with refusals_shown(ENDPOINT_WORDS):
-            made = _sample(store.look(owner_of(request), job), sample)
-            found = made.job.alternatives(made.made, _number(made, number))
+            owner = owner_of(request)
+            made = _sample(store.look(owner, job), sample)
+            with store.brief(owner):
+                found = made.job.alternatives(made.made, _number(made, number))
         return [{"value": value, "probability": probability} for value, probability in found]
 
     def branch(job: str | None, sample: int | None, number: int | None, value: int | None, request: gr.Request) -> Iterator[Any]:
         """A sample of a job again up to new byte `number`, in whose place stands `value`, and what the model makes behind it."""
         with refusals_shown(ENDPOINT_WORDS):
-            made = _sample(store.look(owner_of(request), job), sample)
+            owner = owner_of(request)
+            made = _sample(store.look(owner, job), sample)
             if value is None or not 0 <= value <= 255:
                 raise UserError(f"value={value} must lie in 0..255")
-            branched = made.job.branched(made.made, _number(made, number), int(value))
+            with store.brief(owner):
+                branched = made.job.branched(made.made, _number(made, number), int(value))
             title = f"{made.title}, branch at byte {number:,}"
             view = yield from calls.finished(request, "branch", title, gallery_work(lambda: branched))
         yield answer_of(view)

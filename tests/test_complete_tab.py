@@ -5,19 +5,23 @@ import json
 import shutil
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import gradio as gr
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from waiting import wait_until
 
 from app import gallery as gallery_module
 from app.gallery import Gallery, Made, character_starts, gallery_work
+from app.job_endpoints import add_job_endpoints
 from app.jobs import JobLimits, JobStore
 from app.provenance import read_provenance, sidecar_of
 from app.service import Service
@@ -210,6 +214,27 @@ def test_a_place_leads_to_alternatives_and_to_a_branch_beside_the_sample(service
         with pytest.raises(gr.Error, match="no longer kept"):
             complete.found_sample(store, visitor, job_id, name)
     assert complete.found_sample(store, "me", view.id, made.id)[0] is branched
+
+
+def test_questions_about_samples_take_the_turns_of_their_owner_and_are_few_at_a_time(service, store):
+    endpoints = {}
+    add_job_endpoints(SimpleNamespace(store=store, add_endpoint=lambda name, answer, *_: endpoints.update({name: answer})))
+    [made] = completed(store, service, form(text="The lamp", num_bytes=8)).made
+    [view], lock = store.list("me"), service.model("text").lock
+    place = gr.EventData(None, {"id": made.id, "place": -1, "number": 0})
+    for ask in (
+        lambda: endpoints["alternatives"](view.id, 0, 0, SimpleNamespace(session_hash="me")),
+        lambda: complete.picked(store, "me", view.id, place),
+        lambda: complete.stepped(store, "me", view.id, place),
+    ):
+        with ThreadPoolExecutor(3) as pool:
+            with lock:
+                at_work = [pool.submit(ask) for _ in range(2)]
+                wait_until(lambda: len(lock._waiting) == 2)
+                assert [ticket.party for ticket in lock._waiting] == ["me", "me"]
+                with pytest.raises(gr.Error, match="2 of your questions are at work"):
+                    pool.submit(ask).result(timeout=2)
+            assert at_work[0].result() == at_work[1].result()
 
 
 def test_branches_keep_the_samples_whose_job_is_forgotten(service):

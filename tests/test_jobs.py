@@ -4,7 +4,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import pytest
@@ -14,6 +14,7 @@ from app.jobs import Job, JobLimits, JobStore, UnknownJobError
 from app.messages import OUR_FAULT
 from app.service import Service
 from app.tabs import likelihood
+from app.turns import party
 
 CANCEL_LIMIT_S = 1.0
 
@@ -212,6 +213,23 @@ def test_more_jobs_than_the_machine_takes_are_refused_in_words(clock):
     with pytest.raises(ValueError, match="as many as this machine takes"):
         store.submit("she", "score", "", endless)
     store.close()
+
+
+def test_brief_work_of_one_owner_is_bounded_and_takes_the_turns_of_its_owner(clock):
+    with closing(JobStore(JobLimits(max_brief=3, max_brief_of_owner=2), clock)) as store, ExitStack() as at_work:
+        for _ in range(2):
+            at_work.enter_context(store.brief("me"))
+        assert party.get() == "me"
+        with pytest.raises(ValueError, match="2 of your questions"), store.brief("me"):
+            pass
+        at_work.enter_context(store.brief("you"))
+        with pytest.raises(ValueError, match="more is asked of this machine"), store.brief("she"):
+            pass
+        at_work.close()
+        assert party.get(None) is None
+        assert not store._brief
+        with store.brief("me"):
+            pass
 
 
 def test_a_page_that_comes_back_finds_what_nobody_looks_at(store, clock):

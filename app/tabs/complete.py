@@ -14,7 +14,7 @@ from app.provenance import Provenance, read_provenance
 from app.service import CompletionJob, Service
 from app.settings import CompletionSettings
 from app.tabs.following import AT_ONCE, QUIET, JobLink
-from app.tabs.refusals import refusals_shown, reworded, without_path
+from app.tabs.refusals import refusals_shown, reworded, told, without_path
 from app.tabs.sources import model_choices, sample_buttons
 from app.views import cards, factory
 from core.errors import UserError
@@ -107,7 +107,8 @@ def build_tab(service: Service, store: JobStore, visitor: gr.BrowserState, arriv
     def move_cut(event: gr.EventData, *values: Any) -> list[Any]:
         """Another end of the prompt; the first bytes of a branch belong to the old one."""
         *values, _ = values
-        values[3] = int(event.offset)
+        with refusals_shown():
+            values[3] = told(event, "offset", int)
         return [*replan(service, request(*values)), values[3], ""]
 
     def submit(visitor: str, *values: Any) -> tuple[Any, ...]:
@@ -121,21 +122,18 @@ def build_tab(service: Service, store: JobStore, visitor: gr.BrowserState, arriv
         return job_id, job_id, NO_CHOICE
 
     def pick(visitor: str, job_id: str, event: gr.EventData) -> dict[str, Any]:
-        _, made = found_sample(store, visitor, job_id, event.id)
-        number = made.number_at(event.place)
-        if number is None:
-            raise gr.Error("Nothing new was made there; pick a place behind the kept part.", print_exception=False)
-        return choices_at(made, number)
+        return picked(store, visitor, job_id, event)
 
     def step(visitor: str, job_id: str, event: gr.EventData) -> dict[str, Any]:
-        _, made = found_sample(store, visitor, job_id, event.id)
-        return choices_at(made, int(event.number))
+        return stepped(store, visitor, job_id, event)
 
     def branch(visitor: str, job_id: str, event: gr.EventData) -> tuple[Any, ...]:
-        gallery, made = found_sample(store, visitor, job_id, event.id)
         with refusals_shown():
-            job = made.job.branched(made.made, int(event.number), int(event.value))
-            title = f"Branch at byte {int(event.number):,}"
+            gallery, made = found_sample(store, visitor, job_id, told(event, "id", str))
+            number = told(event, "number", int, highest=len(made.made) - 1)
+            with store.brief(visitor):
+                job = made.job.branched(made.made, number, told(event, "value", int, highest=255))
+            title = f"Branch at byte {number:,}"
             job_id = store.submit(visitor, KIND, title, gallery_work(lambda: job, title, gallery.made))
         if gallery.at_work:
             gr.Info("What was being made goes on; the Jobs tab shows it.")
@@ -287,6 +285,29 @@ def found_sample(store: JobStore, visitor: str, job_id: str, name: str) -> tuple
     if gallery is None or made is None:
         raise gr.Error("This sample is no longer kept on the server; make it again.", print_exception=False)
     return gallery, made
+
+
+def picked(store: JobStore, visitor: str, job_id: str, event: gr.EventData) -> dict[str, Any]:
+    """The choices at the place of a sample that an event of the results names.
+
+    Raises:
+        gr.Error: if there is no such sample or place, or the visitor has asked too much already.
+    """
+    with refusals_shown():
+        _, made = found_sample(store, visitor, job_id, told(event, "id", str))
+        with store.brief(visitor):
+            number = made.number_at(told(event, "place", float, lowest=-1))
+            if number is None:
+                raise UserError("Nothing new was made there; pick a place behind the kept part.")
+            return choices_at(made, number)
+
+
+def stepped(store: JobStore, visitor: str, job_id: str, event: gr.EventData) -> dict[str, Any]:
+    """The same for the number of a new byte, which an event of the choices names."""
+    with refusals_shown():
+        _, made = found_sample(store, visitor, job_id, told(event, "id", str))
+        with store.brief(visitor):
+            return choices_at(made, told(event, "number", int))
 
 
 def choices_at(made: Made, number: int) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """The Jobs tab: everything this browser has asked for, whether or not a page still shows it."""
 
+from contextlib import suppress
 from typing import Any
 
 import gradio as gr
@@ -7,6 +8,7 @@ import gradio as gr
 from app.jobs import JobStore, UnknownJobError
 from app.messages import duration
 from app.tabs.following import AT_ONCE
+from app.tabs.refusals import refusals_shown, told
 from app.views import factory
 
 REFRESH_EVERY_S = 1.0
@@ -21,15 +23,15 @@ def build_tab(store: JobStore, visitor: gr.BrowserState, tabs: gr.Tabs, tab: gr.
         return listed(store, visitor)
 
     def stop(visitor: str, event: gr.EventData) -> dict[str, Any]:
-        try:
-            store.stop(visitor, event.id)
-            store.look(visitor, event.id, wait_s=REFRESH_EVERY_S)
-        except UnknownJobError:
-            pass  # it is gone, as the list will show
+        with refusals_shown(), suppress(UnknownJobError):  # it is gone, as the list will show
+            job_id = told(event, "id", str)
+            store.stop(visitor, job_id)
+            store.look(visitor, job_id, wait_s=REFRESH_EVERY_S)
         return listed(store, visitor)
 
-    def refresh_if_open(event: gr.SelectData) -> gr.Timer:
-        return gr.Timer(active=event.value == tab.label)
+    def refresh_if_open(event: gr.EventData) -> gr.Timer:
+        with refusals_shown():
+            return gr.Timer(active=told(event, "value", str) == tab.label)
 
     tab.select(show, visitor, view, **AT_ONCE)
     tabs.select(refresh_if_open, None, timer, **AT_ONCE)

@@ -16,7 +16,7 @@ from app.messages import Failure
 from app.scoring import ReferenceSizes
 from app.service import FileScore, Service
 from app.tabs.following import AT_ONCE, QUIET, JobLink
-from app.tabs.refusals import ADAPT, STORED_FILE, refusals_shown, reworded
+from app.tabs.refusals import ADAPT, STORED_FILE, refusals_shown, reworded, told
 from app.tabs.sources import model_choices, sample_buttons, title_of
 from app.views import factory, score_values
 from core.errors import UserError
@@ -202,12 +202,10 @@ def export_steps(scored: Scored, event: gr.EventData) -> Iterator[Any]:
     Raises:
         gr.Error: if the scores are no longer kept, or if the event asks for what there is not.
     """
-    name, other_name, form, measure, palette = (
-        getattr(event, name, None) for name in ("id", "other", "form", "measure", "palette")
-    )
     with refusals_shown():
-        if not (isinstance(name, str) and isinstance(other_name, str)):
-            raise UserError("there is no such export; use the buttons above the views")
+        name, other_name, form, measure, palette = (
+            told(event, name, str) for name in ("id", "other", "form", "measure", "palette")
+        )
         wanted = Export(form, measure, palette)
         if name not in scored:
             raise UserError("these scores are no longer kept on the server; score the file again to export it")

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 import gradio as gr
 
@@ -14,6 +15,8 @@ ADAPT = "Adapt it to the model"
 # Sentences name options of the command line; on the page controls do the same, in the endpoints arguments.
 PAGE_WORDS = {"--bytes file": f"“{STORED_FILE}”", "--adapt": f"“{ADAPT}”"}
 ENDPOINT_WORDS = {"--bytes file": 'scored_as="file"', "--adapt": "adapt=True"}
+
+Told = TypeVar("Told", str, int, float)
 
 
 def reworded(sentence: str, words: Mapping[str, str] = PAGE_WORDS) -> str:
@@ -30,6 +33,20 @@ def refusals_shown(words: Mapping[str, str] = PAGE_WORDS) -> Iterator[None]:
         yield
     except (ValueError, OSError) as error:
         raise gr.Error(reworded(plain_sentence(error, None), words), print_exception=False) from None
+
+
+def told(event: gr.EventData, name: str, kind: type[Told], lowest: int = 0, highest: int = 2**53) -> Told:
+    """What an event of a view says: a text, or a number within bounds, cut to a whole one if `kind` is int.
+
+    Raises:
+        UserError: if it does not say that, as no view of this page does.
+    """
+    value = event._data.get(name) if isinstance(event._data, dict) else None
+    if kind is str and isinstance(value, str):
+        return value
+    if kind is not str and type(value) in (int, float) and lowest <= value <= highest:  # which NaN does not
+        return kind(value)
+    raise UserError("this is none of the page's own events; reload the page and try again")
 
 
 @contextmanager
