@@ -320,8 +320,8 @@ def _add_manners(parser: argparse.ArgumentParser) -> None:
 
 def _at_least_1(text: str) -> int:
     number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} must be at least 1")
+    if not 1 <= number < 2**31:
+        raise argparse.ArgumentTypeError(f"{number} must be at least 1 and less than 2^31")
     return number
 
 

@@ -144,13 +144,23 @@ def _add_completions(service: Service, calls: Calls) -> None:
             view = yield from calls.finished(request, "repeat", Path(file).name, work)
         yield answer_of(view)
 
-    def batch_plan(files: list[str] | None, recipe: str | None) -> dict[str, Any]:
+    def batch_plan(files: list[str] | None, recipe: str | None, request: gr.Request) -> Iterator[Any]:
         """What a recipe would make of some files, and about how long it takes; names and patterns are those of the files."""
         with refusals_shown(ENDPOINT_WORDS):
-            planned = Batch(service, batch.read_form(files, recipe or ""), Path())
-            rows = [row.to_dict() | {"plan": row.says, "estimate_seconds": row.estimate_seconds} for row in planned.plan()]
-        names = [row.item.source.name if row.item.source else None for row in planned.rows]
-        return {"items": [row | {"source": name} for row, name in zip(rows, names, strict=True)]}
+            items = batch.read_form(files, recipe or "")
+
+            def work(job: Job) -> Answer:
+                planned = []
+                for row in Batch(service, items, Path()).plan():
+                    job.report(None)
+                    name = row.item.source.name if row.item.source else None
+                    told = {"source": name, "plan": row.says, "estimate_seconds": row.estimate_seconds}
+                    planned.append(row.to_dict() | told)
+                return Answer((), {"items": planned})
+
+            title = title_of([batch_values.name_of(item) for item in items])
+            view = yield from calls.finished(request, "batch_plan", title, work)
+        yield view.result.facts
 
     def run_batch(files: list[str] | None, recipe: str | None, request: gr.Request) -> Iterator[Any]:
         """A zip file with everything that a recipe makes of some files, and the facts of each sample and each failure."""

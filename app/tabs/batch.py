@@ -1,5 +1,7 @@
 """The Batch tab: many files and a recipe, the plan and its cost first, then a table with the state of each."""
 
+import secrets
+import time
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -23,6 +25,7 @@ from core.codecs import atomic_file
 
 KIND = "batch"
 MAX_ITEMS = 1000
+GIVE_EVERY_S = 0.2
 RECIPE = """\
 # One table a group of files.
 # More settings: num_bytes,
@@ -73,9 +76,14 @@ def build_tab(service: Service, store: JobStore, visitor: gr.BrowserState, arriv
     def show(view: JobView) -> tuple[Any, Any, dict[str, Any]]:
         return gr.update(interactive=not view.is_running), gr.update(interactive=view.is_running), shown(view)
 
+    def plan(_: str, files: list[str] | None, recipe: str) -> Iterator[Any]:
+        yield from preview(service, files, recipe)
+
+    changed = gr.State("")  # another text whenever the form is another, so that the plan of the old one ends
+    planning = changed.change(plan, [changed, files, recipe], table, trigger_mode="multiple", **QUIET)
     gr.on(
-        [files.change, recipe.change], lambda *form: preview(service, *form), [files, recipe], table,
-        trigger_mode="always_last", **QUIET,
+        [files.change, recipe.change], lambda: secrets.token_hex(4), None, changed, cancels=[planning],
+        trigger_mode="multiple", **AT_ONCE,
     )  # fmt: skip
     following = link.follow(lambda: show, [start, stop, table])
     link.remember(start.click(submit, [visitor, files, recipe], link.outputs, cancels=[following], **AT_ONCE))
@@ -95,18 +103,25 @@ def read_form(files: list[str] | None, recipe: str) -> list[Item]:
     return items
 
 
-def preview(service: Service, files: list[str] | None, recipe: str) -> dict[str, Any]:
-    """The plan of a form that was changed; what is wrong with it is a part of it here."""
+def preview(service: Service, files: list[str] | None, recipe: str) -> Iterator[Any]:
+    """The plan of a form that was changed; what is wrong with it is a part of it here.
+
+    Until it is there, nothing new is given now and then, where whoever does not want it any more may let it go.
+    """
     if not files and "text" not in recipe:
-        return EMPTY
+        yield EMPTY
+        return
     try:
         with refusals_shown():
             batch = Batch(service, read_form(files, recipe), Path("results"))
+            given = time.monotonic()
             for _ in batch.plan():
-                pass
-            return _worded(batch_values.plan(batch))
+                if time.monotonic() - given >= GIVE_EVERY_S:
+                    yield gr.skip()
+                    given = time.monotonic()
+            yield _worded(batch_values.plan(batch))
     except gr.Error as error:
-        return batch_values.message("This is no recipe yet", error.message)
+        yield batch_values.message("This is no recipe yet", error.message)
 
 
 def batch_work(service: Service, items: list[Item], recipe: str) -> Callable[[Job], Batch]:
