@@ -1,5 +1,6 @@
 """What the command line says: results on stdout, everything else on stderr, one line an event, nothing that moves a cursor."""
 
+import contextlib
 import json
 import logging
 import sys
@@ -21,8 +22,8 @@ def emit(line: str) -> None:
 
 
 def say(line: str) -> None:
-    """Prints something a person may want to know, above a progress bar if there is one."""
-    with tqdm.external_write_mode(file=sys.stderr):
+    """Prints something a person may want to know, above a progress bar if there is one; that nobody can read it stops no work."""
+    with contextlib.suppress(OSError), tqdm.external_write_mode(file=sys.stderr):
         print(shown(line), file=sys.stderr, flush=True)
 
 

@@ -1,6 +1,7 @@
 """Files cut short: exactly what their bytes say, at every length, and never an error that is not a sentence."""
 
 import io
+import os
 import random
 import struct
 import tracemalloc
@@ -119,6 +120,19 @@ def test_a_cut_progressive_jpeg_is_said_to_be_coarse(tmp_path):
     part = read_part(tmp_path, content[: len(content) * 3 // 4])
     assert part.known is None
     assert any("coarse" in note for note in part.notes)
+
+
+def test_a_cut_jpeg_that_is_mostly_comments_costs_no_memory(tmp_path):
+    content = encoded(IMAGES["noise"], "JPEG")
+    path = tmp_path / "long.jpg"
+    path.write_bytes(content[: len(content) // 2])
+    os.truncate(path, (32 << 20) + 1)
+    tracemalloc.start()
+    with pytest.raises(UserError, match="at most 33,554,432 are read"):
+        read_partial(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1 << 24
 
 
 def test_how_far_the_file_reaches_is_said(tmp_path):

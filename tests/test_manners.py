@@ -106,6 +106,13 @@ def test_results_that_cannot_be_printed_are_one_sentence(tiny_models, make_text)
     assert done.stderr == "error: No space left on device\n"
 
 
+def test_complaints_that_cannot_be_printed_stop_no_work(tiny_models, make_text):
+    with open("/dev/full", "w") as full:
+        done = start(tiny_models, "score", "/nonexistent", make_text(), stdout=subprocess.PIPE, stderr=full)
+    assert done.returncode == 1
+    assert "bits/byte" in done.stdout
+
+
 def test_a_full_disk_costs_no_older_result(tiny_models, make_text, tmp_path):
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))

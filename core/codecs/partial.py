@@ -15,7 +15,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from core.codecs.files import FileKind
+from core.codecs.files import FileKind, require_size
 from core.codecs.image import (
     OFFER,
     DamagedPictureError,
@@ -29,6 +29,7 @@ from core.codecs.image import (
 from core.errors import UserError
 
 MAX_CUT_PIXELS = 16_000_000  # a mended file and its picture are in memory at once, of a JPEG two pictures
+_MAX_JPEG_BYTES = 32 << 20  # it is in memory several times; more than those pixels need, and the rest would be comments
 _PIECE_BYTES = 1 << 16
 _HEAD_BYTES = 1 << 14  # before the pixels of a BMP or PPM
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -175,6 +176,7 @@ def _read_ppm(file: BinaryIO, name: str, kind: FileKind) -> Picture:
 
 
 def _read_jpeg(file: BinaryIO, name: str, kind: FileKind) -> Picture:
+    require_size(file, name, _MAX_JPEG_BYTES)
     content = file.read()
     width, height, sampling, is_coarse = _jpeg_frame(content)
     require_pixels(width, height, name, MAX_CUT_PIXELS)
