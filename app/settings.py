@@ -2,11 +2,11 @@
 
 import re
 from dataclasses import dataclass
-from math import isfinite
 
 MAX_NUM_BYTES = 1_000_000
 MAX_SAMPLES = 1000
 FRAMINGS = ("tiles", "fit")
+_SHOWN_BELOW = 10**40
 _HEX = re.compile("([0-9a-f]{2})*")
 
 
@@ -65,5 +65,6 @@ def _check_whole(name: str, value: object) -> None:
 
 
 def _check_range(name: str, value: float | None, lowest: int, highest: int) -> None:
-    if value is not None and not (isfinite(value) and lowest <= value <= highest):
-        raise ValueError(f"{name}={value} must lie in {lowest}..{highest}")
+    if value is not None and not lowest <= value <= highest:
+        given = f"{name}={value}" if isinstance(value, float) or abs(value) < _SHOWN_BELOW else f"{name} of so many digits"
+        raise ValueError(f"{given} must lie in {lowest}..{highest}")

@@ -392,7 +392,7 @@ def test_settings_out_of_range_are_refused_with_the_range(name, values):
 
 
 @pytest.mark.parametrize("name", ["keep", "keep_bytes", "num_bytes", "samples", "temperature", "top_k", "top_p", "seed"])
-@pytest.mark.parametrize("value", [10**400, -(10**400), 10**5000])
+@pytest.mark.parametrize("value", [10**400, -(10**400), 10**5000], ids=["long", "negative", "longest"])
 def test_a_number_of_hundreds_of_digits_is_refused_without_them(name, value):
     with pytest.raises(ValueError, match=f"^{name} of so many digits must lie in [0-9.]*$"):
         CompletionSettings(**{name: value})
