@@ -22,7 +22,7 @@ def submit(service: Service, store: JobStore, files: list[Path], recipe: str = b
 
 def test_the_plan_comes_first_with_its_cost_and_its_problems(service, make_png, make_text):
     files = [str(make_png()), str(make_text("b.txt", b"%PDF-1.7"))]
-    planned = batch.preview(service, files, batch.RECIPE)
+    *_, planned = batch.preview(service, files, batch.RECIPE)
     assert (planned["state"], planned["title"]) == ("plan", "1 item")
     assert planned["text"] == "96 bytes to make, about a second, 1 cannot be done"
     assert [(row["name"], row["state"]) for row in planned["rows"]] == [("picture.png", "planned"), ("b.txt", "failed")]
@@ -31,8 +31,16 @@ def test_the_plan_comes_first_with_its_cost_and_its_problems(service, make_png, 
 
 
 def test_a_half_written_recipe_is_no_error_message(service, make_text):
-    assert batch.preview(service, None, batch.RECIPE) == batch.EMPTY
-    assert "TOML" in batch.preview(service, [str(make_text())], "[[jobs]]\nfiles = ")["text"]
+    assert list(batch.preview(service, None, batch.RECIPE)) == [batch.EMPTY]
+    [said] = batch.preview(service, [str(make_text())], "[[jobs]]\nfiles = ")
+    assert "TOML" in said["text"]
+
+
+def test_a_long_plan_can_be_let_go_between_its_items(service, monkeypatch):
+    monkeypatch.setattr(batch, "GIVE_EVERY_S", 0.0)
+    steps = batch.preview(service, None, '[[jobs]]\ntext = "Once"\n' * 5)
+    assert [next(steps) for _ in range(5)] == [gr.skip()] * 5
+    assert next(steps)["title"] == "5 items"
 
 
 def test_too_much_for_a_page_is_refused(make_text):

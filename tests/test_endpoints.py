@@ -12,6 +12,7 @@ import time
 import urllib.error
 import urllib.request
 import zipfile
+from collections.abc import Iterator
 from contextvars import copy_context
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,8 +26,9 @@ from gradio_client.exceptions import AppError
 from page_server import free_port, wait_for_page
 from waiting import wait_until
 
+from app.batch import Batch, Row
 from app.calls import Calls, owner_of
-from app.endpoints import _scored, completion_form
+from app.endpoints import _add_completions, _scored, completion_form
 from app.exports import write_csv, write_png
 from app.jobs import STOPPED, Job
 from app.tabs.refusals import ENDPOINT_WORDS
@@ -185,6 +187,24 @@ def test_a_caller_who_goes_away_ends_the_job(store, monkeypatch):
     assert [job.state for job in store.list("mine")] == ["running"]
     answers.close()
     wait_until(lambda: [job.state for job in store.list("mine")] == ["stopped"])
+
+
+def test_a_batch_plan_that_nobody_waits_for_ends(service, store, monkeypatch):
+    def slow_plan(batch: Batch) -> Iterator[Row]:
+        for row in itertools.islice(itertools.cycle(batch.rows), 2000):
+            time.sleep(0.001)
+            yield row
+
+    monkeypatch.setattr(Batch, "plan", slow_plan)
+    monkeypatch.setattr("app.calls._LOOK_EVERY_S", 0.01)
+    endpoints, calls = {}, Calls(store)
+    monkeypatch.setattr(calls, "add_endpoint", lambda name, answer, *_: endpoints.update({name: answer}))
+    _add_completions(service, calls)
+    answers = endpoints["batch_plan"](None, RECIPE.replace("files", "text"), SimpleNamespace(session_hash="mine"))
+    next(answers)
+    assert [job.state for job in store.list("mine")] == ["running"]
+    answers.close()
+    wait_until(lambda: [job.state for job in store.list("mine")] == ["stopped"], limit_s=1.0)
 
 
 def test_a_score_that_a_script_asked_for_can_be_stopped(service, store, make_text):
