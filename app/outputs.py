@@ -1,5 +1,6 @@
 """Files that results are written to: names that stay inside their folder, never collide and overwrite no source."""
 
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -15,7 +16,7 @@ class OutputNames:
 
     def __init__(self, sources: Sequence[Path | None]) -> None:
         self._sources = sources
-        self._source_files = {source.resolve() for source in sources if source is not None}
+        self._source_files = {os.path.realpath(source) for source in sources if source is not None}
 
     def stems(self) -> Iterator[tuple[Path | None, str]]:
         """Each source with the name, without suffix, of its results; no two names are equal."""
@@ -36,7 +37,7 @@ class OutputNames:
             ValueError: if one of the files must not be written.
         """
         for path in paths:
-            if path.resolve() in self._source_files:
+            if os.path.realpath(path) in self._source_files:
                 raise ValueError(f"{shown(path)} is one of the files given and is not overwritten; choose another folder")
 
 

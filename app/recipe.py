@@ -29,6 +29,7 @@ from core.errors import shown
 _SETTINGS = typing.get_type_hints(CompletionSettings)
 _WORDS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", list: "a list"}
 MAX_ITEMS = 100_000
+MAX_RECIPE_BYTES = 16 * 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +97,8 @@ class _Job:
         patterns = [given] if isinstance(given, str) else given
         if not (isinstance(patterns, list) and patterns and all(isinstance(each, str) and each for each in patterns)):
             raise ValueError("files must be a name or a pattern, or a list of them")
+        if any("\0" in each for each in patterns):
+            raise ValueError("files holds a zero byte, which no name has; leave it out")
         return patterns
 
 
@@ -103,11 +106,14 @@ def read_recipe(path: Path) -> str:
     """The text of a recipe's file.
 
     Raises:
-        ValueError: if it is no text.
-        OSError: if it cannot be read.
+        ValueError: if it is no text, or cannot be read.
     """
+    from core.codecs.files import open_regular, require_size
+
     try:
-        return path.read_text(encoding="utf-8")
+        with open_regular(path) as file:
+            require_size(file, shown(path), MAX_RECIPE_BYTES)
+            return file.read(MAX_RECIPE_BYTES).decode()
     except UnicodeDecodeError:
         raise ValueError(f"{shown(path)} is no text in UTF-8; a recipe is a TOML file") from None
 
@@ -126,6 +132,8 @@ def parse_recipe(text: str, find: Callable[[str], list[Path]]) -> list[Item]:
         recipe = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"the recipe is no TOML: {error}") from None
+    except (ValueError, RecursionError):
+        raise ValueError("the recipe has a number of too many digits, or brackets in brackets too often; leave it out") from None
     defaults, tables = recipe.pop("defaults", {}), recipe.pop("jobs", None)
     if recipe:
         raise ValueError(f"{next(iter(recipe))} is no part of a recipe; it has [defaults] and a [[jobs]] table for each job")

@@ -205,6 +205,8 @@ def _describe(folder: Path) -> ModelInfo:
     checkpoint = load_checkpoint(folder, averaged=True)
     config, card = checkpoint.config, checkpoint.card
     measured = card.get("bits_per_byte", {})
+    if not (_is_measured(measured) and all(isinstance(card.get(name, ""), str) for name in ("name", "data"))):
+        raise UserError(f"the card of {folder} is damaged: it needs texts, and a number for each rate; export the model anew")
     return ModelInfo(
         name=card.get("name", config.name),
         modality=config.codec.modality,
@@ -218,6 +220,13 @@ def _describe(folder: Path) -> ModelInfo:
         patch_size=config.model.patch_size,
         path=folder,
     )
+
+
+def _is_measured(rates: Any) -> bool:
+    """Whether each entry of a card's rates, by their split, has a number."""
+    entries = rates.values() if isinstance(rates, dict) else [None]
+    values = [entry.get("value") if isinstance(entry, dict) else None for entry in entries]
+    return all(type(value) in (int, float) and 0 <= value < 1e9 for value in values)
 
 
 def _codec_in_words(config: CodecConfig) -> str:

@@ -1,10 +1,11 @@
 """Recipes: what they mean, and that a mistake in one job is said in that job alone."""
 
+import os
 from pathlib import Path
 
 import pytest
 
-from app.recipe import parse_recipe
+from app.recipe import parse_recipe, read_recipe
 from app.settings import CompletionSettings
 from app.sources import find_files
 
@@ -50,6 +51,7 @@ def test_defaults_hold_unless_a_job_says_otherwise():
         ("files = []", "files must be"),
         ("files = [1]", "files must be"),
         ('files = "a"\ntext = "b"', "exclude each other"),
+        (r'files = "a\u0000b"', "zero byte"),
         ('files = "*.none"', "no file fits"),
     ],
 )
@@ -67,8 +69,28 @@ def test_a_mistake_is_one_sentence_of_its_job(job, words):
         ("[[job]]", "job is no part"),
         ("[[jobs]]\n[[jobs", "no TOML"),
         ("[defaults]\nfiles = 'a'\n[[jobs]]", "without files"),
+        ("a = " + "[" * 3000, "too often; leave it out"),
+        ("[[jobs]]\nseed = " + "1" * 5000, "the recipe has a number of too many digits"),
     ],
+    ids=lambda value: value[:20],
 )
 def test_what_is_no_recipe_is_refused(text, words):
     with pytest.raises(ValueError, match=words):
         items(text)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (os.mkfifo, "device or a pipe"),
+        (lambda path: path.symlink_to("/dev/zero"), "device or a pipe"),
+        (lambda path: path.mkdir(), "is a folder"),
+        (lambda path: path.symlink_to(path), "could not be read"),
+        (lambda path: path.write_bytes(b"\xff"), "no text in UTF-8"),
+        (lambda path: path.touch() or os.truncate(path, 1 << 40), "at most 16,777,216 are read"),
+    ],
+)
+def test_a_recipe_is_an_ordinary_file_of_text(tmp_path, make, words):
+    make(tmp_path / "recipe")
+    with pytest.raises(ValueError, match=words):
+        read_recipe(tmp_path / "recipe")

@@ -77,6 +77,15 @@ def test_a_file_that_goes_while_it_is_listed_is_one_sentence(cli, make_text, mon
     assert err == [f"error: {paths[1]}: the file does not exist; check the name"]
 
 
+@pytest.mark.parametrize("verb", ["score", "generate"])
+def test_links_in_a_circle_cost_the_other_files_nothing(cli, make_text, tmp_path, verb):
+    for one, other in ("ab", "ba"):
+        (tmp_path / one).symlink_to(tmp_path / other)
+    exit_code, out, err = cli(verb, tmp_path / "a", make_text(), "--out", tmp_path / "out", "--json")
+    assert (exit_code, len(err), "could not be read" in err[0]) == (1, 1, True)
+    assert json.loads(out[0])[{"score": "file", "generate": "source"}[verb]] == str(tmp_path / "text.txt")
+
+
 def start(weights: Path, *arguments, **options) -> subprocess.CompletedProcess:
     """A call in a process of its own."""
     return subprocess.run(command_line(weights, *arguments), cwd=ROOT, timeout=60, text=True, **options)

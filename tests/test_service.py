@@ -51,6 +51,24 @@ def run(job):
 
 
 class TestModels:
+    @pytest.mark.parametrize(
+        "odd",
+        [
+            {"bits_per_byte": odd}
+            for odd in ("8", [8], None, {"test": 8}, {"test": {}}, {"test": {"value": None}}, {"test": {"value": "8"}})
+        ]
+        + [{"name": 3}, {"data": None}],
+    )
+    def test_a_card_that_says_odd_things_is_refused_and_stops_no_other(self, tiny_models, tmp_path, odd):
+        weights = tmp_path / "weights"
+        for name, card in (("odd", odd), ("whole", {"bits_per_byte": {"valid": {"value": 8.5}}})):
+            model = core.models.build_model(TINY_CONFIGS["text"])
+            export_model(weights / name, TINY_CONFIGS["text"], model_tensors(model), card)
+        service = Service(weights=weights, runs=tmp_path)
+        assert [info.path.name for info in service.models()] == ["whole"]
+        with pytest.raises(UserError, match=r"card of .*odd is damaged"):
+            service.model_info("odd")
+
     @pytest.mark.parametrize(("width", "height", "name"), [(16, 16, "image64"), (40, 20, "image64"), (40, 15, "image32")])
     def test_a_picture_is_read_by_the_largest_model_that_is_no_larger(self, tiny_models, make_png, tmp_path, width, height, name):
         weights = tmp_path / "weights"
