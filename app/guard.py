@@ -1,9 +1,10 @@
-"""What is refused before Gradio looks at it: bodies that are too large, files on other machines, uploads without room.
+"""What is refused before Gradio looks at it: other sites, routes without a use here, large bodies, uploads without room.
 
 Gradio reads a body of any size into memory, fetches files that are named by an address, and keeps uploads until they are old.
 Which calls are cancelled is heard here too, because Gradio does not tell those at work.
 """
 
+import contextlib
 import json
 import re
 from collections.abc import Awaitable, Callable, MutableMapping
@@ -18,6 +19,17 @@ MAX_BODY_BYTES = 16 << 20  # of a call; files come by themselves
 MAX_VALUES = 100_000  # of a call; each takes Gradio a hundred bytes and a microsecond or more
 MAX_CANCEL_BYTES = 4096
 MAX_CACHE_BYTES = 4 << 30  # of uploads and of the copies that the page shows
+LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
+# What the page, its scripts and gradio_client ask for; Gradio has more, which write files, never end or fail aloud.
+ROUTES = {
+    "GET": re.compile(
+        r"|/config|/theme\.css|/robots\.txt|/favicon\.ico|/manifest\.json|/pwa_icon(/[^/]+)?|/(static|assets)/.*|/gradio_api/("
+        r"info|openapi\.json|app_id|login_check|startup-events|theme\.css|upload_progress|queue/(data|status)|heartbeat/[^/]+"
+        r"|call/(v2/)?[^/]+/[^/]+|file=.*)",
+        re.DOTALL,
+    ),
+    "POST": re.compile(r"/gradio_api/(queue/join|upload|cancel|reset|run/predict|call/(v2/)?[^/]+)"),
+}
 UPLOAD_ROUTE = "/gradio_api/upload"
 CANCEL_ROUTES = ("/gradio_api/cancel", "/gradio_api/reset")  # some clients know the name of their event for the second only
 _ADDRESS = re.compile(r"\s*[a-z][a-z0-9+.-]+://", re.IGNORECASE)
@@ -36,7 +48,10 @@ class _RefusalError(Exception):
 
 
 class Guard:
-    """ASGI middleware around the page's server; `cache` is the folder of uploads, `cancel` that of `Calls`."""
+    """ASGI middleware around the page's server; `cache` is the folder of uploads, `cancel` that of `Calls`.
+
+    With `is_loopback` it answers to the names of this machine alone: one of another site may be made to lead here.
+    """
 
     def __init__(
         self,
@@ -45,6 +60,7 @@ class Guard:
         cancel: Callable[[str, int | None], bool],
         max_body_bytes: int = MAX_BODY_BYTES,
         max_cache_bytes: int = MAX_CACHE_BYTES,
+        is_loopback: bool = False,
     ) -> None:
         self._app = app
         self._cache = cache
@@ -52,19 +68,29 @@ class Guard:
         self._max_body_bytes = max_body_bytes
         self._max_cache_bytes = max_cache_bytes
         self._max_upload_bytes = max_cache_bytes // 4
+        self._is_loopback = is_loopback
         self._room = 0  # when the latest upload began, less all that has come since
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        path = scope["path"]
+        path, method, headers = scope["path"], scope["method"], dict(scope.get("headers", ()))
         route = path.removeprefix(scope.get("root_path", "")).rstrip("/")
-        if any(_is_address(path.partition(before)[2]) for before in ("/file=", "/file/", "/proxy=")):
+        host, origin = (headers[name].decode("latin-1").lower() if name in headers else None for name in (b"host", b"origin"))
+        if self._is_loopback and re.sub(r":\d+$", "", host or "") not in LOOPBACK:
+            await _refuse(
+                send, 403, "this page answers to the names of its own machine alone; to let others in, start it with --host"
+            )
+        elif method == "POST" and origin is not None and origin.partition("://")[2] != host:
+            await _refuse(send, 403, "pages of other sites may not use this one; a proxy before it has to pass Host on")
+        elif any(_is_address(path.partition(before)[2]) for before in ("/file=", "/file/", "/proxy=")):
             await _refuse(send, 403, "files of other machines are not served here")
-        elif scope["method"] == "POST" and route == UPLOAD_ROUTE:
+        elif not _is_route(method, route):
+            await _refuse(send, 404, "there is nothing here")
+        elif method == "POST" and route == UPLOAD_ROUTE:
             await self._take_upload(scope, receive, send)
-        elif scope["method"] == "POST":
+        elif method == "POST":
             await self._check_body(scope, receive, send, is_cancel=route in CANCEL_ROUTES)
         else:
             await self._hand_on(scope, receive, send)
@@ -82,7 +108,8 @@ class Guard:
             await self._app(scope, receive, watched)
         except Exception as error:
             if has_begun:
-                await send({"type": "http.response.body", "body": b""})
+                with contextlib.suppress(Exception):  # shorter than it was to be
+                    await send({"type": "http.response.body", "body": b""})
             elif isinstance(error, _RefusalError):
                 await _refuse(send, error.status, error.sentence)
             else:
@@ -190,6 +217,11 @@ def _names_an_address(value: Any) -> bool:
         elif isinstance(value, list):
             waiting.extend(value)
     return False
+
+
+def _is_route(method: str, route: str) -> bool:
+    known = ROUTES.get("GET" if method == "HEAD" else method)
+    return known is not None and known.fullmatch(route) is not None
 
 
 def _is_address(path: Any) -> bool:

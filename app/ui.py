@@ -16,7 +16,7 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 os.environ["GRADIO_ANALYTICS_MAX_EVENTS"] = "100"
 
 import gradio as gr
-from gradio import route_utils
+from gradio import route_utils, routes
 from gradio.utils import get_upload_folder
 from starlette.middleware import Middleware
 
@@ -89,10 +89,10 @@ def launch(service: Service, host: str = "127.0.0.1", port: int = 7860, open_bro
     check_port(host, port)
     with tempfile.TemporaryDirectory(prefix="uploads-", ignore_cleanup_errors=True) as uploads:
         os.environ["GRADIO_TEMP_DIR"] = uploads  # read when components are made
-        route_utils.GradioMultiPartParser = UploadParser
+        route_utils.GradioMultiPartParser, routes.DEFAULT_TEMP_DIR = UploadParser, uploads
         calls = Calls(JobStore())
         page = build(service, calls)
-        options = launch_options(calls.cancel)
+        options = launch_options(calls.cancel, host)
         _, url, _ = page.launch(
             server_name=host, server_port=port, inbrowser=open_browser, quiet=True, prevent_thread_lock=True, **options
         )
@@ -126,20 +126,24 @@ def check_port(host: str, port: int) -> None:
             raise UserError(f"port {port} on {host} cannot be used ({error.strerror}); choose another with --port") from None
 
 
-def launch_options(cancel: Callable[[str, int | None], bool]) -> dict[str, Any]:
+def launch_options(cancel: Callable[[str, int | None], bool], host: str = "127.0.0.1") -> dict[str, Any]:
     """What `Blocks.launch` needs for this page, whoever calls it; `cancel` is that of `Calls`."""
+    guard = Middleware(
+        Guard, cache=Path(get_upload_folder()), cancel=cancel, is_loopback=host in ("127.0.0.1", "localhost", "::1")
+    )
     return {
         "theme": theme(),
         "css": PAGE_CSS.read_text(encoding="utf-8") + factory.stylesheet(),
         "share": False,
         "ssr_mode": False,
         "run_history": False,
+        "enable_monitoring": False,
         "max_threads": 200,  # whoever follows a job holds one, most of the time asleep
         "max_file_size": MAX_FILE_SIZE,
         "state_session_capacity": MAX_SESSIONS,
         "footer_links": ["api", "settings"],
         "allowed_paths": [str(SAMPLES_FOLDER)],
-        "app_kwargs": {"middleware": [Middleware(Guard, cache=Path(get_upload_folder()), cancel=cancel)]},
+        "app_kwargs": {"middleware": [guard]},
     }
 
 

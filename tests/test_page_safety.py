@@ -224,6 +224,40 @@ def test_an_upload_that_is_none_is_refused_and_leaves_nothing(page_server):
     assert "Traceback" not in page_server.log.read_bytes()[logged:].decode(errors="replace")
 
 
+def test_a_request_that_gradio_fails_at_is_refused_in_a_sentence(page_server):
+    logged = page_server.log.stat().st_size
+    unknown = {"data": [], "fn_index": 99999, "session_hash": "a"}
+    for path, body in (
+        ("queue/join", json.dumps(unknown)), ("run/predict", json.dumps(unknown)), ("call/v2/nothing", "{}"),
+        ("call/v2/score", '{"nothing": NaN}'), ("cancel", '{"event_id": NaN}'), ("reset", '{"a": "\\ud800"}'),
+        ("queue/join", "NaN"),
+        ("cancel", '{"event_id": "a", "fn_index": NaN}'), ("component_server", "{}"), ("vibe-edit", "NaN"), ("run/score", "{}"),
+    ):  # fmt: skip
+        status, answer = post(page_server, f"gradio_api/{path}", body.encode())
+        assert (status in range(400, 500), len(json.dumps(answer["detail"])) > 10) == (True, True), (path, body, status, answer)
+    for path in ("call/score/unknown", "queue/data?session_hash=unknown"):
+        status, body, _ = get(page_server, f"/gradio_api/{path}")
+        assert (status, b"data: " in body) == (200, True)
+    for path in (
+        "/monitoring/summary",
+        "/gradio_api/dev/reload",
+        "/gradio_api/proxy=%00",
+        "/gradio_api/deep_link?session_hash=a",
+    ):
+        assert get(page_server, path)[0] == 404
+    for headers, expected in (({"X-Forwarded-Host": "a\x1b[31m"}, 400), ({"Host": "evil.example"}, 403), ({}, 200)):
+        address = urllib.parse.urlsplit(page_server.url)
+        connection = http.client.HTTPConnection(address.hostname, address.port, timeout=30)
+        connection.request("GET", "/config", headers=headers)
+        assert connection.getresponse().status == expected, headers
+        connection.close()
+    assert page_server.log.read_bytes()[logged:] == b""
+
+
+def test_a_page_leaves_no_folder_of_gradio_beside_its_uploads(page_server):
+    assert [path.name for path in page_server.temporary.glob("gradio*")] == []
+
+
 def test_no_name_of_an_upload_leads_out_of_its_folder(page_server):
     marker = "escaped-4711"
     names = [
@@ -261,6 +295,10 @@ def test_limits_are_set():
     options = ui.launch_options(cancel=lambda event, endpoint: False)
     assert options["max_file_size"] == "64mb"
     assert options["share"] is False
+    assert options["enable_monitoring"] is False
+    for host, is_loopback in (("127.0.0.1", True), ("::1", True), ("0.0.0.0", False), ("192.168.1.5", False)):
+        [guard] = ui.launch_options(lambda event, endpoint: False, host)["app_kwargs"]["middleware"]
+        assert guard.kwargs["is_loopback"] == is_loopback
     assert options["state_session_capacity"] <= 1000
     assert [str(path) for path in options["allowed_paths"]] == [str(ROOT / "app" / "samples")]
     assert ui.QUEUE_SIZE == 32
