@@ -34,6 +34,9 @@ UPLOAD_ROUTE = "/gradio_api/upload"
 CANCEL_ROUTES = ("/gradio_api/cancel", "/gradio_api/reset")  # some clients know the name of their event for the second only
 _ADDRESS = re.compile(r"\s*[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 
+# Where a proxy says that it is reached: Gradio makes addresses of it when a call is at work, and fails aloud at others.
+_FORWARDED = re.compile(rb"(\[[0-9a-f:]+\]|[a-z0-9._-]+)(:([0-9]{1,4}|[1-5][0-9]{4}))?(\s*,.*)?|", re.IGNORECASE)
+
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
@@ -84,6 +87,8 @@ class Guard:
             )
         elif method == "POST" and origin is not None and origin.partition("://")[2] != host:
             await _refuse(send, 403, "pages of other sites may not use this one; a proxy before it has to pass Host on")
+        elif b"x-gradio-server" in headers or not _FORWARDED.fullmatch(headers.get(b"x-forwarded-host", b"")):
+            await _refuse(send, 400, "the headers of this request name no host that could be")
         elif any(_is_address(path.partition(before)[2]) for before in ("/file=", "/file/", "/proxy=")):
             await _refuse(send, 403, "files of other machines are not served here")
         elif not _is_route(method, route):

@@ -202,6 +202,17 @@ def test_a_page_of_another_site_may_not_call(tmp_path):
     assert [status("http://127.0.0.1:7860"), status("https://Page.example", host="page.example")] == [200, 200]
 
 
+def test_a_host_that_a_proxy_says_is_one_that_can_be(tmp_path):
+    def status(**headers: str) -> int:
+        return answer(tmp_path, "/", method="GET", headers={name.replace("_", "-"): value for name, value in headers.items()})[0]
+
+    for host in ("page.example", "page.example:8443", "10.0.0.1", "[::1]:80", "page.example, inner:80"):
+        assert status(x_forwarded_host=host) == 200
+    for host in ("a\x1b[31m", "[::", "a b", "a:99999", "a:b", "a/b", "user@a"):
+        assert status(x_forwarded_host=host) == 400
+    assert status(x_gradio_server="http://evil.example") == 400
+
+
 def test_old_uploads_make_room_for_new_ones_and_young_ones_do_not(tmp_path):
     (tmp_path / "sub").mkdir()
     for number in range(10):
