@@ -27,6 +27,7 @@ from app.jobs import JobStore
 from app.service import Service
 from app.tabs import batch, complete, jobs, likelihood
 from app.tabs.following import QUIET, greet, remember_tab, visitor_state
+from app.tabs.refusals import reworded
 from app.tabs.sources import SAMPLES_FOLDER
 from app.upload_parser import UploadParser
 from app.views import factory
@@ -74,7 +75,7 @@ class Page(gr.Blocks):
                     raise TypeError
             return values
         except gr.Error as error:
-            said = re.sub(r" \(type: .*?\)", "", str(error.message))
+            said = reworded(re.sub(r" \(type: .*?\)", "", str(error.message)))
         except Exception:
             said = "a value of this call is of the wrong kind; “Use via API” at the foot of the page says what each must be"
         raise gr.Error(said, print_exception=False)

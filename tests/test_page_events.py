@@ -66,3 +66,33 @@ def generated(page: PageProcess) -> str:
 def test_a_wrong_visitor_is_refused_and_everybody_else_is_answered(page_server, events, visitor):
     assert "needs an owner" in events.call(events.named("submit", 3), [visitor, None, RECIPE])
     assert "event: complete" in generated(page_server)
+
+
+HUGE = 10**400
+WRONG_DATA = [
+    None, [], "x", 5, {}, {"id": None}, {"id": [1]}, {"id": "\ud800"}, {"offset": "x"}, {"offset": HUGE}, {"value": None},
+    {"id": "x", "place": None, "number": HUGE, "value": HUGE}, {"form": 5, "id": "a", "other": "b"},
+]  # fmt: skip
+WRONG_VALUES = [None, True, -1, 1.5, HUGE, -HUGE, 1e308, "\ud800", "\0", [1], {"a": 1}, [[[]]], "9" * 5000]
+
+
+def wrong_events(events: Events) -> list[tuple[int, list[Any], Any]]:
+    """Calls of every event, each with wrong data of its own or one wrong value."""
+    calls = [(number, values, data) for number, values in events.values.items() for data in WRONG_DATA]
+    return calls + [
+        (number, [*values[:place], wrong, *values[place + 1 :]], {"offset": 1})
+        for number, values in events.values.items()
+        for place in range(len(values))
+        for wrong in WRONG_VALUES
+    ]
+
+
+@pytest.mark.parametrize("every", [211, pytest.param(1, marks=pytest.mark.slow)])
+def test_wrong_data_and_values_of_events_are_refused_without_a_traceback(page_server, events, every):
+    calls = wrong_events(events)
+    logged = page_server.log.stat().st_size
+    for call in calls[::every]:
+        answer = events.call(*call)
+        assert "process_completed" in answer or answer.startswith("status 4"), (call, answer[:500])
+    said = page_server.log.read_bytes()[logged:].decode(errors="replace")
+    assert "Traceback" not in said, said[-3000:]

@@ -91,24 +91,25 @@ def build_tab(service: Service, store: JobStore, visitor: gr.BrowserState, arriv
     stop.click(link.stop, link.inputs, None, **AT_ONCE)
 
 
-def read_form(files: list[str] | None, recipe: str) -> list[Item]:
+def read_form(files: list[str] | None, recipe: str | None) -> list[Item]:
     """Everything that a recipe asks for, of files that were uploaded and no others.
 
     Raises:
         ValueError: if the text is no recipe, or asks for too much.
     """
-    items = parse_recipe(recipe, _finder([Path(file) for file in files or []]))
+    text = (recipe or "").encode(errors="replace").decode()
+    items = parse_recipe(text, _finder([Path(file) for file in files or []]))
     if len(items) > MAX_ITEMS:
         raise ValueError(f"the recipe asks for {len(items)} items; the page takes {MAX_ITEMS}, the command line any number")
     return items
 
 
-def preview(service: Service, files: list[str] | None, recipe: str) -> Iterator[Any]:
+def preview(service: Service, files: list[str] | None, recipe: str | None) -> Iterator[Any]:
     """The plan of a form that was changed; what is wrong with it is a part of it here.
 
     Until it is there, nothing new is given now and then, where whoever does not want it any more may let it go.
     """
-    if not files and "text" not in recipe:
+    if not files and "text" not in (recipe or ""):
         yield EMPTY
         return
     try:

@@ -102,6 +102,7 @@ def build_tab(service: Service, store: JobStore, visitor: gr.BrowserState, arriv
         kept = ALL if made is None else made.settings.keep_bytes
         first = "" if made is None else made.settings.first_bytes
         value, words = preview(service, request(FROM_FILE, file, "", kept, *restored, first))
+        restored = [gr.skip()] * len(settings) if made is None else restored
         return [*restored, kept, first, value, words if made is None else f"{_says_origin(service, made, changes)}{words}"]
 
     def move_cut(event: gr.EventData, *values: Any) -> list[Any]:
@@ -169,7 +170,8 @@ def request(
     upside_down: bool, first_bytes: str = "",
 ) -> dict[str, Any] | None:  # fmt: skip
     """The form as arguments of `Service.complete`; None while it has no source. A field that was emptied has its default."""
-    given: dict[str, Any] = {"path": None, "text": (text or "").encode()} if source == FROM_TEXT else {"path": file}
+    typed = (text or "").encode(errors="replace")
+    given: dict[str, Any] = {"path": None, "text": typed} if source == FROM_TEXT else {"path": file}
     if not (text if source == FROM_TEXT else file):
         return None
     if source == FROM_FILE and (made := _provenance(file)) is not None and made.text is not None:

@@ -37,7 +37,8 @@ def remember_tab(page: gr.Blocks, tabs: gr.Tabs) -> None:
     for tab in tabs.children:
         tab.select(None, None, None, js=remember.format(tab.id), **QUIET)
     chosen = gr.Textbox("", visible=False)
-    page.load(lambda tab: gr.Tabs(selected=tab) if tab else gr.skip(), chosen, tabs, js=recall, **AT_ONCE)
+    known = {tab.id for tab in tabs.children}
+    page.load(lambda tab: gr.Tabs(selected=tab) if tab in known else gr.skip(), chosen, tabs, js=recall, **AT_ONCE)
 
 
 Display = Callable[[JobView], Any]  # what the outputs of a tab show of a job
@@ -103,7 +104,7 @@ class JobLink:
     def resume(self, submitted: Any) -> None:
         """Follows the tab's job again if an event that cancels its follower is refused."""
         emptied = submitted.failure(lambda: "", None, self.now, **AT_ONCE)
-        emptied.then(lambda job_id: job_id, self.job, self.now, **AT_ONCE)
+        emptied.then(lambda job_id: job_id if is_owner(job_id) else "", self.job, self.now, **AT_ONCE)
 
     def take_up(self, arrived: Any) -> None:
         """Finds the tab's job after `arrived`, an event after which the visitor is known."""

@@ -23,7 +23,7 @@ def reworded(sentence: str, words: Mapping[str, str] = PAGE_WORDS) -> str:
     """The sentence with the words for whoever reads it."""
     for option, name in words.items():
         sentence = sentence.replace(option, name)
-    return sentence
+    return sentence.encode(errors="replace").decode()  # no half of a character, which no browser can be sent
 
 
 @contextmanager
@@ -33,6 +33,8 @@ def refusals_shown(words: Mapping[str, str] = PAGE_WORDS) -> Iterator[None]:
         yield
     except (ValueError, OSError) as error:
         raise gr.Error(reworded(plain_sentence(error, None), words), print_exception=False) from None
+    except OverflowError:
+        raise gr.Error("a number of this call is too large", print_exception=False) from None
 
 
 def told(event: gr.EventData, name: str, kind: type[Told], lowest: int = 0, highest: int = 2**53) -> Told:
