@@ -3,6 +3,7 @@
 import hashlib
 import io
 import lzma
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -40,6 +41,7 @@ _JSON_FIELDS = (
 # Small files share batches: enough of them to fill the processor, few enough to see results come.
 _MAX_GROUP_BYTES = 1 << 20
 _MAX_GROUP_FILES = 256
+_OUT_OF_MEMORY = "out of memory while it was scored; score fewer files at a time, or take a smaller model with --model"
 _PIECE = 1 << 16  # bytes that xz is given at a time, a fraction of a second's work
 
 
@@ -194,6 +196,10 @@ class Scorer:
                 results |= {id(r): self._result(r, s) for r, s in zip(own, scores, strict=True)}
             except ValueError as error:
                 results |= {id(r): Failure(file=r.file, message=plain_sentence(error, r.file)) for r in own}
+            except (RuntimeError, MemoryError) as error:
+                if not (isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory", str(error))):
+                    raise
+                results |= {id(r): Failure(file=r.file, message=_OUT_OF_MEMORY) for r in own}
             done += sum(len(reading.stream) for reading in own)
         return results
 

@@ -14,11 +14,11 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from core.codecs.files import PARTIAL_NAME
 from core.config import FORMAT_VERSION, check_format_version, require_small
 from core.errors import UserError
 
 MANIFEST_NAME = "manifest.json"
+PARTIAL_NAME = re.compile(r"\.[0-9a-f]{16}\.partial")  # of a file that `core.codecs.atomic_file` is writing
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of linux/fcntl.h and linux/fs.h
 

@@ -14,9 +14,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from core.codecs.files import PARTIAL_NAME
 from core.errors import UserError
-from core.folder import clear_leftovers
+from core.folder import PARTIAL_NAME, clear_leftovers
 
 _PID_NAME = "pid"
 _SHARD_NAME = re.compile(r"[0-9a-f]{32}\.(bin|json)")  # as `core.data` makes them

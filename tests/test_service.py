@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 import core
+from app import scoring
 from app.messages import plain_sentence
 from app.outputs import OutputNames
 from app.scoring import ReferenceSizes
@@ -476,3 +477,19 @@ def test_a_sentence_speaks_of_the_file_without_its_path():
     assert plain_sentence(ValueError("a/b.png is empty; x"), Path("a/b.png")) == "the file is empty; x"
     assert plain_sentence(ValueError("hop=3 is too short"), Path("a/b.png")) == "hop=3 is too short"
     assert plain_sentence(OSError(28, "No space left on device"), None) == "No space left on device"
+
+
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("out of memory"), RuntimeError("can't allocate memory")])
+def test_out_of_memory_costs_the_files_of_one_group(service, make_text, monkeypatch, error):
+    score, failures = scoring.score, [error]
+
+    def fail_once(*args, **options):
+        if failures:
+            raise failures.pop()
+        return score(*args, **options)
+
+    monkeypatch.setattr(scoring, "score", fail_once)
+    monkeypatch.setattr(scoring, "_MAX_GROUP_FILES", 1)
+    bad, good = service.score_files([make_text("a.txt"), make_text("b.txt")])
+    assert bad.message.startswith("out of memory while it was scored; score fewer files")
+    assert good.num_bytes > 0

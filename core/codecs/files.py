@@ -14,7 +14,6 @@ from core.errors import UserError, shown
 
 HEAD_BYTES = 512  # enough for every signature below
 MAX_RAW_BYTES = 64 * 2**20
-PARTIAL_NAME = re.compile(r"\.[0-9a-f]{16}\.partial")  # of a file that `atomic_file` is writing
 
 LISTED_FORMATS = "PNG, WebP, JPEG, BMP, GIF, PPM, WAV, FLAC and Ogg"
 
