@@ -341,6 +341,12 @@ def test_exports_that_there_are_not_are_refused_in_words(client, make_text, argu
         client.predict(handle_file(make_text()), **arguments)
 
 
+@pytest.mark.parametrize("name", ["keep", "num_bytes", "samples", "temperature", "top_k", "top_p", "seed", "keep_bytes"])
+def test_numbers_of_hundreds_of_digits_are_refused_in_words(client, name):
+    with pytest.raises(AppError, match=r"must lie in|too large"):
+        client.predict(None, "Once", **{"num_bytes": 8} | {name: 10**400}, api_name="/generate")
+
+
 def test_files_of_other_kinds_are_not_compared(client, make_text, make_wav):
     with pytest.raises(AppError, match="do not lie byte on byte"):
         client.predict(handle_file(make_text()), handle_file(make_wav()), api_name="/compare")
