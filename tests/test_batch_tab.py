@@ -101,13 +101,13 @@ def test_a_zip_that_could_not_be_finished_is_not_there(service, make_text, tmp_p
 
 
 def test_following_shows_a_job_until_it_is_over_and_to_its_owner_alone(service, store, make_text):
-    steps = follower(store, lambda: lambda view: view.state)
+    steps, page = follower(store, lambda: lambda view: view.state), gr.Request(session_hash="page")
     job_id = submit(service, store, [make_text()])
-    first, *states = list(steps("me", job_id))
+    first, *states = list(steps("me", job_id, page))
     assert first == gr.skip()
     assert states[-1] == "done"
-    assert list(steps("you", job_id)) == [gr.skip()]
-    assert list(steps("me", "")) == [gr.skip()]
+    assert list(steps("you", job_id, page)) == [gr.skip()]
+    assert list(steps("me", "", page)) == [gr.skip()]
 
 
 def test_a_visitor_keeps_the_name_given_at_the_first_visit():

@@ -128,7 +128,7 @@ def test_a_refusal_is_said_on_the_page_and_in_a_message_in_the_words_of_the_page
     view = scored(path)
     message, items = shown(view)
     with pytest.raises(gr.Error) as error:
-        list(follower(store, likelihood.new_display)("me", view.id))
+        list(follower(store, likelihood.new_display)("me", view.id, gr.Request()))
     assert (message["state"], items) == ("error", [])
     assert message["text"] == error.value.message
     assert "--" not in error.value.message

@@ -68,6 +68,11 @@ def test_a_wrong_visitor_is_refused_and_everybody_else_is_answered(page_server, 
     assert "event: complete" in generated(page_server)
 
 
+def test_no_event_cancels_others(events):
+    """`app.tabs.newest` says why."""
+    assert [each["cancels"] for each in events.all.values()] == [[]] * len(events.all)
+
+
 HUGE = 10**400
 WRONG_DATA = [
     None, [], "x", 5, {}, {"id": None}, {"id": [1]}, {"id": "\ud800"}, {"offset": "x"}, {"offset": HUGE}, {"value": None},

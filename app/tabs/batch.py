@@ -1,6 +1,5 @@
 """The Batch tab: many files and a recipe, the plan and its cost first, then a table with the state of each."""
 
-import secrets
 import time
 import zipfile
 from collections.abc import Callable, Iterator
@@ -18,6 +17,7 @@ from app.provenance import sidecar_of
 from app.recipe import Item, parse_recipe
 from app.service import Service
 from app.tabs.following import AT_ONCE, QUIET, JobLink
+from app.tabs.newest import Newest
 from app.tabs.refusals import refusals_shown, reworded
 from app.tabs.sources import sample_buttons, title_of
 from app.views import batch_values, factory
@@ -76,17 +76,18 @@ def build_tab(service: Service, store: JobStore, visitor: gr.BrowserState, arriv
     def show(view: JobView) -> tuple[Any, Any, dict[str, Any]]:
         return gr.update(interactive=not view.is_running), gr.update(interactive=view.is_running), shown(view)
 
-    def plan(_: str, files: list[str] | None, recipe: str) -> Iterator[Any]:
-        yield from preview(service, files, recipe)
+    def plan(files: list[str] | None, recipe: str, request: gr.Request) -> Iterator[Any]:
+        with newest_plan.begin(request) as goes_on:
+            yield gr.skip()  # Gradio empties outputs if a handler yields nothing
+            for seen in preview(service, files, recipe):
+                if not goes_on():
+                    return
+                yield seen
 
-    changed = gr.State("")  # another text whenever the form is another, so that the plan of the old one ends
-    planning = changed.change(plan, [changed, files, recipe], table, trigger_mode="multiple", **QUIET)
-    gr.on(
-        [files.change, recipe.change], lambda: secrets.token_hex(4), None, changed, cancels=[planning],
-        trigger_mode="multiple", **AT_ONCE,
-    )  # fmt: skip
-    following = link.follow(lambda: show, [start, stop, table])
-    link.remember(start.click(submit, [visitor, files, recipe], link.outputs, cancels=[following], **AT_ONCE))
+    newest_plan = Newest()
+    gr.on([files.change, recipe.change], plan, [files, recipe], table, trigger_mode="multiple", **QUIET)
+    link.follow(lambda: show, [start, stop, table])
+    link.remember(start.click(submit, [visitor, files, recipe], link.outputs, **AT_ONCE))
     link.take_up(arrived)
     stop.click(link.stop, link.inputs, None, **AT_ONCE)
 

@@ -11,6 +11,7 @@ from typing import Any
 import gradio as gr
 
 from app.jobs import JobStore, JobView, UnknownJobError, is_owner
+from app.tabs.newest import Newest
 from app.tabs.refusals import reworded
 
 FOLLOW_EVERY_S = 0.15  # often enough to look alive, seldom enough to cost the models nothing
@@ -44,8 +45,10 @@ def remember_tab(page: gr.Blocks, tabs: gr.Tabs) -> None:
 Display = Callable[[JobView], Any]  # what the outputs of a tab show of a job
 
 
-def follower(store: JobStore, new_display: Callable[[], Display], nothing: Any = None) -> Callable[[str, str], Iterator[Any]]:
-    """An event handler that shows a visitor's job, again and again, until it is over.
+def follower(
+    store: JobStore, new_display: Callable[[], Display], nothing: Any = None
+) -> Callable[[str, str, gr.Request], Iterator[Any]]:
+    """An event handler that shows a visitor's job, again and again, until it is over or the page follows another.
 
     Args:
         new_display: makes the display of one follower, which may remember what it has shown.
@@ -54,21 +57,26 @@ def follower(store: JobStore, new_display: Callable[[], Display], nothing: Any =
     The handler raises gr.Error: at the end of a job that failed.
     """
 
-    def steps(visitor: str, job_id: str) -> Iterator[Any]:
-        yield gr.skip() if job_id or nothing is None else nothing  # Gradio empties outputs if a handler yields nothing
-        display, num_shown = new_display(), -1  # reports
-        while job_id:
-            try:
-                view = store.look(visitor, job_id, wait_s=0.0 if num_shown < 0 else FOLLOW_EVERY_S)
-            except UnknownJobError:
-                return  # its time is over
-            if not view.is_running or view.num_reports > num_shown:
-                num_shown = view.num_reports
-                yield display(view)
-            if view.state == "failed":
-                raise gr.Error(reworded(view.problem), print_exception=False)
-            if not view.is_running:
-                return
+    newest = Newest()
+
+    def steps(visitor: str, job_id: str, request: gr.Request) -> Iterator[Any]:
+        with newest.begin(request) as goes_on:
+            yield gr.skip() if job_id or nothing is None else nothing  # Gradio empties outputs if a handler yields nothing
+            display, num_shown = new_display(), -1  # reports
+            while job_id:
+                try:
+                    view = store.look(visitor, job_id, wait_s=0.0 if num_shown < 0 else FOLLOW_EVERY_S)
+                except UnknownJobError:
+                    return  # its time is over
+                if not goes_on():
+                    return
+                if not view.is_running or view.num_reports > num_shown:
+                    num_shown = view.num_reports
+                    yield display(view)
+                if view.state == "failed":
+                    raise gr.Error(reworded(view.problem), print_exception=False)
+                if not view.is_running:
+                    return
 
     return steps
 
@@ -92,19 +100,14 @@ class JobLink:
         self.outputs = [self.job, self.now]
         self._visitor = visitor
 
-    def follow(self, new_display: Callable[[], Display], outputs: list[Any], nothing: Any = None) -> Any:
-        """Shows in `outputs` the job that `now` names; the event, which a handler that submits a job should cancel."""
+    def follow(self, new_display: Callable[[], Display], outputs: list[Any], nothing: Any = None) -> None:
+        """Shows in `outputs` the job that `now` names."""
         steps = follower(self.store, new_display, nothing)
-        return self.now.change(steps, [self._visitor, self.now], outputs, trigger_mode="multiple", **AT_ONCE)
+        self.now.change(steps, [self._visitor, self.now], outputs, trigger_mode="multiple", **AT_ONCE)
 
     def remember(self, submitted: Any) -> None:
         """Notes in the browser's tab the job that an event has submitted."""
         submitted.success(None, self.job, None, js=self._remember, **QUIET)
-
-    def resume(self, submitted: Any) -> None:
-        """Follows the tab's job again if an event that cancels its follower is refused."""
-        emptied = submitted.failure(lambda: "", None, self.now, **AT_ONCE)
-        emptied.then(lambda job_id: job_id if is_owner(job_id) else "", self.job, self.now, **AT_ONCE)
 
     def take_up(self, arrived: Any) -> None:
         """Finds the tab's job after `arrived`, an event after which the visitor is known."""

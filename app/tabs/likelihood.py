@@ -78,13 +78,12 @@ def build_tab(service: Service, store: JobStore, visitor: gr.BrowserState, arriv
         yield from export_steps(kept_scores(store, visitor, job_id), event)
 
     form, outputs = [files, model, second, scored_as, adapt], [stop, message, view]
-    following = link.follow(new_display, outputs, nothing=[gr.update(interactive=False), EMPTY, {"items": []}])
+    link.follow(new_display, outputs, nothing=[gr.update(interactive=False), EMPTY, {"items": []}])
     changed = gr.on(
-        [control.change for control in form], submit, [*link.inputs, link.now, *form], link.outputs, cancels=[following],
+        [control.change for control in form], submit, [*link.inputs, link.now, *form], link.outputs,
         trigger_mode="multiple", concurrency_limit=1, **QUIET,  # one at a time, so that each finds the job before it
     )  # fmt: skip
     link.remember(changed)
-    link.resume(changed)
     link.take_up(arrived)
     stop.click(link.stop, link.inputs, None, **AT_ONCE)
     view.export(export, link.inputs, download, **QUIET)
