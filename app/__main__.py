@@ -22,6 +22,7 @@ from app.recipe import Item, parse_recipe, read_recipe
 from app.settings import FRAMINGS, CompletionSettings
 from app.sources import find_files, list_files
 from core.allocator import keep_freed_memory
+from core.errors import shortened
 from core.plans import plan_names
 
 if TYPE_CHECKING:
@@ -232,14 +233,18 @@ def _add_generate(verbs: "argparse._SubParsersAction[Parser]") -> None:
     # A setting that is not given is not there, so that a recipe can be told from the command line.
     setting = partial(parser.add_argument, default=argparse.SUPPRESS)
     keep = parser.add_mutually_exclusive_group()
-    keep.add_argument("--keep", type=float, metavar="FRACTION", default=argparse.SUPPRESS, help="part that is kept, 0 to 1 (0.5)")
-    keep.add_argument("--keep-bytes", type=int, metavar="N", default=argparse.SUPPRESS, help="the same as a number of bytes")
-    setting("--num-bytes", type=int, metavar="N", help="bytes to make (rest of a picture, as much sound as was cut, 500 of text)")
-    setting("--samples", type=int, metavar="N", help="completions of each file (1)")
-    setting("--temperature", type=float, metavar="T", help="0 takes the likeliest byte (1)")
-    setting("--top-k", type=int, metavar="K", help="choose among the K likeliest bytes, 1 to 256 (all)")
-    setting("--top-p", type=float, metavar="P", help="choose among bytes of this total probability (1)")
-    setting("--seed", type=int, metavar="S", help="the same seed gives the same bytes (0)")
+    keep.add_argument(
+        "--keep", type=_decimal, metavar="FRACTION", default=argparse.SUPPRESS, help="part that is kept, 0 to 1 (0.5)"
+    )
+    keep.add_argument("--keep-bytes", type=_whole, metavar="N", default=argparse.SUPPRESS, help="the same as a number of bytes")
+    setting(
+        "--num-bytes", type=_whole, metavar="N", help="bytes to make (rest of a picture, as much sound as was cut, 500 of text)"
+    )
+    setting("--samples", type=_whole, metavar="N", help="completions of each file (1)")
+    setting("--temperature", type=_decimal, metavar="T", help="0 takes the likeliest byte (1)")
+    setting("--top-k", type=_whole, metavar="K", help="choose among the K likeliest bytes, 1 to 256 (all)")
+    setting("--top-p", type=_decimal, metavar="P", help="choose among bytes of this total probability (1)")
+    setting("--seed", type=_whole, metavar="S", help="the same seed gives the same bytes (0)")
     setting("--framing", choices=FRAMINGS, help="a larger picture at its own size in tiles, or scaled to the model's (tiles)")
     setting("--upside-down", action="store_true", help="keep the bottom of a picture and make its top")
     setting("--first-bytes", metavar="HEX", help="new bytes that every sample begins with, such as 4a6f")
@@ -318,24 +323,38 @@ def _add_manners(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object a result")
 
 
+def _whole(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{shortened(text)} is no whole number, or too large") from None
+
+
+def _decimal(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{shortened(text)} is no number") from None
+
+
 def _at_least_1(text: str) -> int:
-    number = int(text)
+    number = _whole(text)
     if not 1 <= number < 2**31:
-        raise argparse.ArgumentTypeError(f"{number} must be at least 1 and less than 2^31")
+        raise argparse.ArgumentTypeError(f"{shortened(text)} must be at least 1 and less than 2^31")
     return number
 
 
 def _positive(text: str) -> float:
-    number = float(text)
+    number = _decimal(text)
     if not 0 < number < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} must be a positive number")
+        raise argparse.ArgumentTypeError(f"{shortened(text)} must be a positive number")
     return number
 
 
 def _port(text: str) -> int:
-    number = int(text)
+    number = _whole(text)
     if not 1 <= number <= 65535:
-        raise argparse.ArgumentTypeError(f"{number} must lie in 1..65535")
+        raise argparse.ArgumentTypeError(f"{shortened(text)} must lie in 1..65535")
     return number
 
 

@@ -15,21 +15,24 @@
 Settings are those of `app.settings.CompletionSettings` and `model`. A job without `files` and `text` starts from nothing.
 """
 
+import re
 import tomllib
 import types
 import typing
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from app.settings import CompletionSettings
-from core.errors import shown
+from core.errors import shortened, shown
 
 _SETTINGS = typing.get_type_hints(CompletionSettings)
 _WORDS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", list: "a list"}
 MAX_ITEMS = 100_000
 MAX_RECIPE_BYTES = 16 * 2**20
+_PART = r"""(?:[\w-]++|"(?:\\.|[^"\\\n]){0,100}"|'[^'\n]{0,100}')"""
+_DEEP_KEY = re.compile(rf"(?<![\w-]){_PART}(?:[ \t]*+\.[ \t]*+{_PART}){{100}}")  # tomllib takes the square of its length
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,10 +83,8 @@ class _Job:
                 yield Item(source=Path(pattern), job=self.number, problem=str(error))
 
     def _settings(self) -> CompletionSettings:
-        known = {each.name for each in fields(CompletionSettings)}
-        if unknown := sorted(set(self.table) - known - {"files", "text", "model"}):
-            raise ValueError(f"{unknown[0]} is no setting; there are files, text, model, {', '.join(sorted(known))}")
-        return CompletionSettings(**{name: self._value(name, _SETTINGS[name]) for name in known & set(self.table)})
+        _check_names(self.table)
+        return CompletionSettings(**{name: self._value(name, _SETTINGS[name]) for name in set(_SETTINGS) & set(self.table)})
 
     def _value(self, name: str, kind: Any) -> Any:
         return None if name not in self.table else _checked(name, self.table[name], kind)
@@ -129,16 +130,19 @@ def parse_recipe(text: str, find: Callable[[str], list[Path]]) -> list[Item]:
         ValueError: if the text is no recipe.
     """
     try:
+        if _DEEP_KEY.search(text):
+            raise RecursionError
         recipe = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"the recipe is no TOML: {error}") from None
     except (ValueError, RecursionError):
-        raise ValueError("the recipe has a number of too many digits, or brackets in brackets too often; leave it out") from None
+        raise ValueError("the recipe has a number of too many digits, or too many brackets or dots in one") from None
     defaults, tables = recipe.pop("defaults", {}), recipe.pop("jobs", None)
     if recipe:
         raise ValueError(f"{next(iter(recipe))} is no part of a recipe; it has [defaults] and a [[jobs]] table for each job")
     if not isinstance(defaults, dict) or {"files", "text"} & set(defaults):
         raise ValueError("[defaults] must be a table of settings, without files and text")
+    _check_names(defaults)
     if not (isinstance(tables, list) and tables and all(isinstance(table, dict) for table in tables)):
         raise ValueError("the recipe has no job; begin each with a line [[jobs]]")
     items: list[Item] = []
@@ -154,6 +158,14 @@ def parse_recipe(text: str, find: Callable[[str], list[Path]]) -> list[Item]:
     return items
 
 
+def _check_names(table: dict[str, Any]) -> None:
+    """Raises:
+    ValueError: naming a key that is no setting.
+    """
+    if unknown := sorted(set(table) - set(_SETTINGS) - {"files", "text", "model"}):
+        raise ValueError(f"{shortened(unknown[0])} is no setting; there are files, text, model, {', '.join(sorted(_SETTINGS))}")
+
+
 def _checked(name: str, value: Any, kind: Any) -> Any:
     """The value if it has the kind of the setting; whole numbers are also fractional ones, truth is no number.
 
@@ -163,5 +175,7 @@ def _checked(name: str, value: Any, kind: Any) -> Any:
     kinds = [each for each in typing.get_args(kind) or (kind,) if each is not types.NoneType]
     accepted = {*kinds, int} if float in kinds else set(kinds)
     if type(value) not in accepted:
-        raise ValueError(f"{name} must be {_WORDS.get(kinds[0], kinds[0])}, not {value!r}")
+        is_long = isinstance(value, dict | list) or (isinstance(value, int) and abs(value) >= 10**40)
+        given = "what stands there" if is_long else shortened(repr(value))
+        raise ValueError(f"{name} must be {_WORDS.get(kinds[0], kinds[0])}, not {given}")
     return value

@@ -13,7 +13,7 @@ from core.checkpoint import WEIGHTS_FOLDER, load_checkpoint, load_model, resolve
 from core.codecs import Codec, Media, build_codec
 from core.config import AudioCodecConfig, CodecConfig, ImageCodecConfig
 from core.distributed import usable_device
-from core.errors import UserError, shown
+from core.errors import UserError, shortened, shown
 from core.folder import MANIFEST_NAME
 from core.likelihood import scoring_engine
 from core.models import ByteModel
@@ -21,7 +21,6 @@ from core.sample import Request, SampleConfig, num_at_once, stream_batch
 
 # The shipped models of each modality that are taken unasked, the first that fits; the last fits everything.
 DEFAULT_MODELS = {"image": ("image64", "image32"), "audio": ("audio",), "text": ("text",)}
-_SHOWN_NAME = 60  # characters of a name that is wrong
 SPEED_TEST_S = 0.2  # work that takes less says little about the speed
 
 
@@ -192,7 +191,7 @@ class ModelStore:
         if self._listed_only:
             listed = {self._name_of(folder): folder for folder in self.folders()}
             if str(name_or_dir) not in listed:
-                name = shown(str(name_or_dir)[:_SHOWN_NAME])
+                name = shown(shortened(str(name_or_dir)))
                 raise UserError(f"there is no model {name} on this page; it has {', '.join(listed) or 'none'}")
             return listed[str(name_or_dir)]
         shipped = self._weights / str(name_or_dir)

@@ -1,6 +1,7 @@
 """Recipes: what they mean, and that a mistake in one job is said in that job alone."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -53,10 +54,15 @@ def test_defaults_hold_unless_a_job_says_otherwise():
         ('files = "a"\ntext = "b"', "exclude each other"),
         (r'files = "a\u0000b"', "zero byte"),
         ('files = "*.none"', "no file fits"),
+        ("seed.a = 1", "seed must be a whole number, not what stands there"),
+        ("framing = 0x" + "f" * 5000, "framing must be a text, not what stands there"),
+        (f"seed = '{'7' * 5000}'", "not '7777"),
+        (f"{'k' * 5000} = 1", "is no setting"),
     ],
 )
 def test_a_mistake_is_one_sentence_of_its_job(job, words):
     assert words in problem(job)
+    assert len(problem(job)) < 300
     [bad, good] = items(f'[[jobs]]\n{job}\n[[jobs]]\nfiles = "a"')
     assert (bad.settings, good.problem) == (None, None)
 
@@ -69,7 +75,10 @@ def test_a_mistake_is_one_sentence_of_its_job(job, words):
         ("[[job]]", "job is no part"),
         ("[[jobs]]\n[[jobs", "no TOML"),
         ("[defaults]\nfiles = 'a'\n[[jobs]]", "without files"),
-        ("a = " + "[" * 3000, "too often; leave it out"),
+        ("[defaults]\nsed = 1\n[[jobs]]", "sed is no setting"),
+        ("a = " + "[" * 3000, "too many brackets"),
+        ("[[jobs]]\nseed" + ".a" * 5000 + " = 1", "too many brackets or dots"),
+        ("[[jobs]]\n[jobs" + """. "\\"'" . '"' """ * 5000 + "]\n", "too many brackets or dots"),
         ("[[jobs]]\nseed = " + "1" * 5000, "the recipe has a number of too many digits"),
     ],
     ids=lambda value: value[:20],
@@ -90,7 +99,11 @@ def test_what_is_no_recipe_is_refused(text, words):
         (lambda path: path.touch() or os.truncate(path, 1 << 40), "at most 16,777,216 are read"),
     ],
 )
-def test_a_recipe_is_an_ordinary_file_of_text(tmp_path, make, words):
+def test_a_recipe_is_an_ordinary_file_of_text(tmp_path, make, words, request):
     make(tmp_path / "recipe")
+    previous = signal.signal(signal.SIGALRM, lambda *_: pytest.fail("it waits for somebody who writes into the pipe"))
+    request.addfinalizer(lambda: signal.signal(signal.SIGALRM, previous))
+    request.addfinalizer(lambda: signal.alarm(0))
+    signal.alarm(5)
     with pytest.raises(ValueError, match=words):
         read_recipe(tmp_path / "recipe")

@@ -47,6 +47,8 @@ def test_too_much_for_a_page_is_refused(make_text):
     recipe = '[[jobs]]\nfiles = "*"\n' * (batch.MAX_ITEMS + 1)
     with pytest.raises(ValueError, match="command line"):
         batch.read_form([str(make_text())], recipe)
+    with pytest.raises(ValueError, match="the page takes 100,000"):
+        batch.read_form([], f"{batch.RECIPE}#{'a' * 100_000}")
 
 
 def test_a_finished_job_shows_its_table_and_a_zip_of_the_results(service, store, make_png, make_text):

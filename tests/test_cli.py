@@ -254,6 +254,10 @@ class TestUsage:
             ["generate", "--out", "o", "--num-bytes", "1000000000"],
             ["train", "--preset", "text"],
             ["ui", "--port", "70000"],
+            ["ui", "--port", "9" * 5000],
+            ["generate", "--seed", "9" * 5000, "--out", "out"],
+            ["score", "a", "--hop", "x"],
+            ["generate", "--keep", "x" * 5000, "--out", "out"],
             ["--no-such-option"],
             ["score", "--\x1b[2J"],
         ],
@@ -262,6 +266,8 @@ class TestUsage:
         exit_code, out, err = cli(*arguments)
         assert (exit_code, out, len(err)) == (2, [], 1)
         assert err[0].startswith("error: ")
+        assert "value" not in err[0]
+        assert len(err[0]) < 300
         assert err[0].isprintable()
 
     @pytest.mark.parametrize("verb", [[], ["ui"], ["train"], ["score"], ["generate"], ["info"]])

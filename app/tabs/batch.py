@@ -25,6 +25,7 @@ from core.codecs import atomic_file
 
 KIND = "batch"
 MAX_ITEMS = 1000
+MAX_RECIPE_LENGTH = 100_000
 GIVE_EVERY_S = 0.2
 RECIPE = """\
 # One table a group of files.
@@ -51,8 +52,9 @@ def build_tab(service: Service, store: JobStore, visitor: gr.BrowserState, arriv
             files = gr.File(label="Files", file_count="multiple", height=150, elem_id="batch-files")
             sample_buttons(files, "batch")
             recipe = gr.Textbox(
-                RECIPE, label="Recipe", lines=8, max_lines=24, max_length=100_000, elem_id="batch-recipe", elem_classes="code"
-            )
+                RECIPE, label="Recipe", lines=8, max_lines=24, max_length=MAX_RECIPE_LENGTH,
+                elem_id="batch-recipe", elem_classes="code",
+            )  # fmt: skip
             with gr.Row(elem_classes="actions"):
                 start = gr.Button("Start", variant="primary", elem_id="batch-start")
                 stop = gr.Button("Stop", variant="stop", interactive=False, elem_id="batch-stop")
@@ -99,6 +101,8 @@ def read_form(files: list[str] | None, recipe: str | None) -> list[Item]:
         ValueError: if the text is no recipe, or asks for too much.
     """
     text = (recipe or "").encode(errors="replace").decode()
+    if len(text) > MAX_RECIPE_LENGTH:
+        raise ValueError(f"the recipe has {len(text):,} characters; the page takes {MAX_RECIPE_LENGTH:,}, the command line more")
     items = parse_recipe(text, _finder([Path(file) for file in files or []]))
     if len(items) > MAX_ITEMS:
         raise ValueError(f"the recipe asks for {len(items)} items; the page takes {MAX_ITEMS}, the command line any number")
