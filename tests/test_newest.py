@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import gradio as gr
 import pytest
+from waiting import wait_until
 
 from app.tabs.following import follower
 from app.tabs.newest import Newest
@@ -31,8 +32,7 @@ def test_a_new_event_replaces_the_earlier_one_of_the_same_page_alone(one, other,
         if goes_on:
             assert replacing.wait(10)
         else:
-            while one_goes_on():
-                pass
+            wait_until(lambda: not one_goes_on())
             order.append("old")
         assert one_goes_on() == goes_on
     thread.join(10)
