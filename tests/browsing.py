@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from page_server import PageProcess
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 HOSTILE = "<img src=x onerror='window.hacked=1'>"
@@ -25,23 +26,44 @@ def browser() -> Iterator[Any]:
         browser.close()
 
 
+@pytest.fixture(scope="session")
+def profiles(browser: Any) -> Iterator[list[Any]]:
+    """Browser profiles that tests use one after another, so that the scripts of the page are fetched and compiled once."""
+    profiles: list[Any] = []
+    yield profiles
+    for profile in profiles:
+        profile.close()
+
+
 @pytest.fixture
-def open_page(browser: Any, page_url: str) -> Iterator[Callable[..., Any]]:
-    """Opens the page in a fresh profile; a request to another machine or a script error fails the test at its end."""
-    contexts, complaints = [], []
+def open_page(browser: Any, profiles: list[Any], page_server: PageProcess) -> Iterator[Callable[..., Any]]:
+    """Opens the page for another visitor; a request to another machine or a script error fails the test at its end.
+
+    What a profile keeps of its visitor is forgotten before the next one, and no job is left when the test is over.
+    """
+    page_url, used, complaints = page_server.url, [], []
 
     def open_page(width: int = 1280, height: int = 900, color_scheme: str = "light", url: str = page_url) -> Any:
-        context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=color_scheme)
-        contexts.append(context)
-        context.on("request", lambda request: note_foreign(request.url))
-        context.on("weberror", lambda found: complaints.append(f"script error: {found.error}"))
-        context.on("console", note_caught)
-        context.on("dialog", lambda dialog: (complaints.append(f"dialog: {dialog.message}"), dialog.dismiss()))
-        page = context.new_page()
+        if len(used) == len(profiles):
+            profiles.append(browser.new_context(viewport={"width": 1280, "height": 900}))
+        profile = profiles[len(used)]
+        used.append(profile)
+        profile.on("page", watch)
+        page = profile.new_page()
+        page.set_viewport_size({"width": width, "height": height})
+        page.emulate_media(color_scheme=color_scheme)
+        kept = {"origin": page_url.rstrip("/"), "storageTypes": "all"}
+        profile.new_cdp_session(page).send("Storage.clearDataForOrigin", kept)
         page.goto(url)
         if url == page_url:
             page.wait_for_function("localStorage.getItem('megabyte-visitor')")  # its events are bound, the first has run
         return page
+
+    def watch(page: Any) -> None:
+        page.on("request", lambda request: note_foreign(request.url))
+        page.on("pageerror", lambda error: complaints.append(f"script error: {error}"))
+        page.on("console", note_caught)
+        page.on("dialog", lambda dialog: (complaints.append(f"dialog: {dialog.message}"), dialog.dismiss()))
 
     def note_foreign(address: str) -> None:
         if not address.startswith((page_url, "file://", "data:", "blob:")):
@@ -54,8 +76,11 @@ def open_page(browser: Any, page_url: str) -> Iterator[Callable[..., Any]]:
 
     yield open_page
     found = list(complaints)  # closing breaks off requests that are under way, which scripts may report
-    for context in contexts:
-        context.close()
+    for profile in used:
+        profile.remove_listener("page", watch)
+        for page in profile.pages:
+            page.close()
+    page_server.end_jobs()
     if found:
         pytest.fail("; ".join(found))
 

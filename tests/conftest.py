@@ -12,7 +12,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import numpy as np
 import pytest
 import torch
-from browsing import browser, open_page  # noqa: F401  fixtures for every module
+from browsing import browser, open_page, profiles  # noqa: F401  fixtures for every module
 from page_server import PageProcess, page_process
 from PIL import Image
 

@@ -5,6 +5,7 @@ count against whichever test runs then. It writes down every connection that it 
 """
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -30,6 +31,10 @@ class PageProcess:
     process: subprocess.Popen
     temporary: Path
     log: Path
+
+    def end_jobs(self) -> None:
+        """Asks all jobs of the page to end, so that they take nothing from what comes after them."""
+        self.process.send_signal(signal.SIGUSR1)
 
     def foreign_connections(self) -> list[str]:
         return [line for line in self.log.read_text(errors="replace").splitlines() if line.startswith("connection: ")]
@@ -87,8 +92,16 @@ def main(weights: str, port: str) -> None:
     sys.addaudithook(watch)
     sys.path.insert(0, str(ROOT))
     from app import ui
+    from app.jobs import STOPPED, JobStore
     from app.service import Service
 
+    def end_jobs(*_: object) -> None:
+        for job in list(store._jobs.values()):
+            job.must_end = job.must_end or STOPPED
+
+    store = JobStore()
+    signal.signal(signal.SIGUSR1, end_jobs)
+    ui.JobStore = lambda: store
     ui.launch(
         Service(weights=Path(weights), runs=Path(weights) / "no-runs", listed_only=True), port=int(port), open_browser=False
     )

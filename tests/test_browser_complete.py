@@ -199,7 +199,7 @@ def test_a_branch_while_samples_are_made_takes_their_place_in_the_gallery(open_p
     page = open_complete(open_page)
     page.get_by_label("Typed text").check()
     page.fill("#complete-text textarea", "The lamp")
-    set_number(page, "num-bytes", 100_000)
+    set_number(page, "num-bytes", 40_000)
     set_number(page, "samples", 8)
     wait_for_plan(page, ", 8 times")
     page.click("#complete-start")
@@ -214,9 +214,6 @@ def test_a_branch_while_samples_are_made_takes_their_place_in_the_gallery(open_p
         seen.append(page.evaluate(titles))
     assert first[-1] == "Branch at byte 0"
     assert all(shown == first for shown in seen)
-    page.click("#complete-stop")
-    page.wait_for_selector("#results-view .card:last-child .caption:has-text('stopped after')")
-    page.wait_for_selector("#complete-start:not([disabled])")
 
 
 def test_a_dropped_result_restores_its_settings_and_gives_the_same_bytes(open_page, make_png, tmp_path):
