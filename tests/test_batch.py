@@ -88,24 +88,22 @@ def test_a_killed_batch_goes_on_to_what_an_unbroken_one_gives(tiny_models, tmp_p
     call = ("generate", "--recipe", recipe, "--json", "--out")
     whole, broken, said = tmp_path / "whole", tmp_path / "broken", tmp_path / "said"
     num_good = num_jobs - num_bad
-    with start(tiny_models, *call, whole) as unbroken:
-        unbroken.communicate(timeout=300)
+    before: list[Path] = []
+    with start(tiny_models, *call, whole, out=subprocess.DEVNULL) as unbroken:  # beside the other
+        for kill in range(num_kills):
+            wanted = num_good * (kill + 1) // (num_kills + 1)
+            # What it says goes to a file: nobody reads a pipe meanwhile, and a full one would stop it.
+            with said.open("wb") as log, start(tiny_models, *call, broken, *(["--resume"] if kill else []), out=log) as killed:
+                deadline = time.monotonic() + 300
+                while not broken.exists() or len(list(broken.glob("*-s*[!n]"))) < wanted:
+                    assert killed.poll() is None, said.read_text()
+                    assert time.monotonic() < deadline
+                    time.sleep(0.005)
+                os.kill(killed.pid, signal.SIGKILL)
+            before = list(broken.glob("*-s*[!n]"))
+            assert wanted <= len(before) < num_good
     assert unbroken.returncode == 1
     assert len(outputs(whole)) == num_good
-
-    before: list[Path] = []
-    for kill in range(num_kills):
-        wanted = num_good * (kill + 1) // (num_kills + 1)
-        # What it says goes to a file: nobody reads a pipe meanwhile, and a full one would stop it.
-        with said.open("wb") as log, start(tiny_models, *call, broken, *(["--resume"] if kill else []), out=log) as killed:
-            deadline = time.monotonic() + 300
-            while not broken.exists() or len(list(broken.glob("*-s*[!n]"))) < wanted:
-                assert killed.poll() is None, said.read_text()
-                assert time.monotonic() < deadline
-                time.sleep(0.005)
-            os.kill(killed.pid, signal.SIGKILL)
-        before = list(broken.glob("*-s*[!n]"))
-        assert wanted <= len(before) < num_good
 
     with start(tiny_models, *call, broken, "--resume") as resumed:
         out, err = resumed.communicate(timeout=300)

@@ -256,7 +256,6 @@ class TestUsage:
             ["ui", "--port", "70000"],
             ["ui", "--port", "9" * 5000],
             ["generate", "--seed", "9" * 5000, "--out", "out"],
-            ["score", "a", "--hop", "x"],
             ["generate", "--keep", "x" * 5000, "--out", "out"],
             ["--no-such-option"],
             ["score", "--\x1b[2J"],

@@ -3,13 +3,15 @@
 import dataclasses
 import json
 from collections import defaultdict
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from app.comparison import compare_models
+from app.comparison import Comparison, compare_models
 from core import plans
 from core.codecs import build_codec
 from core.compare import flops_per_predicted_byte, with_budget
@@ -31,24 +33,47 @@ MODELS = {
 BUDGET = 2e7
 
 
-@pytest.fixture
-def tiny_plan(monkeypatch):
+@pytest.fixture(scope="module")
+def tiny_plan():
     """A plan named tiny, of three small models of text."""
     split = Split(train="text/train*", valid="text/valid.txt", test="text/test.txt", test_items=5, segment_bytes=64)
     members = [
         Member(group="text", config=dataclasses.replace(tiny_config(model), name=name), split=split)
         for name, model in MODELS.items()
     ]
-    monkeypatch.setitem(plans._PLANS, "tiny", (lambda size: members, {"cpu": BUDGET, "gpu": BUDGET}))
-    return build_plan("tiny", "cpu")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(plans._PLANS, "tiny", (lambda size: members, {"cpu": BUDGET, "gpu": BUDGET}))
+        yield build_plan("tiny", "cpu")
+
+
+def write_data(root: Path) -> Path:
+    (root / "text").mkdir(parents=True)
+    for seed, name in enumerate(("train", "valid", "test")):
+        words = np.random.default_rng(seed).choice([b"lamp ", b"door ", b"sea\n", b"and "], 400)
+        (root / "text" / f"{name}.txt").write_bytes(b"".join(words.tolist()))
+    return root
 
 
 @pytest.fixture
-def root(tmp_path, make_text):
-    for seed, name in enumerate(("train", "valid", "test")):
-        words = np.random.default_rng(seed).choice([b"lamp ", b"door ", b"sea\n", b"and "], 400)
-        make_text(f"root/text/{name}.txt", b"".join(words.tolist()))
-    return tmp_path / "root"
+def root(tmp_path):
+    return write_data(tmp_path / "root")
+
+
+class Finished(NamedTuple):
+    """A comparison that is done, its data and its folder."""
+
+    comparison: Comparison
+    root: Path
+    out: Path
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_plan, tmp_path_factory) -> Finished:
+    """One for all tests, which leave it as it is."""
+    folder = tmp_path_factory.mktemp("comparison")
+    root = write_data(folder / "root")
+    comparison, _ = run(root, folder / "out")
+    return Finished(comparison, root, folder / "out")
 
 
 def run(root, out, **options):
@@ -56,14 +81,13 @@ def run(root, out, **options):
     return compare_models("tiny", "cpu", root, out, log=said.append, **options), said
 
 
-def test_all_models_get_the_same_flops_and_the_same_test_items(tiny_plan, root, tmp_path):
-    found, _ = run(root, tmp_path / "out")
-    results = found.results
+def test_all_models_get_the_same_flops_and_the_same_test_items(finished):
+    results = finished.comparison.results
     assert [result.name for result in results] == list(MODELS)
     for result in results:
         # As near as whole steps come.
         step_flops = (
-            result.training_flops / json.loads((tmp_path / "out" / result.name / "config.json").read_text())["train"]["num_steps"]
+            result.training_flops / json.loads((finished.out / result.name / "config.json").read_text())["train"]["num_steps"]
         )
         assert result.training_flops == pytest.approx(step_flops * result.num_steps)
         assert abs(result.training_flops - BUDGET) <= step_flops / 2 * 1.0001
@@ -71,7 +95,7 @@ def test_all_models_get_the_same_flops_and_the_same_test_items(tiny_plan, root, 
         assert result.basic.bits_per_byte < 8.2
         assert len(result.curve) >= 2
         assert result.curve[-1][0] == pytest.approx(result.training_flops)
-    text = (root / "text/test.txt").read_bytes()
+    text = (finished.root / "text/test.txt").read_bytes()
     assert results[0].num_words == pytest.approx(5 * 64 * len(text.split()) / len(text), rel=0.3)
     megabyte, transformer, perceiver = results
     assert (megabyte.sliding.hop, megabyte.sliding.strided) == (16, True)
@@ -80,11 +104,11 @@ def test_all_models_get_the_same_flops_and_the_same_test_items(tiny_plan, root, 
     assert (perceiver.basic.window, perceiver.basic.hop) == (32, 8)
 
 
-def test_tables_json_and_plot_say_the_same(tiny_plan, root, tmp_path):
-    found, _ = run(root, tmp_path / "out")
-    saved = json.loads((tmp_path / "out" / "comparison.json").read_text())
+def test_tables_json_and_plot_say_the_same(finished):
+    found = finished.comparison
+    saved = json.loads((finished.out / "comparison.json").read_text())
     assert [Result.from_dict(raw) for raw in saved["results"]] == found.results
-    markdown = (tmp_path / "out" / "table.md").read_text()
+    markdown = (finished.out / "table.md").read_text()
     for result in found.results:
         figure = f"{result.basic.bits_per_byte:.4f} ± {result.basic.standard_error:.4f}"
         assert f"| {result.training_flops:.3g} | {result.num_steps} |" in markdown
@@ -93,7 +117,7 @@ def test_tables_json_and_plot_say_the_same(tiny_plan, root, tmp_path):
     assert f"Words in the scored text: {found.results[0].num_words}." in markdown
     perplexity = 2.0 ** (sum(found.results[0].basic.item_bits) / found.results[0].num_words)
     assert f"{perplexity:.4g}" in markdown
-    with Image.open(tmp_path / "out" / "plot.png") as plot:
+    with Image.open(finished.out / "plot.png") as plot:
         assert len(plot.convert("RGB").getcolors(1 << 20)) > 5
 
 
@@ -118,17 +142,14 @@ def test_a_table_of_texts_and_pictures_leaves_the_words_of_pictures_out():
     assert row_of_pictures[-2:] == ["-", "-"]
 
 
-def test_a_plan_that_has_changed_since_is_not_resumed(tiny_plan, root, tmp_path, monkeypatch):
-    run(root, tmp_path / "out")
+def test_a_plan_that_has_changed_since_is_not_resumed(tiny_plan, finished, monkeypatch):
     changed = [dataclasses.replace(tiny_plan.members[0], config=tiny_config()), *tiny_plan.members[1:]]
     monkeypatch.setitem(plans._PLANS, "tiny", (lambda size: changed, {"cpu": BUDGET, "gpu": BUDGET}))
     with pytest.raises(UserError, match="begun when the plan had other models"):
-        run(root, tmp_path / "out", resume=True)
+        run(finished.root, finished.out, resume=True)
 
 
-def test_a_killed_comparison_goes_on_and_ends_with_the_same_figures(tiny_plan, root, tmp_path, monkeypatch):
-    whole, _ = run(root, tmp_path / "whole")
-
+def test_a_killed_comparison_goes_on_and_ends_with_the_same_figures(finished, root, tmp_path):
     def interrupted(line: str) -> None:
         if line.startswith("step") and (tmp_path / "out" / "transformer" / "checkpoints").exists():
             raise KeyboardInterrupt
@@ -138,21 +159,20 @@ def test_a_killed_comparison_goes_on_and_ends_with_the_same_figures(tiny_plan, r
     resumed, said = run(root, tmp_path / "out", resume=True)
     assert any("megabyte (1 of 3) is done already" in line for line in said)
     assert any("going on from" in line for line in said)
-    for one, other in zip(whole.results, resumed.results, strict=True):
+    for one, other in zip(finished.comparison.results, resumed.results, strict=True):
         assert (one.basic, one.sliding, one.curve, one.bytes_seen) == (other.basic, other.sliding, other.curve, other.bytes_seen)
     again, said = run(root, tmp_path / "out", resume=True)
     assert again == resumed
     assert all("is done already" in line for line in said)
 
 
-def test_another_comparison_is_not_mixed_with_what_is_there(tiny_plan, root, tmp_path):
+def test_another_comparison_is_not_mixed_with_what_is_there(finished, tmp_path):
     with pytest.raises(UserError, match="no comparison to resume"):
-        run(root, tmp_path / "out", resume=True)
-    run(root, tmp_path / "out")
+        run(finished.root, tmp_path / "out", resume=True)
     with pytest.raises(UserError, match="exists and is not empty"):
-        run(root, tmp_path / "out")
+        run(finished.root, finished.out)
     with pytest.raises(UserError, match=r"was begun with budget 20000000.0, not 1000"):
-        run(root, tmp_path / "out", resume=True, budget=1000.0)
+        run(finished.root, finished.out, resume=True, budget=1000.0)
 
 
 def test_missing_data_is_named_before_anything_is_trained(tiny_plan, root, tmp_path):

@@ -1,5 +1,6 @@
 """Damaged checkpoints are found before a tensor is read; full disks, refusals and kills leave the old one intact."""
 
+import contextlib
 import os
 import re
 import shutil
@@ -120,9 +121,11 @@ FAULTS = """
 import os, resource, sys, time
 from pathlib import Path
 sys.path.insert(0, "tests")
+from core.checkpoint import load_checkpoint, step_folder
 from tests.test_checkpoint import save_step
 
 kind, folder = sys.argv[1], Path(sys.argv[2])
+save_step(folder, 1)
 if kind == "limit":
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
 if kind in ("read-only", "unreachable"):
@@ -136,6 +139,9 @@ try:
     print("saved")
 except ValueError as error:
     print(error)
+if kind == "full":  # nobody else sees that disk
+    load_checkpoint(step_folder(folder, 1))
+    print(*os.listdir(folder / "checkpoints"), "intact")
 """
 
 
@@ -147,48 +153,39 @@ def open_folder() -> Iterator[Path]:
         yield Path(folder)
 
 
-@pytest.mark.parametrize(
-    ("kind", "reason"),
-    [
-        ("limit", "File too large"),
-        ("read-only", "Permission denied"),
-        ("unreachable", "Permission denied"),
-        ("full", "No space left on device"),
-    ],
-)
-def test_a_disk_that_takes_no_more_is_one_sentence_and_the_old_checkpoint_is_intact(open_folder, kind, reason):
-    folder = open_folder / "disk"
-    folder.mkdir()
-    command = [sys.executable, "-c", FAULTS, kind, str(folder)]
+FULL = {
+    "limit": "File too large",
+    "read-only": "Permission denied",
+    "unreachable": "Permission denied",
+    "full": "No space left on device",
+}
+# A disk of 400 kB that exists for one process alone.
+MOUNTED = 'mount -t tmpfs -o size=400k tmpfs "$1" && shift && exec "$@"'
+
+
+def test_a_disk_that_takes_no_more_is_one_sentence_and_the_old_checkpoint_is_intact(open_folder):
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    if kind == "full":
-        command = ["unshare", "-m", "sh", "-c", MOUNTED, "sh", str(folder), *command]
-    else:
-        save_step(folder, 1)
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    if "mount" in done.stderr or "unshare" in done.stderr:
-        pytest.skip("this process may not mount a disk")
-    assert done.stderr == ""
-    said = done.stdout.splitlines()
-    assert said[0] == f"{step_folder(folder, 2)} could not be written ({reason}); make room or choose another folder"
-    assert said[1:] == (["step-00000001", "intact"] if kind == "full" else [])
-    if kind != "full":
-        folder.chmod(0o755)
-        assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-00000001"]
-        load_checkpoint(step_folder(folder, 1))
-
-
-# A disk of 400 kB that exists for the shell and its children alone.
-MOUNTED = """
-mount -t tmpfs -o size=400k tmpfs "$1" || exit 1
-folder=$1; shift
-"$1" -c 'import sys; sys.path.insert(0, "tests"); from pathlib import Path; from tests.test_checkpoint import save_step; \
-save_step(Path(sys.argv[1]), 1)' "$folder"
-"$@"
-ls -A "$folder/checkpoints"
-"$1" -c 'import sys; from pathlib import Path; from core.checkpoint import load_checkpoint, step_folder; \
-load_checkpoint(step_folder(Path(sys.argv[1]), 1)); print("intact")' "$folder"
-"""
+    with contextlib.ExitStack() as stack:
+        saving = {}
+        for kind in FULL:
+            (open_folder / kind).mkdir()
+            command = [sys.executable, "-c", FAULTS, kind, str(open_folder / kind)]
+            if kind == "full":
+                command = ["unshare", "-m", "sh", "-c", MOUNTED, "sh", str(open_folder / kind), *command]
+            streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+            saving[kind] = stack.enter_context(subprocess.Popen(command, cwd=ROOT, env=environment, **streams))
+        said = {kind: process.communicate(timeout=60) for kind, process in saving.items()}
+    for kind, reason in FULL.items():
+        out, err = said[kind]
+        if "mount" in err or "unshare" in err:
+            continue  # this process may not mount a disk
+        step = step_folder(open_folder / kind, 2)
+        sentence = f"{step} could not be written ({reason}); make room or choose another folder"
+        assert (out.splitlines(), err) == ([sentence, "step-00000001 intact"] if kind == "full" else [sentence], ""), kind
+        if kind != "full":
+            (open_folder / kind).chmod(0o755)
+            assert [path.name for path in (open_folder / kind / "checkpoints").iterdir()] == ["step-00000001"]
+            load_checkpoint(step_folder(open_folder / kind, 1))
 
 
 @pytest.mark.parametrize("exchanges", [True, False], ids=["exchanged", "aside"])

@@ -34,7 +34,7 @@ def require_one_interval_lost_at_most(run: Path) -> None:
     assert steps_reported(run) - saved <= INTERVAL
 
 
-@pytest.mark.parametrize(("num_steps", "num_kills"), [(120, 2), pytest.param(200, 20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("num_steps", "num_kills"), [(60, 2), pytest.param(200, 20, marks=pytest.mark.slow)])
 def test_a_run_killed_at_random_moments_ends_with_the_same_bits(tmp_path, num_steps, num_kills):
     """Every second kill is aimed at the writing of a checkpoint, the others fall anywhere."""
     config = tiny_config(num_steps=num_steps, checkpoint_every=INTERVAL, eval_every=20)

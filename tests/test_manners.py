@@ -1,5 +1,6 @@
 """Manners of the command line where something is amiss around it: odd paths, full disks, no terminal, hostile names in logs."""
 
+import contextlib
 import itertools
 import json
 import logging
@@ -100,12 +101,17 @@ def test_without_a_terminal_nothing_moves_a_cursor(tiny_models, make_text):
     assert all(line.isprintable() for line in done.stdout.splitlines())
 
 
-@pytest.mark.parametrize("closed", ["1>&-", "2>&-", "0<&- 1>&- 2>&-"])
-def test_closed_standard_streams_are_no_fault(tiny_models, closed, tmp_path):
-    command = f'"{sys.executable}" -m app generate --model "{tiny_models}/text" --num-bytes 4 --out "{tmp_path}/out" {closed}'
-    done = subprocess.run(["sh", "-c", command], cwd=ROOT, timeout=60, text=True, capture_output=True)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert len(list((tmp_path / "out").glob("new-s0-1.txt"))) == 1
+def test_closed_standard_streams_are_no_fault(tiny_models, tmp_path):
+    with contextlib.ExitStack() as stack:
+        calls = {}
+        for number, closed in enumerate(("1>&-", "2>&-", "0<&- 1>&- 2>&-")):
+            settings = f'--model "{tiny_models}/text" --num-bytes 4 --out "{tmp_path}/{number}"'
+            command = ["sh", "-c", f'"{sys.executable}" -m app generate {settings} {closed}']
+            streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+            calls[closed] = stack.enter_context(subprocess.Popen(command, cwd=ROOT, **streams))
+        said = {closed: call.communicate(timeout=60)[1] for closed, call in calls.items()}
+    assert {closed: (call.returncode, said[closed]) for closed, call in calls.items()} == dict.fromkeys(calls, (0, ""))
+    assert [len(list((tmp_path / str(number)).glob("new-s0-1.txt"))) for number in range(3)] == [1, 1, 1]
 
 
 def test_results_that_cannot_be_printed_are_one_sentence(tiny_models, make_text):
@@ -122,13 +128,13 @@ def test_complaints_that_cannot_be_printed_stop_no_work(tiny_models, make_text):
     assert "bits/byte" in done.stdout
 
 
-def test_a_full_disk_costs_no_older_result(tiny_models, make_text, tmp_path):
+def test_a_full_disk_costs_no_older_result(cli, tiny_models, make_text, tmp_path):
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))
 
     out = tmp_path / "out"
     settings = ("--keep", 1, "--num-bytes", 4)
-    assert start(tiny_models, "generate", make_text("a.txt"), *settings, "--out", out, capture_output=True).returncode == 0
+    assert cli("generate", make_text("a.txt"), *settings, "--out", out)[0] == 0
     before = {path.name: path.read_bytes() for path in out.glob("a-*")}
     large = make_text("b.txt", b"x" * 5000)
     done = start(tiny_models, "generate", large, *settings, "--out", out, capture_output=True, preexec_fn=limit)

@@ -3,13 +3,12 @@
 import pytest
 from mutations import LOADERS, mutated, open_mutated
 
-NUM_FILES = 2000  # of each loader; tests/mutations.py opens more by hand
 
-
+@pytest.mark.parametrize("num_files", [1000, pytest.param(20_000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("loader", LOADERS)
-def test_mutated_files_are_opened_or_refused(tmp_path, loader):
-    num_opened = open_mutated(loader, range(NUM_FILES), tmp_path)
-    assert min(num_opened.values()) > NUM_FILES // 20  # or the changes would test nothing but the signature
+def test_mutated_files_are_opened_or_refused(tmp_path, loader, num_files):
+    num_opened = open_mutated(loader, range(num_files), tmp_path)
+    assert min(num_opened.values()) > num_files // 20  # or the changes would test nothing but the signature
 
 
 @pytest.mark.parametrize("loader", LOADERS)

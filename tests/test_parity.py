@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -56,12 +57,17 @@ def service(tiny_models) -> Service:
     return Service(weights=tiny_models, runs=tiny_models / "no-runs")
 
 
-def lines_of(command: list[str]) -> list[str]:
-    return subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True, timeout=300).stdout.splitlines()
-
-
-def in_python(weights: Path, asked: list[tuple[str, str, dict[str, Any]]]) -> list[str]:
-    return lines_of([sys.executable, "-c", IN_PYTHON, str(weights), json.dumps(asked)])
+def said_by_command_and_in_python(
+    weights: Path, arguments: list[object], asked: list[tuple[str, str, dict[str, Any]]]
+) -> tuple[list[str], list[str]]:
+    """The lines of a call of the command line, and those of `IN_PYTHON`; the two processes run side by side."""
+    commands = command_line(weights, *arguments), [sys.executable, "-c", IN_PYTHON, str(weights), json.dumps(asked)]
+    with ExitStack() as stack:
+        options = {"cwd": ROOT, "stdout": subprocess.PIPE, "text": True}
+        processes = [stack.enter_context(subprocess.Popen(command, **options)) for command in commands]
+        by_command, in_python = (process.communicate(timeout=300)[0].splitlines() for process in processes)
+    assert [process.returncode for process in processes] == [0, 0]
+    return by_command, in_python
 
 
 @pytest.mark.parametrize("num_seeds", [4, pytest.param(100, marks=pytest.mark.slow)])
@@ -73,8 +79,7 @@ def test_a_seed_gives_the_same_bytes_in_three_processes(tiny_models, client, fil
     recipe, out = tmp_path / "jobs.toml", tmp_path / "out"
     jobs = [{"files": path} | settings for _, path, settings in asked]
     recipe.write_text("\n".join("[[jobs]]\n" + "\n".join(f"{key} = {json.dumps(job[key])}" for key in job) for job in jobs))
-    lines_of(command_line(tiny_models, "generate", "--recipe", recipe, "--out", out))
-    made = in_python(tiny_models, asked)
+    _, made = said_by_command_and_in_python(tiny_models, ["generate", "--recipe", recipe, "--out", out], asked)
     for (name, path, settings), expected in zip(asked, made, strict=True):
         [by_page], _ = client.predict(handle_file(path), "", "", **settings, api_name="/generate")
         [by_command] = out.glob(f"{Path(path).stem}*-s{settings['seed']}-1{Path(path).suffix}")
@@ -86,10 +91,9 @@ def test_a_seed_gives_the_same_bytes_in_three_processes(tiny_models, client, fil
 
 def test_a_file_has_the_same_total_in_three_processes(tiny_models, client, files, make_png):
     asked = [*files.items(), ("image32", make_png("tiles.png", width=20, height=11))]
-    command = command_line(tiny_models, "score", "--json", *(path for _, path in asked))
-    *by_command, _ = map(json.loads, lines_of(command))
-    totals = map(float, in_python(tiny_models, [(name, str(path), {}) for name, path in asked]))
-    for (_, path), mine, total in zip(asked, by_command, totals, strict=True):
+    arguments, in_python = ["score", "--json", *(path for _, path in asked)], [(name, str(path), {}) for name, path in asked]
+    [*by_command, _], totals = said_by_command_and_in_python(tiny_models, arguments, in_python)
+    for (_, path), mine, total in zip(asked, map(json.loads, by_command), map(float, totals), strict=True):
         by_page = client.predict(handle_file(path), "", api_name="/score")
         assert by_page["total_bits"] == total
         assert mine["total_bits"] == pytest.approx(total, rel=1e-6)  # the two pictures of that call share a batch

@@ -5,6 +5,8 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -31,6 +33,19 @@ def crash() -> None:
     raise OSError("pulled plug")
 
 
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory) -> Callable[..., Path]:
+    """The folder of a whole run with these settings, made on the first call."""
+
+    @cache
+    def folder(**settings) -> Path:
+        parent = tmp_path_factory.mktemp("unbroken")
+        run_tiny(parent, config=tiny_config(**settings))
+        return parent / "run"
+
+    return folder
+
+
 def require_same_end(run: Path, unbroken: Path) -> None:
     """Both finished with the same metrics, weights and state, to the last bit."""
     assert metrics(run) == metrics(unbroken)
@@ -39,15 +54,14 @@ def require_same_end(run: Path, unbroken: Path) -> None:
 
 
 @pytest.mark.parametrize(("number", "error"), [(signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)])
-def test_a_signal_saves_the_step_at_hand_and_the_resumed_run_is_bit_identical(tmp_path, number, error):
-    run_tiny(tmp_path, "unbroken")
+def test_a_signal_saves_the_step_at_hand_and_the_resumed_run_is_bit_identical(tmp_path, unbroken, number, error):
     with pytest.raises(error) as caught:
         run_tiny(tmp_path, "stopped", log=stop_when(6, lambda: os.kill(os.getpid(), number)))
     if error is SystemExit:
         assert caught.value.code == 143
     assert step_folder(tmp_path / "stopped", 6).is_dir()
     run_tiny(tmp_path, "stopped", resume=True)
-    require_same_end(tmp_path / "stopped", tmp_path / "unbroken")
+    require_same_end(tmp_path / "stopped", unbroken())
 
 
 # Two forward passes a step, three a validation, which comes after steps 6 and 12.
@@ -56,10 +70,9 @@ def test_a_signal_saves_the_step_at_hand_and_the_resumed_run_is_bit_identical(tm
     [(1, None, 1), (2, 1, 5), (7, 3, 5), (8, 4, 1), (13, 6, 1), (14, 6, 1), (15, 6, 1), (16, 6, 1), (28, 12, 1)],
 )
 def test_a_signal_between_two_passes_gives_up_the_step_or_the_validation_and_nothing_is_lost(
-    tmp_path, monkeypatch, num_passes, saved, log_every
+    tmp_path, monkeypatch, unbroken, num_passes, saved, log_every
 ):
-    config = tiny_config(log_every=log_every)
-    run_tiny(tmp_path, "unbroken", config)
+    config, expected = tiny_config(log_every=log_every), unbroken(log_every=log_every)
     passes, forward = iter(range(1, 1000)), Nll.forward
 
     def stopped_forward(self, byte_ids):
@@ -78,7 +91,7 @@ def test_a_signal_between_two_passes_gives_up_the_step_or_the_validation_and_not
         assert state.bytes_seen == saved * config.train.batch_size * SEQ_LEN
         assert state.seconds > 0
     run_tiny(tmp_path, "stopped", config, resume=True)
-    require_same_end(tmp_path / "stopped", tmp_path / "unbroken")
+    require_same_end(tmp_path / "stopped", expected)
 
 
 SAVED_AGAIN = """
@@ -89,42 +102,44 @@ from core.learner import Learner
 from core.models import build_model
 from tests.tiny_run import ALONE
 
-saved = latest_checkpoint(Path(sys.argv[1]))
-learner = Learner(build_model(saved.config), saved.config.train, ALONE)
-learner.restore(saved)
-save_checkpoint(step_folder(Path(sys.argv[2]), learner.step), saved.config, learner.weights, learner.capture())
+for name in sys.argv[2:]:
+    saved = latest_checkpoint(Path(sys.argv[1], name))
+    learner = Learner(build_model(saved.config), saved.config.train, ALONE)
+    learner.restore(saved)
+    save_checkpoint(step_folder(Path(sys.argv[1], "again", name), learner.step), saved.config, learner.weights, learner.capture())
 """
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_a_new_process_that_loads_a_checkpoint_saves_the_same_one(tmp_path, optimizer):
+def test_a_new_process_that_loads_a_checkpoint_saves_the_same_one(tmp_path):
     """Weights, moments, averages, counters, generators: every file has the same bytes."""
-    run_tiny(tmp_path, "run", tiny_config(num_steps=7, checkpoint_every=7, eval_every=7, optimizer=optimizer))
-    command = [sys.executable, "-c", SAVED_AGAIN, tmp_path / "run", tmp_path / "again"]
+    optimizers = ("adamw", "muon")
+    for optimizer in optimizers:
+        run_tiny(tmp_path, optimizer, tiny_config(num_steps=7, checkpoint_every=7, eval_every=7, optimizer=optimizer))
+    command = [sys.executable, "-c", SAVED_AGAIN, tmp_path, *optimizers]
     subprocess.run(command, cwd=Path(__file__).parents[1], check=True)
-    first, again = (
-        {path.name: path.read_bytes() for path in step_folder(tmp_path / out, 7).iterdir()} for out in ("run", "again")
-    )
-    assert len(first) == 5
-    assert again == first
+    for optimizer in optimizers:
+        first, again = (
+            {path.name: path.read_bytes() for path in step_folder(folder / optimizer, 7).iterdir()}
+            for folder in (tmp_path, tmp_path / "again")
+        )
+        assert len(first) == 5
+        assert again == first
 
 
-def test_a_crash_between_checkpoints_loses_only_the_steps_since_the_last_one(tmp_path):
-    run_tiny(tmp_path, "unbroken")
+def test_a_crash_between_checkpoints_loses_only_the_steps_since_the_last_one(tmp_path, unbroken):
     with pytest.raises(OSError, match="pulled plug"):
         run_tiny(tmp_path, "crashed", log=stop_when(6, crash))
     lines = []
     run_tiny(tmp_path, "crashed", resume=True, log=lines.append)
     assert "step-00000004" in lines[0]
-    require_same_end(tmp_path / "crashed", tmp_path / "unbroken")
+    require_same_end(tmp_path / "crashed", unbroken())
 
 
-def test_a_run_killed_before_its_first_checkpoint_starts_again(tmp_path):
-    run_tiny(tmp_path, "unbroken")
+def test_a_run_killed_before_its_first_checkpoint_starts_again(tmp_path, unbroken):
     with pytest.raises(OSError, match="pulled plug"):
         run_tiny(tmp_path, "crashed", tiny_config(checkpoint_every=100), log=stop_when(6, crash))
     run_tiny(tmp_path, "crashed", resume=True)
-    assert metrics(tmp_path / "crashed") == metrics(tmp_path / "unbroken")
+    assert metrics(tmp_path / "crashed") == metrics(unbroken())
 
 
 def test_a_finished_run_resumes_to_the_same_result(tmp_path):

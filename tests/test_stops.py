@@ -75,7 +75,7 @@ def stop(process: subprocess.Popen, number: signal.Signals) -> None:
     assert not [line for line in err.splitlines() if "rror" in line]
 
 
-@pytest.mark.parametrize(("num_stops", "num_steps"), [(1, 60), pytest.param(20, 120, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("num_stops", "num_steps"), [(1, 40), pytest.param(20, 120, marks=pytest.mark.slow)])
 def test_a_run_stopped_at_random_moments_loses_no_step_and_ends_with_the_same_bits(tmp_path, num_stops, num_steps):
     run, unbroken = tmp_path / "stopped", tmp_path / "unbroken"
     chance = np.random.default_rng(num_stops)
