@@ -84,7 +84,7 @@ def test_the_memory_that_a_sample_reads_is_counted_by_hand():
     assert sum(num_bytes * times for num_bytes, times in bytes_read_per_patch(case)) == by_hand
 
 
-def test_a_length_beyond_a_trained_model_s_context_is_refused(tiny_models):
+def test_a_length_beyond_a_trained_model_s_context_is_refused(tiny_preset, tiny_models):
     with pytest.raises(UserError, match="exceeds the model's context of 128 bytes"):
         bench("score", model=tiny_models / "text", length=129)
     assert bench("score", model=tiny_models / "text", rounds=1)["length"] == 128

@@ -7,7 +7,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 import urllib.error
 import urllib.request
@@ -23,6 +22,7 @@ import pytest
 from gradio.context import LocalContext
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
+from own_process import command_line
 from page_server import free_port, wait_for_page
 from waiting import wait_until
 
@@ -216,11 +216,11 @@ def test_a_score_that_a_script_asked_for_can_be_stopped(service, store, make_tex
         assert store.look("mine", job_id, wait_s=5).state == "stopped"
 
 
-def test_sigterm_ends_a_busy_page_cleanly(tmp_path, make_text):
+def test_sigterm_ends_a_busy_page_cleanly(tiny_models, tmp_path, make_text):
     port, temporary = free_port(), tmp_path / "temporary"
     temporary.mkdir()
     environment = {**os.environ, "TMPDIR": str(temporary)}
-    command = [sys.executable, "-m", "app", "ui", "--no-browser", "--port", str(port)]
+    command = command_line(tiny_models, "ui", "--no-browser", "--port", port)
     with subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True) as page:
         wait_for_page(f"http://127.0.0.1:{port}/", page)
         callers = [Client(f"http://127.0.0.1:{port}/", verbose=False) for _ in range(5)]
