@@ -78,7 +78,7 @@ def test_a_session_does_not_grow_with_its_events():
 
 @pytest.mark.parametrize(
     ("num_users", "seconds"),
-    [(4, 6), pytest.param(10, 120, marks=pytest.mark.slow), pytest.param(50, 600, marks=pytest.mark.slow)],
+    [(4, 4), pytest.param(10, 120, marks=pytest.mark.slow), pytest.param(50, 600, marks=pytest.mark.slow)],
 )
 def test_users_at_once_get_the_bytes_of_their_own_seeds(page_server, tiny_models, tmp_path, num_users, seconds):
     is_long = seconds >= 120
@@ -92,7 +92,7 @@ def test_users_at_once_get_the_bytes_of_their_own_seeds(page_server, tiny_models
     print(json.dumps(found), "MB in equal parts of the time:", *(round(np.median(part)) for part in parts))
     assert found["problems"] == []
     assert "Traceback" not in said
-    assert sum(found["counts"].values()) >= 2 * num_users
+    assert sum(found["counts"].values()) >= 4 * num_users
     assert set(found["counts"]) == {"complete", "score", "plan", "cancel"} or seconds < 60
     if is_long:
         middle, last = np.array_split(memory, 3)[1:]
