@@ -13,11 +13,12 @@ from typing import Any
 
 from anyio import to_thread
 
-from app.uploads import leftovers_removed, make_room
+from app.uploads import MIN_FILE_BYTES, leftovers_removed, make_room
 
 MAX_BODY_BYTES = 16 << 20  # of a call; files come by themselves
 MAX_VALUES = 100_000  # of a call; each takes Gradio a hundred bytes and a microsecond or more
 MAX_CANCEL_BYTES = 4096
+MAX_WAITING_BYTES = 256 << 20  # of all calls that are being read or begun
 MAX_CACHE_BYTES = 4 << 30  # of uploads and of the copies that the page shows
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 # What the page, its scripts and gradio_client ask for; Gradio has more, which write files, never end or fail aloud.
@@ -63,6 +64,7 @@ class Guard:
         cancel: Callable[[str, int | None], bool],
         max_body_bytes: int = MAX_BODY_BYTES,
         max_cache_bytes: int = MAX_CACHE_BYTES,
+        max_waiting_bytes: int = MAX_WAITING_BYTES,
         is_loopback: bool = False,
     ) -> None:
         self._app = app
@@ -71,14 +73,17 @@ class Guard:
         self._max_body_bytes = max_body_bytes
         self._max_cache_bytes = max_cache_bytes
         self._max_upload_bytes = max_cache_bytes // 4
+        self._max_waiting_bytes = max_waiting_bytes
         self._is_loopback = is_loopback
         self._room = 0  # when the latest upload began, less all that has come since
+        self._waiting_bytes = 0
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        path, method, headers = scope["path"], scope["method"], dict(scope.get("headers", ()))
+        path, method, named = scope["path"], scope["method"], list(scope.get("headers", ()))
+        headers = dict(named)
         route = path.removeprefix(scope.get("root_path", "")).rstrip("/")
         host, origin = (headers[name].decode("latin-1").lower() if name in headers else None for name in (b"host", b"origin"))
         if self._is_loopback and re.sub(r":\d+$", "", host or "") not in LOOPBACK:
@@ -87,7 +92,9 @@ class Guard:
             )
         elif method == "POST" and origin is not None and origin.partition("://")[2] != host:
             await _refuse(send, 403, "pages of other sites may not use this one; a proxy before it has to pass Host on")
-        elif b"x-gradio-server" in headers or not _FORWARDED.fullmatch(headers.get(b"x-forwarded-host", b"")):
+        elif b"x-gradio-server" in headers or not all(
+            _FORWARDED.fullmatch(value) for name, value in named if name == b"x-forwarded-host"
+        ):
             await _refuse(send, 400, "the headers of this request name no host that could be")
         elif any(_is_address(path.partition(before)[2]) for before in ("/file=", "/file/", "/proxy=")):
             await _refuse(send, 403, "files of other machines are not served here")
@@ -96,7 +103,7 @@ class Guard:
         elif method == "POST" and route == UPLOAD_ROUTE:
             await self._take_upload(scope, receive, send)
         elif method == "POST":
-            await self._check_body(scope, receive, send, is_cancel=route in CANCEL_ROUTES)
+            await self._take_call(scope, receive, send, is_cancel=route in CANCEL_ROUTES)
         else:
             await self._hand_on(scope, receive, send)
 
@@ -123,13 +130,13 @@ class Guard:
     async def _take_upload(self, scope: Message, receive: Receive, send: Send) -> None:
         used = await to_thread.run_sync(make_room, self._cache, self._max_cache_bytes - self._max_upload_bytes)
         self._room = self._max_cache_bytes - used
-        num_bytes = 0
+        num_bytes = num_files = 0
 
         async def counted() -> Message:
-            nonlocal num_bytes
+            nonlocal num_bytes, num_files
             message = await receive()
-            size = len(message.get("body", b""))
-            num_bytes += size
+            size = len(message.get("body", b"")) + (len(begun) - num_files) * MIN_FILE_BYTES
+            num_bytes, num_files = num_bytes + size, len(begun)
             self._room -= size
             if num_bytes > self._max_upload_bytes:
                 most = f"{self._max_upload_bytes >> 20} MB"
@@ -138,7 +145,7 @@ class Guard:
                 raise _RefusalError(507, "there is no room for more uploads; try again in ten minutes")
             return message
 
-        with leftovers_removed():
+        with leftovers_removed() as begun:
             await self._hand_on(scope, counted, send)
 
     async def _is_cancelled(self, said: Any) -> bool:
@@ -154,38 +161,54 @@ class Guard:
             raise _RefusalError(400, "fn_index is a number and session_hash a text")
         return await to_thread.run_sync(self._cancel, event, endpoint)
 
-    async def _check_body(self, scope: Message, receive: Receive, send: Send, is_cancel: bool) -> None:
-        body, most, has_more = bytearray(), MAX_CANCEL_BYTES if is_cancel else self._max_body_bytes, True
-        while has_more:
-            message = await receive()
-            body += message.get("body", b"")
-            has_more = message.get("more_body", False)
-            if len(body) > most:
-                size = f"{most >> 20} MB" if most >> 20 else f"{most} bytes"
-                await _refuse(send, 413, f"a call of more than {size} is not read; send long texts as files")
-                return
-        content = bytes(body)
+    async def _take_call(self, scope: Message, receive: Receive, send: Send, is_cancel: bool) -> None:
+        body = bytearray()
         try:
+            if not await self._read_body(receive, body, MAX_CANCEL_BYTES if is_cancel else self._max_body_bytes):
+                return
+            content = bytes(body)
             value = await to_thread.run_sync(_read_json, content)
             if is_cancel and await self._is_cancelled(value):
                 await _answer(send, 200, {"success": True})
                 return
+            arrived = [{"type": "http.request", "body": content, "more_body": False}]
+
+            async def replay() -> Message:
+                return arrived.pop() if arrived else await receive()
+
+            await self._hand_on(scope, replay, send)
         except _RefusalError as error:
             await _refuse(send, error.status, error.sentence)
-            return
-        arrived = [{"type": "http.request", "body": content, "more_body": False}]
+        finally:
+            self._waiting_bytes -= len(body)
 
-        async def replay() -> Message:
-            return arrived.pop() if arrived else await receive()
+    async def _read_body(self, receive: Receive, body: bytearray, most: int) -> bool:
+        """Adds what comes to `body`; whether it has come to its end.
 
-        await self._hand_on(scope, replay, send)
+        Raises:
+            _RefusalError: if it has more than `most` bytes, or too much comes at once.
+        """
+        has_more = True
+        while has_more:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return False
+            piece, has_more = message.get("body", b""), message.get("more_body", False)
+            body += piece
+            self._waiting_bytes += len(piece)
+            if len(body) > most:
+                size = f"{most >> 20} MB" if most >> 20 else f"{most} bytes"
+                raise _RefusalError(413, f"a call of more than {size} is not read; send long texts as files")
+            if self._waiting_bytes > self._max_waiting_bytes:
+                raise _RefusalError(503, "too much is sent to this page at once; try again soon")
+        return True
 
 
 def _read_json(body: bytes) -> Any:
     """The value of a JSON body; None for what is none, which Gradio answers.
 
     Raises:
-        _RefusalError: if it has too many values, or names files of other machines.
+        _RefusalError: if it has too many values, names files of other machines, or has a session without a name.
     """
     if _count_values(body) > MAX_VALUES:
         raise _RefusalError(413, f"a call of more than {MAX_VALUES} values is not read; send long texts as files")
@@ -195,6 +218,8 @@ def _read_json(body: bytes) -> Any:
         return None
     if _names_an_address(value):
         raise _RefusalError(400, "files of other machines are not fetched; upload the file instead")
+    if isinstance(value, dict) and value.get("session_hash") == "":
+        raise _RefusalError(400, "a session_hash has at least one character")
     return value
 
 
