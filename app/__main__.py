@@ -3,11 +3,15 @@
 `--help` and wrong usage are answered at once: what takes seconds to import is imported by the verb that needs it.
 """
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports ends the process without a traceback
+
 import argparse
 import json
 import logging
 import os
-import signal
 import sys
 from dataclasses import fields
 from functools import partial

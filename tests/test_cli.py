@@ -301,6 +301,13 @@ class TestManners:
             assert call.stderr.read() == ""
             assert call.wait(timeout=30) == 1
 
+    def test_ctrl_c_ends_a_call_that_is_still_being_imported_without_a_traceback(self, tmp_path):
+        (tmp_path / "tqdm.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+        environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+        command = [sys.executable, "-m", "app", "info"]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
+
     @pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
     def test_a_signal_ends_the_call_at_once_with_its_code(self, tiny_models, tmp_path, number, exit_code):
         with start(*self.endless(tiny_models, tmp_path)) as call:
