@@ -20,6 +20,7 @@ from core.errors import shown
 from core.folder import clear_leftovers
 
 LEDGER_NAME = "ledger.jsonl"
+MAX_BYTES = 1 << 30
 _BEGINS = b'{"line_sha256": "'
 _OWN_LINE = re.compile(_BEGINS + rb'|\{"name": ".*", "key": "[0-9a-f]{64}"')  # the second as older ledgers have them
 
@@ -87,6 +88,10 @@ class Ledger:
         return path.is_file() and digest_of(path) == digest
 
     def _read(self) -> None:
+        if os.fstat(self._descriptor).st_size > MAX_BYTES:
+            raise ValueError(
+                f"{shown(self._folder / LEDGER_NAME)} has more than {MAX_BYTES:,} bytes; choose another folder with --out"
+            )
         with open(self._descriptor, "rb", closefd=False) as file:
             content = file.read()
         lines = content.splitlines()
@@ -138,12 +143,13 @@ def open_ledger(folder: Path, *, resume: bool, force: bool) -> Iterator[Ledger]:
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise ValueError(f"{shown(folder / LEDGER_NAME)} is a device or a pipe; choose another folder with --out")
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another process writes to {shown(folder)}; wait for it or choose another folder") from None
         ledger = Ledger(folder, descriptor, resume=resume, force=force)
         if resume:
             clear_leftovers(folder)
         yield ledger
-    except BlockingIOError:
-        raise ValueError(f"another process writes to {shown(folder)}; wait for it or choose another folder") from None
     finally:
         os.close(descriptor)

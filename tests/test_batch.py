@@ -236,6 +236,21 @@ def test_the_ledger_is_not_one_of_the_files_given(cli, tmp_path, verb):
     assert (tmp_path / LEDGER_NAME).read_bytes() == before
 
 
+def test_a_ledger_of_no_reasonable_size_is_not_read(tmp_path):
+    (tmp_path / LEDGER_NAME).touch()
+    os.truncate(tmp_path / LEDGER_NAME, 1 << 42)
+    with pytest.raises(ValueError, match="choose another folder"), open_ledger(tmp_path, resume=True, force=False):
+        pass
+
+
+def test_a_folder_belongs_to_one_ledger_and_what_blocks_within_is_not_taken_for_another(tmp_path):
+    held, wanted = (open_ledger(tmp_path, resume=True, force=False) for _ in range(2))
+    with held, pytest.raises(ValueError, match="another process writes"), wanted:
+        pass
+    with pytest.raises(BlockingIOError), open_ledger(tmp_path, resume=True, force=False):
+        raise BlockingIOError  # as of a full pipe that results are printed to
+
+
 def test_a_pipe_is_no_ledger(cli, make_text, tmp_path):
     os.mkfifo(tmp_path / LEDGER_NAME)
     exit_code, _, [said] = cli("score", make_text(), "--out", tmp_path)
