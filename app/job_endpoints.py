@@ -41,7 +41,7 @@ def add_job_endpoints(calls: Calls) -> None:
         with refusals_shown(ENDPOINT_WORDS):
             owner = owner_of(request)
             made = _sample(store.look(owner, job), sample)
-            with store.brief(owner):
+            with store.short_work(owner):
                 found = made.job.alternatives(made.made, _number(made, number))
         return [{"value": value, "probability": probability} for value, probability in found]
 
@@ -52,7 +52,7 @@ def add_job_endpoints(calls: Calls) -> None:
             made = _sample(store.look(owner, job), sample)
             if value is None or not 0 <= value <= 255:
                 raise UserError(f"value={value} must lie in 0..255")
-            with store.brief(owner):
+            with store.short_work(owner):
                 branched = made.job.branched(made.made, _number(made, number), int(value))
             title = f"{made.title}, branch at byte {number:,}"
             view = yield from calls.finished(request, "branch", title, gallery_work(lambda: branched))

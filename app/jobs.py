@@ -38,8 +38,8 @@ class JobLimits:
     retention_s: float = 6 * 3600.0  # results are kept this long after the end
     max_running: int = 64
     max_running_of_owner: int = 8
-    max_brief: int = 32
-    max_brief_of_owner: int = 2
+    max_short: int = 32
+    max_short_of_owner: int = 2
     max_kept_of_owner: int = 20  # older results go
     max_kept: int = 200  # over all owners
     max_kept_bytes: int = 4 << 30  # of files over all owners; the newest result stays whatever its size
@@ -136,7 +136,7 @@ class JobStore:
         self.limits = limits or JobLimits()
         self._clock = clock
         self._jobs: dict[str, Job] = {}  # oldest first
-        self._brief: Counter[str] = Counter()  # brief work of each owner
+        self._short: Counter[str] = Counter()  # short work of each owner
         self._forgotten: set[Job] = set()  # at work until they notice; nobody can find them any more
         self._mutex = threading.Lock()
         self._is_closed = False
@@ -168,25 +168,25 @@ class JobStore:
         return job.id
 
     @contextmanager
-    def brief(self, owner: str) -> Iterator[None]:
+    def short_work(self, owner: str) -> Iterator[None]:
         """Work within the block that takes a moment and is no job; its turns at the models are those of the owner's jobs.
 
         Raises:
             ValueError: if there is too much of it already.
         """
         with self._mutex:
-            if self._brief.total() >= self.limits.max_brief:
+            if self._short.total() >= self.limits.max_short:
                 raise ValueError("more is asked of this machine than it can answer; try again soon")
-            if self._brief[owner] >= self.limits.max_brief_of_owner:
-                raise ValueError(f"{self._brief[owner]} of your questions are at work; wait for an answer and ask again")
-            self._brief[owner] += 1
+            if self._short[owner] >= self.limits.max_short_of_owner:
+                raise ValueError(f"{self._short[owner]} of your questions are at work; wait for an answer and ask again")
+            self._short[owner] += 1
         token = party.set(owner)
         try:
             yield
         finally:
             party.reset(token)
             with self._mutex:
-                self._brief -= Counter([owner])  # which forgets those of whom there is none left
+                self._short -= Counter([owner])  # which forgets those of whom there is none left
 
     def look(self, owner: str, job_id: str | None, wait_s: float = 0.0) -> JobView:
         """A job as it is now, or when it ends if that happens within `wait_s` seconds; looking keeps it alive.

@@ -216,19 +216,19 @@ def test_more_jobs_than_the_machine_takes_are_refused_in_words(clock):
 
 
 def test_brief_work_of_one_owner_is_bounded_and_takes_the_turns_of_its_owner(clock):
-    with closing(JobStore(JobLimits(max_brief=3, max_brief_of_owner=2), clock)) as store, ExitStack() as at_work:
+    with closing(JobStore(JobLimits(max_short=3, max_short_of_owner=2), clock)) as store, ExitStack() as at_work:
         for _ in range(2):
-            at_work.enter_context(store.brief("me"))
+            at_work.enter_context(store.short_work("me"))
         assert party.get() == "me"
-        with pytest.raises(ValueError, match="2 of your questions"), store.brief("me"):
+        with pytest.raises(ValueError, match="2 of your questions"), store.short_work("me"):
             pass
-        at_work.enter_context(store.brief("you"))
-        with pytest.raises(ValueError, match="more is asked of this machine"), store.brief("she"):
+        at_work.enter_context(store.short_work("you"))
+        with pytest.raises(ValueError, match="more is asked of this machine"), store.short_work("she"):
             pass
         at_work.close()
         assert party.get(None) is None
-        assert not store._brief
-        with store.brief("me"):
+        assert not store._short
+        with store.short_work("me"):
             pass
 
 

@@ -14,7 +14,7 @@ from app.provenance import Provenance, read_provenance
 from app.service import CompletionJob, Service
 from app.settings import CompletionSettings
 from app.tabs.following import AT_ONCE, QUIET, JobLink
-from app.tabs.refusals import refusals_shown, reworded, told, without_path
+from app.tabs.refusals import event_value, refusals_shown, reworded, without_path
 from app.tabs.sources import model_choices, sample_buttons
 from app.views import cards, factory
 from core.errors import UserError
@@ -109,7 +109,7 @@ def build_tab(service: Service, store: JobStore, visitor: gr.BrowserState, arriv
         """Another end of the prompt; the first bytes of a branch belong to the old one."""
         *values, _ = values
         with refusals_shown():
-            values[3] = told(event, "offset", int)
+            values[3] = event_value(event, "offset", int)
         return [*replan(service, request(*values)), values[3], ""]
 
     def submit(visitor: str, *values: Any) -> tuple[Any, ...]:
@@ -130,10 +130,10 @@ def build_tab(service: Service, store: JobStore, visitor: gr.BrowserState, arriv
 
     def branch(visitor: str, job_id: str, event: gr.EventData) -> tuple[Any, ...]:
         with refusals_shown():
-            gallery, made = found_sample(store, visitor, job_id, told(event, "id", str))
-            number = told(event, "number", int, highest=len(made.made) - 1)
-            with store.brief(visitor):
-                job = made.job.branched(made.made, number, told(event, "value", int, highest=255))
+            gallery, made = found_sample(store, visitor, job_id, event_value(event, "id", str))
+            number = event_value(event, "number", int, highest=len(made.made) - 1)
+            with store.short_work(visitor):
+                job = made.job.branched(made.made, number, event_value(event, "value", int, highest=255))
             title = f"Branch at byte {number:,}"
             job_id = store.submit(visitor, KIND, title, gallery_work(lambda: job, title, gallery.made))
         if gallery.at_work:
@@ -293,9 +293,9 @@ def picked(store: JobStore, visitor: str, job_id: str, event: gr.EventData) -> d
         gr.Error: if there is no such sample or place, or the visitor has asked too much already.
     """
     with refusals_shown():
-        _, made = found_sample(store, visitor, job_id, told(event, "id", str))
-        with store.brief(visitor):
-            number = made.number_at(told(event, "place", float, lowest=-1))
+        _, made = found_sample(store, visitor, job_id, event_value(event, "id", str))
+        with store.short_work(visitor):
+            number = made.number_at(event_value(event, "place", float, lowest=-1))
             if number is None:
                 raise UserError("Nothing new was made there; pick a place behind the kept part.")
             return choices_at(made, number)
@@ -304,9 +304,9 @@ def picked(store: JobStore, visitor: str, job_id: str, event: gr.EventData) -> d
 def stepped(store: JobStore, visitor: str, job_id: str, event: gr.EventData) -> dict[str, Any]:
     """The same for the number of a new byte, which an event of the choices names."""
     with refusals_shown():
-        _, made = found_sample(store, visitor, job_id, told(event, "id", str))
-        with store.brief(visitor):
-            return choices_at(made, told(event, "number", int))
+        _, made = found_sample(store, visitor, job_id, event_value(event, "id", str))
+        with store.short_work(visitor):
+            return choices_at(made, event_value(event, "number", int))
 
 
 def choices_at(made: Made, number: int) -> dict[str, Any]:

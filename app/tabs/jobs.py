@@ -8,7 +8,7 @@ import gradio as gr
 from app.jobs import JobStore, UnknownJobError
 from app.messages import duration
 from app.tabs.following import AT_ONCE
-from app.tabs.refusals import refusals_shown, told
+from app.tabs.refusals import event_value, refusals_shown
 from app.views import factory
 
 REFRESH_EVERY_S = 1.0
@@ -24,14 +24,14 @@ def build_tab(store: JobStore, visitor: gr.BrowserState, tabs: gr.Tabs, tab: gr.
 
     def stop(visitor: str, event: gr.EventData) -> dict[str, Any]:
         with refusals_shown(), suppress(UnknownJobError):  # it is gone, as the list will show
-            job_id = told(event, "id", str)
+            job_id = event_value(event, "id", str)
             store.stop(visitor, job_id)
             store.look(visitor, job_id, wait_s=REFRESH_EVERY_S)
         return listed(store, visitor)
 
     def refresh_if_open(event: gr.EventData) -> gr.Timer:
         with refusals_shown():
-            return gr.Timer(active=told(event, "value", str) == tab.label)
+            return gr.Timer(active=event_value(event, "value", str) == tab.label)
 
     tab.select(show, visitor, view, **AT_ONCE)
     tabs.select(refresh_if_open, None, timer, **AT_ONCE)

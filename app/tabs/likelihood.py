@@ -16,7 +16,7 @@ from app.messages import Failure
 from app.scoring import ReferenceSizes
 from app.service import FileScore, Service
 from app.tabs.following import AT_ONCE, QUIET, JobLink
-from app.tabs.refusals import ADAPT, STORED_FILE, refusals_shown, reworded, told
+from app.tabs.refusals import ADAPT, STORED_FILE, event_value, refusals_shown, reworded
 from app.tabs.sources import model_choices, sample_buttons, title_of
 from app.views import factory, score_values
 from core.errors import UserError
@@ -203,7 +203,7 @@ def export_steps(scored: Scored, event: gr.EventData) -> Iterator[Any]:
     """
     with refusals_shown():
         name, other_name, form, measure, palette = (
-            told(event, name, str) for name in ("id", "other", "form", "measure", "palette")
+            event_value(event, name, str) for name in ("id", "other", "form", "measure", "palette")
         )
         wanted = Export(form, measure, palette)
         if name not in scored:

@@ -16,7 +16,7 @@ ADAPT = "Adapt it to the model"
 PAGE_WORDS = {"--bytes file": f"“{STORED_FILE}”", "--adapt": f"“{ADAPT}”"}
 ENDPOINT_WORDS = {"--bytes file": 'scored_as="file"', "--adapt": "adapt=True"}
 
-Told = TypeVar("Told", str, int, float)
+Value = TypeVar("Value", str, int, float)
 
 
 def reworded(sentence: str, words: Mapping[str, str] = PAGE_WORDS) -> str:
@@ -37,7 +37,7 @@ def refusals_shown(words: Mapping[str, str] = PAGE_WORDS) -> Iterator[None]:
         raise gr.Error("a number of this call is too large", print_exception=False) from None
 
 
-def told(event: gr.EventData, name: str, kind: type[Told], lowest: int = 0, highest: int = 2**53) -> Told:
+def event_value(event: gr.EventData, name: str, kind: type[Value], lowest: int = 0, highest: int = 2**53) -> Value:
     """What an event of a view says: a text, or a number within bounds, cut to a whole one if `kind` is int.
 
     Raises:
