@@ -36,7 +36,7 @@ CANCEL_ROUTES = ("/gradio_api/cancel", "/gradio_api/reset")  # some clients know
 _ADDRESS = re.compile(r"\s*[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 
 # Where a proxy says that it is reached: Gradio makes addresses of it when a call is at work, and fails aloud at others.
-_FORWARDED = re.compile(rb"(\[[0-9a-f:]+\]|[a-z0-9._-]+)(:([0-9]{1,4}|[1-5][0-9]{4}))?(\s*,.*)?|", re.IGNORECASE)
+_FORWARDED = re.compile(rb"(\[[0-9a-f:]+\]|[a-z0-9._-]+)(:[0-9]{1,5})?(\s*,.*)?|", re.IGNORECASE)
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]

@@ -214,9 +214,9 @@ def test_a_host_that_a_proxy_says_is_one_that_can_be(tmp_path):
     def status(**headers: str) -> int:
         return answer(tmp_path, "/", method="GET", headers={name.replace("_", "-"): value for name, value in headers.items()})[0]
 
-    for host in ("page.example", "page.example:8443", "10.0.0.1", "[::1]:80", "page.example, inner:80"):
+    for host in ("page.example", "page.example:8443", "10.0.0.1", "[::1]:65535", "page.example, inner:80"):
         assert status(x_forwarded_host=host) == 200
-    for host in ("a\x1b[31m", "[::", "a b", "a:99999", "a:b", "a/b", "user@a"):
+    for host in ("a\x1b[31m", "[::", "a b", "a:123456", "a:b", "a/b", "user@a"):
         assert status(x_forwarded_host=host) == 400
     assert status(x_gradio_server="http://evil.example") == 400
     twice = [(b"x-forwarded-host", host) for host in (b"[::", b"page.example")]  # Gradio takes the first
