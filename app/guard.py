@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from pathlib import Path
 from typing import Any
 
+import httpx
 from anyio import to_thread
 
 from app.uploads import MIN_FILE_BYTES, leftovers_removed, make_room
@@ -92,9 +93,7 @@ class Guard:
             )
         elif method == "POST" and origin is not None and origin.partition("://")[2] != host:
             await _refuse(send, 403, "pages of other sites may not use this one; a proxy before it has to pass Host on")
-        elif b"x-gradio-server" in headers or not all(
-            _FORWARDED.fullmatch(value) for name, value in named if name == b"x-forwarded-host"
-        ):
+        elif b"x-gradio-server" in headers or not all(_is_host(value) for name, value in named if name == b"x-forwarded-host"):
             await _refuse(send, 400, "the headers of this request name no host that could be")
         elif any(_is_address(path.partition(before)[2]) for before in ("/file=", "/file/", "/proxy=")):
             await _refuse(send, 403, "files of other machines are not served here")
@@ -256,6 +255,17 @@ def _is_route(method: str, route: str) -> bool:
 
 def _is_address(path: Any) -> bool:
     return isinstance(path, str) and _ADDRESS.match(path) is not None
+
+
+def _is_host(forwarded: bytes) -> bool:
+    """Whether what a proxy says, the outermost first, is a host that Gradio can make an address of."""
+    if not _FORWARDED.fullmatch(forwarded):
+        return False
+    try:
+        httpx.URL(f"http://{forwarded.decode('latin-1').partition(',')[0].strip()}")
+    except httpx.InvalidURL:
+        return False
+    return True
 
 
 async def _refuse(send: Send, status: int, sentence: str) -> None:
