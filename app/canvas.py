@@ -57,8 +57,9 @@ class StreamCanvas:
         return self._stream[: self._num_kept]
 
     def put(self, index: int, start: int, byte_values: np.ndarray) -> None:
-        self._num_made = start + len(byte_values)
-        self._stream[self._num_kept + start : self._num_kept + self._num_made] = byte_values
+        end = start + len(byte_values)
+        self._stream[self._num_kept + start : self._num_kept + end] = byte_values
+        self._num_made = end  # last, because others look at any time
 
     def media(self) -> Media:
         made = self._stream[: self._num_kept + self._num_made].copy()  # a view would keep the room for all that was asked for

@@ -3,6 +3,7 @@
 from collections import Counter
 from pathlib import Path
 from statistics import median
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,8 @@ import pytest
 from browsing import HOSTILE, seconds_from_click, upload
 from PIL import Image
 
-from core.codecs import read_media
+from app.views import cards, factory
+from core.codecs import Raw, read_media
 
 pytestmark = pytest.mark.browser
 STOP_LIMIT_S = 1.0
@@ -57,6 +59,13 @@ def complete(page: Any, num_cards: int = 1) -> None:
 def wait_for_cards(page: Any, num_cards: int) -> None:
     page.wait_for_function("n => document.querySelectorAll('#results-view .actions a').length >= n", arg=num_cards)
     page.wait_for_selector("#complete-start:not([disabled])")
+
+
+def wait_for_more(page: Any, card: str = ".card") -> None:
+    """Until more bytes of a sample at work are shown than now."""
+    caption = f"#results-view {card} .caption"
+    before = page.text_content(caption)
+    page.wait_for_function("([caption, before]) => document.querySelector(caption).textContent !== before", arg=[caption, before])
 
 
 def download(page: Any, path: Path, index: int = 0) -> Path:
@@ -122,8 +131,7 @@ def test_stop_ends_within_a_second_and_keeps_what_was_painted(open_page):
     for _ in range(3):
         page.click("#complete-start")
         page.wait_for_function("document.querySelector('#results-view .made')?.textContent.length > 10")
-        first = len(page.text_content("#results-view .made"))
-        page.wait_for_function("n => document.querySelector('#results-view .made').textContent.length > n", arg=first)
+        wait_for_more(page)
         is_stopped = "document.querySelector('#results-view .caption')?.textContent.includes('stopped after')"
         took.append(seconds_from_click(page, "#complete-stop", is_stopped))
         assert len(page.text_content("#results-view .made")) > 10
@@ -135,6 +143,58 @@ def test_stop_ends_within_a_second_and_keeps_what_was_painted(open_page):
     complete(page)
     page.wait_for_selector("#results-view .caption:has-text('bits/byte')")
     assert page.evaluate("window.hacked") is None
+
+
+SHOW = """(script) => {
+    window.props = { value: { state: 'done', items: [] } };
+    const watch = (_, act) => { window.draw = act; };
+    Function('element', 'props', 'trigger', 'watch', script)(document.body, props, (_, data) => { window.picked = data; }, watch);
+    window.seen = new MutationObserver(() => {});
+    seen.observe(document.body, { childList: true, subtree: true, characterData: true });
+}"""
+UPDATE = """(value) => {
+    props.value = value;
+    draw();
+    const nodes = seen.takeRecords().flatMap((record) => [...record.addedNodes, ...record.removedNodes]);
+    return nodes.reduce((sum, node) => sum + node.textContent.length, 0);
+}"""
+
+
+def test_eight_growing_texts_are_painted_by_what_is_new_and_stay_readable(browser):
+    page = browser.new_page()
+    page.set_content(f"<style>{factory.stylesheet()}</style><div id='results-view'>{factory.asset('results.html')}</div>")
+    page.evaluate(SHOW, factory.library() + factory.asset("results.js"))
+    text = "".join(f"Line {number}: \u00e4 lamp, \U0001f4a1.\n" for number in range(40_000)).encode()
+    job = SimpleNamespace(codec=SimpleNamespace(modality="text"), plan=SimpleNamespace(num_bytes_kept=6))
+    names = {"name_of": "sample {}".format, "title_of": "Sample {}".format}
+    display = cards.Display()
+
+    def value(length: int) -> dict[str, Any]:
+        partial = Raw(np.frombuffer(text[: 6 + length], np.uint8))
+        at_work = {
+            sample: SimpleNamespace(sample=sample, done_bytes=length, total_bytes=10**6, bytes_per_s=9.0, partial=partial)
+            for sample in range(8)
+        }
+        gallery = SimpleNamespace(job=job, own=(), earlier=(), at_work=at_work, waits_for="", **names)
+        return display.results(gallery, is_running=True)
+
+    for start in (0, 80_000, 800_000):
+        page.evaluate(UPDATE, value(start))
+        touched = [page.evaluate(UPDATE, value(start + 900 * step)) for step in range(1, 31)]
+        assert max(touched) < 8 * 5_000  # characters: 840 are new to each, and as many and their blocks go at the other end
+    end = text[: start + 6 + 900 * 30].decode(errors="ignore")
+    shown = page.eval_on_selector_all("#results-view .made", "all => all.map((made) => made.textContent)")
+    assert all(18_000 < len(made) < 22_000 and end.endswith(made[1:]) for made in shown)
+    select = "() => { getSelection().selectAllChildren(document.querySelector('.words')); return getSelection().toString(); }"
+    assert page.evaluate(select) == f"Line 0{shown[0]}".rstrip()
+
+    last = value(start + 900 * 30)
+    last["items"][0]["files"] = [{"name": "Download", "file_name": "text.txt", "file": {"url": "text.txt"}}]
+    page.evaluate(UPDATE, last)
+    block = page.locator(".card:first-child .lines").last
+    block.click(position={"x": 1, "y": 8})
+    assert page.evaluate("picked.place") == len(block.text_content())
+    page.close()
 
 
 def test_a_reload_finds_the_completion_at_work(open_page):

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from browsing import HOSTILE, seconds_from_click, upload
+from test_browser_complete import wait_for_more
 
 pytestmark = pytest.mark.browser
 STOP_LIMIT_S = 1.0
@@ -177,8 +178,7 @@ def test_a_completion_goes_on_through_a_reload_and_keeps_what_is_there(open_page
     page.wait_for_function(f"document.querySelector('{made}')?.textContent.length > 10")
     page.reload()
     page.wait_for_selector("#complete-stop:not([disabled])", state="visible")
-    length = len(page.inner_text(made))
-    page.wait_for_function(f"document.querySelector('{made}').textContent.length > {length}")
+    wait_for_more(page, ".card:last-child")
     page.click("#complete-stop")
     page.wait_for_selector("#results-view .caption:has-text('stopped after')")
     assert page.locator("#results-view .actions a").count() == 2  # the text so far, and its settings

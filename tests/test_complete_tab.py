@@ -124,6 +124,25 @@ def test_only_what_is_new_of_a_picture_is_sent_and_a_new_page_gets_all(service, 
     assert len(base64.b64decode(card["media"]["rgba"])) == 4 * 16 * 16
 
 
+@pytest.mark.parametrize("step", [300, 5_000])
+def test_only_what_is_new_of_a_text_is_sent_and_at_last_the_end_of_all_of_it_is_there(service, tmp_path, step):
+    gallery, display = Gallery(service.complete(**form(text="The lamp", num_bytes=30_000)), "Sample"), cards.Display()
+    shown, sizes, wanted = "", [], 0
+    for progress in gallery.job.run():
+        gallery.take(progress, tmp_path)
+        if progress.done_bytes < wanted:
+            continue
+        wanted = min(progress.done_bytes + step, 30_000)
+        if media := display.results(gallery, is_running=True)["items"][0]["media"]:
+            assert ("kept_text" in media) == (not sizes)
+            shown = ("" if media["is_anew"] else shown) + media["new_text"]
+            sizes.append(len(media["new_text"]))
+    whole = gallery.own[0].made.tobytes().decode(errors="replace")
+    assert shown[-cards.SHOWN_MADE :] == whole[-cards.SHOWN_MADE :]
+    assert max(sizes[:-1]) <= (cards.SHOWN_AT_ONCE + 1 if step == 5_000 else step + 100)
+    assert [card["media"] for card in display.results(gallery, is_running=False)["items"]] == [None]
+
+
 def test_stop_keeps_what_is_there_and_frees_the_model(service, store):
     request = form(text="The lamp", num_bytes=100_000)
     job_id = store.submit("me", complete.KIND, "", gallery_work(lambda: service.complete(**request)))

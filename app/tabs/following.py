@@ -14,7 +14,9 @@ from app.jobs import JobStore, JobView, UnknownJobError, is_owner
 from app.tabs.newest import Newest
 from app.tabs.refusals import reworded
 
-FOLLOW_EVERY_S = 0.15  # often enough to look alive, seldom enough to cost the models nothing
+# A job is shown anew after a tenth of its age, within these bounds: often enough to look alive, seldom enough to leave a page
+# on a busy machine time for whoever uses it.
+FOLLOW_EVERY_S = (0.15, 0.5)
 QUIET = {"show_progress": "hidden", "api_visibility": "private"}
 # Whoever follows is answered at once and waits for no place in the queue.
 AT_ONCE = QUIET | {"concurrency_limit": None}
@@ -62,14 +64,15 @@ def follower(
     def steps(visitor: str, job_id: str, request: gr.Request) -> Iterator[Any]:
         with newest.begin(request) as goes_on:
             yield gr.skip() if job_id or nothing is None else nothing  # Gradio empties outputs if a handler yields nothing
-            display, num_shown = new_display(), -1  # reports
+            display, num_shown, wait_s = new_display(), -1, 0.0  # reports
             while job_id:
                 try:
-                    view = store.look(visitor, job_id, wait_s=0.0 if num_shown < 0 else FOLLOW_EVERY_S)
+                    view = store.look(visitor, job_id, wait_s)
                 except UnknownJobError:
                     return  # its time is over
                 if not goes_on():
                     return
+                wait_s = min(max(view.seconds / 10, FOLLOW_EVERY_S[0]), FOLLOW_EVERY_S[1])
                 if not view.is_running or view.num_reports > num_shown:
                     num_shown = view.num_reports
                     yield display(view)

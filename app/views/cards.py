@@ -9,11 +9,12 @@ from app.gallery import Gallery, Made
 from app.provenance import sidecar_of
 from app.service import CompletionJob, Progress
 from app.views.score_values import file_value
-from core.codecs import Media, Picture, Raw, Sound
+from core.codecs import Media, Picture, Raw, Sound, utf8_decoder
 
 WAVE_COLUMNS = 1024
 SHOWN_KEPT = 600  # characters of a text's kept part that a card shows
-SHOWN_MADE = 20_000  # and of the new part, which is sent again and again while it grows; the file has all of it
+SHOWN_MADE = 20_000  # and about as many of the new part; the file has all of it
+SHOWN_AT_ONCE = 2_000  # of them at most in one update while they are made, which is more than fits into a card
 SHOWN_TEXT_BYTES = 20_000  # of a text in the prompt view
 SHOWN_SIDE = 1024  # pixels of a picture in the prompt view
 
@@ -45,10 +46,10 @@ def cut(job: CompletionJob) -> dict[str, Any]:
 
 
 class Display:
-    """What one page shows of a gallery. Of a picture that it has shown in part, it sends only what is new."""
+    """What one page shows of a gallery. Of a picture or a text that it has shown in part, it sends only what is new."""
 
     def __init__(self) -> None:
-        self._sent: dict[str, np.ndarray] = {}  # name of a sample -> pixels that were sent, bool (H, W)
+        self._sent: dict[str, Any] = {}  # by name of a sample: what `_picture` or `_text` must know of it
 
     def results(self, gallery: Gallery, *, is_running: bool) -> dict[str, Any]:
         """The cards of everything that is made, and of what is at work."""
@@ -69,7 +70,7 @@ class Display:
             "title": gallery.title_of(progress.sample),
             "caption": f"waiting for {gallery.waits_for}" if gallery.waits_for else done + speed,
             "done": progress.done_bytes / progress.total_bytes,
-            "media": self._media(name, gallery.job, progress.partial),
+            "media": self._media(name, gallery.job, progress.partial, is_whole=False),
         }
 
     def _card(self, made: Made) -> dict[str, Any]:
@@ -87,11 +88,11 @@ class Display:
             "title": made.title,
             "caption": caption,
             "done": 1.0,
-            "media": self._media(made.id, made.job, made.media),
+            "media": self._media(made.id, made.job, made.media, is_whole=True),
             "files": files,
         }
 
-    def _media(self, name: str, job: CompletionJob, media: Media) -> dict[str, Any]:
+    def _media(self, name: str, job: CompletionJob, media: Media, *, is_whole: bool) -> dict[str, Any] | None:
         if isinstance(media, Picture):
             return self._picture(name, job, media)
         kept = job.plan.num_bytes_kept
@@ -99,8 +100,28 @@ class Display:
             per_sample = job.codec.config.bytes_per_sample
             total = (kept + job.plan.num_bytes_to_generate) // per_sample
             return _wave(media.samples, total) | {"kept": kept / per_sample / max(1, total)}
-        stream = media.data.tobytes()
-        return _text(stream[:kept], stream[kept:])
+        return self._text(name, media.data[:kept], media.data[kept:], is_whole=is_whole)
+
+    def _text(self, name: str, kept: np.ndarray, made: np.ndarray, *, is_whole: bool) -> dict[str, Any] | None:
+        """What is new of a text since the last call, if anything is; bytes that are no UTF-8 are shown as U+FFFD.
+
+        A character that is not whole yet waits for its rest. Of a text that grows faster than anybody reads only the end is
+        sent, and at last the end of all of it.
+        """
+        is_first = name not in self._sent
+        decoder, num_sent, is_gapless = self._sent.get(name, (utf8_decoder(), 0, True))
+        if is_whole and not is_gapless:
+            decoder, num_sent = utf8_decoder(), 0
+        new = decoder.decode(made[num_sent:].tobytes(), final=is_whole)
+        most = SHOWN_AT_ONCE if num_sent and not is_whole else SHOWN_MADE
+        is_cut = len(new) > most
+        self._sent[name] = decoder, made.size, not num_sent or (is_gapless and not is_cut)
+        if not (new or is_first):
+            return None
+        value = {"is_anew": is_cut or not num_sent, "new_text": _end_of(new, most), "most": SHOWN_MADE}
+        if is_first:
+            value["kept_text"] = _end_of(kept[-4 * SHOWN_KEPT - 3 :].tobytes().decode("utf-8", "replace"), SHOWN_KEPT)
+        return value
 
     def _picture(self, name: str, job: CompletionJob, picture: Picture) -> dict[str, Any]:
         """The smallest box around all pixels that are new since the last call, as RGBA; those not made are see-through."""
@@ -167,14 +188,8 @@ def _wave(samples: np.ndarray, total_samples: int) -> dict[str, Any]:
     return {"low": _base64(low), "high": _base64(high), "columns": WAVE_COLUMNS}
 
 
-def _text(kept: bytes, made: bytes) -> dict[str, Any]:
-    """The ends of the given text and of the new one; bytes that are no UTF-8 are shown as U+FFFD."""
-    return {"kept_text": _end_of(kept, SHOWN_KEPT), "made_text": _end_of(made, SHOWN_MADE)}
-
-
-def _end_of(text: bytes, num_chars: int) -> str:
-    end = text[-4 * num_chars - 3 :].decode("utf-8", "replace")  # a character has at most four bytes
-    return end if len(end) <= num_chars else "…" + end[-num_chars:]
+def _end_of(text: str, num_chars: int) -> str:
+    return text if len(text) <= num_chars else "…" + text[-num_chars:]
 
 
 def _byte_name(value: int) -> str:

@@ -6,6 +6,7 @@ const root = element.querySelector("section");
 const WIDTHS = { image: [200, 420], audio: [560, 1200], text: [400, 900] };
 const GAP = 18;
 const SMALL = 128; // pixels of a picture's longer side
+const BLOCK = 500; // characters of a text that are laid out together, and those up to the end of their line
 let cards = new Map();
 
 /** Pixels into their place; what is not made yet stays see-through. */
@@ -38,12 +39,46 @@ const MEDIA = {
   },
   text(box, media, label, title) {
     const text = box.querySelector(".words") ?? box.appendChild(scrollable(make("div", "words"), `Text of ${title}`));
-    if (text.shown === media.made_text) return;
-    text.replaceChildren(make("span", "kept", media.kept_text), make("span", "made", media.made_text));
-    text.scrollTop = text.scrollHeight;
-    text.shown = media.made_text;
+    if ("kept_text" in media) {
+      const whole = make("div");
+      whole.append(make("span", "kept", media.kept_text), make("span", "made"));
+      text.replaceChildren(whole);
+    }
+    const made = text.querySelector(".made");
+    if (media.is_anew) made.replaceChildren();
+    addText(made, media.new_text);
+    shorten(made, media.most);
   },
 };
+
+/** Puts a text behind what is there: in blocks, so that what stands above is not laid out again. */
+function addText(made, text) {
+  while (text) {
+    const last = made.lastElementChild;
+    const isOpen = last && !(last.textContent.length >= BLOCK && last.textContent.endsWith("\n"));
+    const block = isOpen ? last : made.appendChild(make("span", "lines"));
+    const end = text.indexOf("\n", Math.max(0, BLOCK - block.textContent.length - 1)) + 1 || text.length;
+    block.append(text.slice(0, end));
+    text = text.slice(end);
+  }
+}
+
+/** Takes away the beginning of a text that has more than `most` characters without it. */
+function shorten(made, most) {
+  for (let length = made.textContent.length; ; ) {
+    const block = made.firstElementChild;
+    length -= block?.firstChild.length;
+    if (!(length > most)) return;
+    block.firstChild.remove();
+    if (!block.firstChild) block.remove();
+    if (made.firstChild === made.firstElementChild) made.prepend("…");
+  }
+}
+
+/** Writes a text only where another one stands: each writing makes the browser lay out anew. */
+function say(node, text) {
+  if (node.textContent !== text) node.textContent = text;
+}
 
 function makeCard(id) {
   const card = make("article", "card");
@@ -56,14 +91,14 @@ function makeCard(id) {
 
 function updateCard(card, item) {
   const [title, media, progress, caption, actions] = card.children;
-  title.textContent = item.title;
+  say(title, item.title);
   if (card.dataset.kind !== item.kind) media.replaceChildren();
   card.dataset.kind = item.kind;
   media.className = `media ${item.kind}`;
   if (item.media) MEDIA[item.kind](media, item.media, `${item.title}. ${item.caption}`, item.title);
   progress.hidden = item.done >= 1;
   progress.firstElementChild.style.width = `${item.done * 100}%`;
-  caption.textContent = item.caption;
+  say(caption, item.caption);
   const files = item.files ?? [];
   const urls = files.map((file) => file.file.url).join(" ");
   if (card.dataset.urls !== urls) actions.replaceChildren(...(files.length ? downloads(item) : []));
@@ -88,7 +123,10 @@ function pick(card, id, event) {
   const made = card.querySelector(".made");
   if (!node || !made?.contains(node)) return;
   // Counted from the end, because of a long text only the end is here.
-  trigger("pick", { id, place: Array.from(node.textContent.slice(caret.offset ?? caret.startOffset)).length });
+  const rest = document.createRange();
+  rest.setStart(node, caret.offset ?? caret.startOffset);
+  rest.setEndAfter(made);
+  trigger("pick", { id, place: Array.from(rest.toString()).length });
 }
 
 /** The links to the files of a finished sample, after a player if it is a sound, and a way to the alternatives without a mouse. */
