@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from page_server import PageProcess
+
+from tests.page_server import PageProcess
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 HOSTILE = "<img src=x onerror='window.hacked=1'>"
