@@ -130,6 +130,7 @@ def test_stop_ends_within_a_second_and_keeps_what_was_painted(open_page):
     took = []
     for _ in range(3):
         page.click("#complete-start")
+        page.wait_for_selector("#complete-stop:not([disabled])")  # from here on the samples before are gone
         page.wait_for_function("document.querySelector('#results-view .made')?.textContent.length > 10")
         wait_for_more(page)
         is_stopped = "document.querySelector('#results-view .caption')?.textContent.includes('stopped after')"
