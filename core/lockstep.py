@@ -40,8 +40,8 @@ from core.models.megabyte import Level
 from core.models.packed import fused, packed
 
 _FEWEST_SLOTS = 64  # of the first level that are read; doubled as the rows grow
-# Rounded up to whole patches: what the host does between two rounds should cost little beside them.
-_ROUND_BYTES = {"cpu": 16, "cuda": 64}
+# At most, rounded up to whole patches: what the host does between two rounds should cost little beside them.
+_ROUND_BYTES = {"cpu": 16, "cuda": 256}
 
 # Those that sum the slots in their order; others split them by their number, and then neighbours would change a row.
 _ATTENTION = {
@@ -145,9 +145,12 @@ class Lockstep:
                             positions[row] = self._begin(row, rows[row][1], given_BR)
                     elif positions[row] == self.cache.max_seq_len:
                         positions[row] = self._read(self.cache.rows(slice(row, row + 1)), self._context(rows[row][1])[0])
-                num_bytes = min(self.round_size, self.cache.max_seq_len - max(positions))
                 num_given = (given_BR >= 0).sum(1).tolist()
                 working = [(row, *found, num_given[row]) for row, found in enumerate(rows) if found is not None]
+                needed = [first + job.num_bytes - job.num_made for _, _, job, first in working]
+                # Up to where a row is free for the next job, or the last one is done.
+                num_needed = -(-(min if waiting else max)(needed) // self.patch_size) * self.patch_size
+                num_bytes = min(self.round_size, self.cache.max_seq_len - max(positions), num_needed)
                 self._load(positions, given_BR, working, num_bytes)
                 for phase in self.phases(max(positions), num_bytes):
                     self.make_byte(phase)
