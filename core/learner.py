@@ -13,8 +13,9 @@ from core.distributed import Ranks, share_of
 from core.errors import UserError
 from core.kernels import multiplies_bf16
 from core.likelihood import nats_to_bits
-from core.models.layers import Block
+from core.models.layers import Attention, Block
 from core.models.loss import nll
+from core.models.packed import training_kernels
 from core.optim import Muon, average_decay, build_optimizers, set_learning_rate, update_average
 
 # What each optimizer remembers of a parameter.
@@ -36,7 +37,17 @@ class Nll(nn.Module):
 
 
 class MeanNll(Nll):
-    """The training loss: mean negative log-likelihood over every predicted byte, in nats. One module, so one graph to compile."""
+    """The training loss: mean negative log-likelihood over every predicted byte, in nats. One module, so one graph to compile.
+
+    The model must be on its device already.
+    """
+
+    def __init__(self, model: nn.Module, precision: str, recompute: bool = False) -> None:
+        super().__init__(model, precision, recompute)
+        kernels = training_kernels(next(model.parameters()).device) if precision == "bf16" else None
+        for module in model.modules():
+            if isinstance(module, (Attention, Block)):
+                module.kernels = kernels
 
     def forward(self, byte_ids_BT: Tensor) -> Tensor:
         return super().forward(byte_ids_BT).mean()

@@ -5,18 +5,28 @@ import pytest
 import torch
 
 from app.service import Service
+from core.config import LevelConfig, MegaByteConfig
 from core.law import SampleConfig, uniforms
+from core.learner import MeanNll, Nll
 from core.likelihood import score
 from core.lockstep import Job, Lockstep
+from core.models import MegaByte
 from core.models.layers import attend
+from core.models.packed import training_kernels
 from core.sample import Sampler, generate
 from tests.model_cases import CASES, CONTEXT, build, random_bytes
+
+HAS_TRAINING_KERNELS = torch.cuda.is_available() and training_kernels(torch.device("cuda")) is not None
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine"),
     # What torch.compile's own parts warn of.
-    pytest.mark.filterwarnings("ignore:.*script_method.*:DeprecationWarning", "ignore:TensorFloat32"),
+    pytest.mark.filterwarnings(
+        "ignore:.*script_method.*:DeprecationWarning",
+        "ignore:.*should not be instantiated:DeprecationWarning",
+        "ignore:TensorFloat32",
+    ),
 ]
 
 
@@ -96,6 +106,26 @@ def test_compiled_attention_of_tiny_rows_equals_the_plain_one(tolerance):
     q, k, v = (torch.randn(40, 2, rows, 16, device="cuda", generator=generator) for rows in (4, 8, 8))
     mask = torch.ones(4, 8, dtype=torch.bool, device="cuda").tril(4)
     torch.testing.assert_close(torch.compile(attend)(q, k, v, mask), attend(q, k, v, mask), **tolerance[torch.float32])
+
+
+@pytest.mark.skipif(not HAS_TRAINING_KERNELS, reason="no Hopper GPU on this machine")
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("activation", ["relu", "relu2"])
+def test_products_of_training_are_as_near_to_float32_as_plain_ones(activation, compiled):
+    level = LevelConfig(dim=72, num_layers=2, num_heads=3, ffn_dim=200)  # no whole tiles
+    config = MegaByteConfig(levels=(level,), max_seq_len=300, positions="rotary", activation=activation, init_std=0.1)
+    byte_ids, gradients = random_bytes(3, 290).cuda(), []
+    for precision, with_kernels in (("fp32", False), ("bf16", False), ("bf16", True)):
+        torch.manual_seed(0)
+        model = MegaByte(config).cuda()
+        objective = MeanNll(model, precision) if with_kernels else Nll(model, precision)
+        assert (model.levels[0].transformer.blocks[0].kernels is not None) == with_kernels
+        (torch.compile(objective) if compiled else objective)(byte_ids).mean().backward()
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    exact, plain, ours = gradients
+    for name, gradient in exact.items():
+        plain_off, off = ((found[name] - gradient).norm() / gradient.norm() for found in (plain, ours))
+        assert off <= 1.3 * plain_off + 1e-3, name
 
 
 def test_the_app_works_on_the_gpu(tiny_models, tmp_path):

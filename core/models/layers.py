@@ -11,6 +11,7 @@ from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -162,11 +163,17 @@ def _placed(x_BKHLC: Tensor, norm: nn.Module, rotation: Rotation | None) -> Tens
     has_norm = isinstance(norm, nn.RMSNorm)
     if (has_norm or rotation is not None) and not x_BKHLC.requires_grad and kernel.can_attend(x_BKHLC):
         return kernel.place(x_BKHLC.flatten(0, 1), rotation, norm.eps if has_norm else 0.0).view(x_BKHLC.shape)
+    if x_BKHLC.is_cuda and x_BKHLC.shape[3] > _SHORT_ROW:
+        # In memory elements stay before heads, and so do attention's: the product after it needs nothing moved.
+        by_element = rotation and tuple(table[:, None] for table in rotation)
+        return rotate(norm(x_BKHLC.transpose(2, 3)), by_element).transpose(2, 3)
     return rotate(norm(x_BKHLC), rotation)
 
 
 class Attention(nn.Module):
     """Multi-head attention inside rows and to the last `memory` elements of the row before."""
+
+    kernels: ModuleType | None = None  # `core.kernels.training`, where gradients can be had of it
 
     def __init__(self, config: LevelConfig, qk_norm: bool = False) -> None:
         super().__init__()
@@ -180,7 +187,7 @@ class Attention(nn.Module):
     def forward(self, x_BKLD: Tensor, rotation: Rotation | None, cache: LevelCache | None = None, layer: int = 0) -> Tensor:
         """Attends within and across rows; `rotation` covers the S slots of memory and row."""
         num_rows, length = x_BKLD.shape[1:3]
-        qkv = rearrange(self.qkv(x_BKLD), "b k l (three h c) -> b k l three h c", three=3, h=self.num_heads)
+        qkv = rearrange(self._product(x_BKLD, self.qkv), "b k l (three h c) -> b k l three h c", three=3, h=self.num_heads)
         # One operation, so that their gradients are gathered in one, too; heads before elements without moving any.
         q, k, v = (part.transpose(2, 3) for part in qkv.unbind(3))
         mask, is_crossing = None, self.memory > 0 and num_rows > 1
@@ -196,7 +203,7 @@ class Attention(nn.Module):
         else:
             k = own_k
         out = attend(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), mask)
-        return self.out(rearrange(out, "(b k) h l c -> b k l (h c)", k=num_rows))
+        return self._product(rearrange(out, "(b k) h l c -> b k l (h c)", k=num_rows), self.out)
 
     def step(self, x_BD: Tensor, rotation: Rotation | None, keys: Tensor, values: Tensor, slots: Slots) -> Tensor:
         """One more element of every row; `keys` and `values` are this layer's, `(B, H, S, C)`."""
@@ -214,6 +221,9 @@ class Attention(nn.Module):
         out = attend_once(q.unsqueeze(2), keys[:, :, slots.read], values[:, :, slots.read], attn_mask=mask)
         return self.out.forward(out.flatten(1))
 
+    def _product(self, x: Tensor, layer: nn.Linear) -> Tensor:
+        return self.kernels.linear(x, layer) if self.kernels is not None and torch.is_grad_enabled() else layer(x)
+
     def _with_row_before(self, x_BKHLC: Tensor) -> Tensor:
         """Each row preceded by the last r elements of the row before it; row 0 by zeros, which the mask hides."""
         last = x_BKHLC[:, :-1, :, x_BKHLC.shape[3] - self.memory :]
@@ -228,6 +238,8 @@ class Attention(nn.Module):
 
 class Block(nn.Module):
     """x + attention(norm(x)), then x + feed-forward(norm(x)), with ReLU as in the paper's appendix A.1 or its square."""
+
+    kernels: ModuleType | None = None  # as attention's
 
     def __init__(self, config: LevelConfig, model: MegaByteConfig) -> None:
         super().__init__()
@@ -249,6 +261,8 @@ class Block(nn.Module):
         return x_BD + self.ffn_out.forward(self.activation(self.ffn_in.forward(_normalized(self.ffn_norm, x_BD))))
 
     def _feed_forward(self, x: Tensor) -> Tensor:
+        if self.kernels is not None and torch.is_grad_enabled() and self.kernels.can_multiply(self.ffn_in):
+            return self.kernels.feed_forward(self.ffn_norm(x), self.ffn_in, self.ffn_out, self.squares)
         return self.ffn_out(self.activation(self.ffn_in(self.ffn_norm(x))))
 
 

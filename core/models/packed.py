@@ -8,6 +8,7 @@ import copy
 import importlib
 import logging
 from functools import cache
+from types import ModuleType
 
 import torch
 from torch import Tensor, nn
@@ -213,6 +214,13 @@ def can_fuse(device: torch.device) -> bool:
         _logger.info("no fused kernels, torch's own make the samples instead: %s", error)
         return False
     return True
+
+
+def training_kernels(device: torch.device) -> ModuleType | None:
+    """`core.kernels.training` where its kernels run: on GPUs that copy tiles by themselves, from Hopper on."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (9, 0) or not can_fuse(device):
+        return None
+    return importlib.import_module("core.kernels.training")
 
 
 def packed(transformer: Transformer) -> Transformer:
