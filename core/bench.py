@@ -20,7 +20,7 @@ from core.checkpoint import load_model
 from core.config import LevelConfig, MegaByteConfig
 from core.distributed import usable_device
 from core.errors import UserError
-from core.learner import MeanNll
+from core.learner import MeanNll, learning_precision
 from core.likelihood import score, scoring_engine
 from core.limits import PeakMemory, matmul_rate, seconds_to_read, timed
 from core.models import MegaByte
@@ -275,9 +275,10 @@ def training(
     num_passes = _QUEUED_PASSES if device.type == "cuda" else 1
 
     def passes() -> None:
-        for _ in range(num_passes):
-            model.zero_grad(set_to_none=True)
-            objective(byte_ids).backward()
+        with learning_precision(device, precision):
+            for _ in range(num_passes):
+                model.zero_grad(set_to_none=True)
+                objective(byte_ids).backward()
 
     engine = f"{'torch' if device.type == 'cpu' else device.type}-{precision}"
     num_bytes = num_passes * byte_ids.numel()

@@ -217,6 +217,18 @@ def trains_in_bf16(device: torch.device, precision: str) -> bool:
     return precision == "bf16" and (device.type != "cpu" or multiplies_bf16())
 
 
+@contextlib.contextmanager
+def learning_precision(device: torch.device, precision: str) -> Iterator[None]:
+    """Inside, products that autocast leaves in float32, those of the logits, are rounded to TF32 on a GPU of a bf16 run."""
+    before = torch.get_float32_matmul_precision()
+    try:
+        if device.type == "cuda" and precision == "bf16":
+            torch.set_float32_matmul_precision("high")
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def _autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
     """Matrix products in the run's precision; weights, norms, logits and the loss stay float32."""
     return torch.autocast(device.type, torch.bfloat16, enabled=trains_in_bf16(device, precision))

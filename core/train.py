@@ -19,7 +19,7 @@ from core.data import Loader, build_shards, evaluation_windows, shared_files
 from core.distributed import Ranks, join_ranks, keep_gradients_local, whole
 from core.errors import UserError
 from core.folder import MANIFEST_NAME
-from core.learner import Learner, MeanNll, trains_in_bf16
+from core.learner import Learner, MeanNll, learning_precision, trains_in_bf16
 from core.likelihood import engine_name
 from core.models import build_model
 from core.optim import FiniteGuard, learning_rate_fraction
@@ -66,7 +66,8 @@ def train(
         run = _Run(config, data_paths, valid_paths, out, ranks, log or logger.info, data_cache or out / "data")
         run.start(resume)
         out_of_memory_advice = explain_out_of_memory(run.micro_batch_size, run.seq_len)
-        with repeatable_kernels(config.train.deterministic and run.is_on_gpu), out_of_memory_advice, StopSignals() as stop:
+        kernels = repeatable_kernels(config.train.deterministic and run.is_on_gpu)
+        with kernels, learning_precision(ranks.device, config.train.precision), out_of_memory_advice, StopSignals() as stop:
             return run.loop(stop)
 
 

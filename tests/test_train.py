@@ -18,7 +18,7 @@ from core import learner, report
 from core.checkpoint import load_checkpoint, load_train_state, step_folder
 from core.config import LevelConfig, MegaByteConfig, PerceiverArConfig, TrainConfig
 from core.errors import UserError
-from core.learner import Learner, MeanNll
+from core.learner import Learner, MeanNll, learning_precision
 from core.models import build_model
 from core.optim import (
     learning_rate_fraction,
@@ -244,6 +244,15 @@ def test_a_run_whose_data_was_refused_may_be_started_again(tmp_path):
         run_tiny(tmp_path)
     (tmp_path / "train.bin").unlink()
     run_tiny(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("device", "precision", "inside"), [("cuda", "bf16", "high"), ("cuda", "fp32", "highest"), ("cpu", "bf16", "highest")]
+)
+def test_float32_products_of_a_bf16_run_on_a_gpu_are_rounded_while_it_learns(device, precision, inside):
+    with learning_precision(torch.device(device), precision):
+        assert torch.get_float32_matmul_precision() == inside
+    assert torch.get_float32_matmul_precision() == "highest"
 
 
 @pytest.mark.parametrize("wanted", [True, False])

@@ -108,7 +108,6 @@ def profile(model: MegaByte, batch_size: int, way: str) -> Facts:
 
 def train(options: argparse.Namespace) -> Iterator[Case]:
     """Forward and backward of the text preset and of the paper's text model, beside the measured matmul ceiling."""
-    torch.set_float32_matmul_precision("high")
     for name, batch_size, way in (("text", 32, "eager"), ("text", 32, "compiled"), ("paper-text", 4, "eager")):
         yield f"{name}, {way}", partial(training_pass, name, batch_size, way)
         if options.profile:
