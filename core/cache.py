@@ -124,13 +124,9 @@ class Cache:
         )
 
     def copy_from(self, other: "Cache") -> None:
-        """Takes over the state of `other`, whose one row is repeated if this cache has more: of its slots those it has used."""
-        num_bytes = int(other.positions_B.max())
-        for index, (mine, theirs) in enumerate(zip(self.levels, other.levels, strict=True)):
-            used = slice(num_bytes * mine.keys.shape[3] // self.max_seq_len + 1 if index == 0 else None)
-            mine.keys[..., used, :].copy_(theirs.keys[..., used, :])
-            mine.values[..., used, :].copy_(theirs.values[..., used, :])
-            for target, source in zip(mine.tensors()[2:], theirs.tensors()[2:], strict=True):
+        """Takes over the state of `other`, whose one row is repeated if this cache has more."""
+        for mine, theirs in zip(self.levels, other.levels, strict=True):
+            for target, source in zip(mine.tensors(), theirs.tensors(), strict=True):
                 target.copy_(source)
         self.patch_bytes_BP.copy_(other.patch_bytes_BP)
         self.positions_B.copy_(other.positions_B)

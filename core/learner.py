@@ -15,7 +15,7 @@ from core.kernels import multiplies_bf16
 from core.likelihood import nats_to_bits
 from core.models.layers import Attention, Block
 from core.models.loss import nll
-from core.models.packed import training_kernels
+from core.models.packed import has_training_kernels
 from core.optim import Muon, average_decay, build_optimizers, set_learning_rate, update_average
 
 # What each optimizer remembers of a parameter.
@@ -44,10 +44,10 @@ class MeanNll(Nll):
 
     def __init__(self, model: nn.Module, precision: str, recompute: bool = False) -> None:
         super().__init__(model, precision, recompute)
-        kernels = training_kernels(next(model.parameters()).device) if precision == "bf16" else None
-        for module in model.modules():
-            if isinstance(module, (Attention, Block)):
-                module.kernels = kernels
+        if precision == "bf16" and has_training_kernels(next(model.parameters()).device):
+            for module in model.modules():
+                if isinstance(module, (Attention, Block)):
+                    module.has_kernels = True
 
     def forward(self, byte_ids_BT: Tensor) -> Tensor:
         return super().forward(byte_ids_BT).mean()

@@ -17,6 +17,7 @@ zero, and adding zeros at the end of a sum changes no bit of it.
 # Shapes: B rows, R bytes of a round, S slots, V = 256.
 
 import copy
+import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -40,8 +41,9 @@ from core.models.megabyte import Level
 from core.models.packed import fused, packed
 
 _FEWEST_SLOTS = 64  # of the first level that are read; doubled as the rows grow
-# At most, rounded up to whole patches: what the host does between two rounds should cost little beside them.
-_ROUND_BYTES = {"cpu": 16, "cuda": 256}
+# The first and the longest, rounded up to whole patches: what the host does between two rounds should cost little beside them.
+_ROUND_BYTES = {"cpu": (16, 16), "cuda": (64, 256)}
+_ROUND_S = 0.2  # rounds grow while they take less: somebody waits for the bytes, or for the work to stop
 
 # Those that sum the slots in their order; others split them by their number, and then neighbours would change a row.
 _ATTENTION = {
@@ -111,7 +113,7 @@ class Lockstep:
         self.has_filters = has_filters
         self.draws_natively = self.device.type == "cpu" and native.can_draw()  # on a GPU the host must not look at the logits
         self._finest = torch.compile(self._finish_byte, dynamic=False) if compiled else self._finish_byte
-        self.round_size = -(-_ROUND_BYTES[self.device.type] // self.patch_size) * self.patch_size
+        self.first_round, self.round_size = (self._whole(num_bytes) for num_bytes in _ROUND_BYTES[self.device.type])
         # What a round is made from, written by the host before it: numbers, given bytes (-1: none), and each row's law.
         self._uniforms_BR = self._zeros(torch.float64, self.round_size)
         self._given_BR = self._zeros(torch.int64, self.round_size)
@@ -133,7 +135,9 @@ class Lockstep:
         waiting = deque(_by_prefix(jobs))
         rows: list[tuple[int, Job] | None] = [None] * self.num_rows
         positions = [0] * self.num_rows  # an idle row makes its first bytes over and over
+        most = self.first_round
         while waiting or any(rows):
+            started = time.perf_counter()
             # Left before the chunks are: what the caller does between rounds is its own.
             with torch.inference_mode(), self._on_device():
                 given_BR = np.full((self.num_rows, self.round_size), -1, dtype=np.int64)
@@ -141,7 +145,7 @@ class Lockstep:
                     if rows[row] is None:
                         positions[row] = 0
                         if waiting:
-                            rows[row] = waiting.popleft()
+                            rows[row], most = waiting.popleft(), self.first_round
                             positions[row] = self._begin(row, rows[row][1], given_BR)
                     elif positions[row] == self.cache.max_seq_len:
                         positions[row] = self._read(self.cache.rows(slice(row, row + 1)), self._context(rows[row][1])[0])
@@ -149,8 +153,8 @@ class Lockstep:
                 working = [(row, *found, num_given[row]) for row, found in enumerate(rows) if found is not None]
                 needed = [first + job.num_bytes - job.num_made for _, _, job, first in working]
                 # Up to where a row is free for the next job, or the last one is done.
-                num_needed = -(-(min if waiting else max)(needed) // self.patch_size) * self.patch_size
-                num_bytes = min(self.round_size, self.cache.max_seq_len - max(positions), num_needed)
+                num_needed = self._whole(max(1, (min if waiting else max)(needed)))
+                num_bytes = min(most, self.cache.max_seq_len - max(positions), num_needed)
                 self._load(positions, given_BR, working, num_bytes)
                 for phase in self.phases(max(positions), num_bytes):
                     self.make_byte(phase)
@@ -164,6 +168,8 @@ class Lockstep:
                     if job.num_made == job.num_bytes:
                         rows[row] = None
                     chunks.append((index, chunk))
+                if time.perf_counter() - started < _ROUND_S:
+                    most = min(2 * most, self.round_size)
             yield from chunks
 
     def phases(self, longest: int, num_bytes: int) -> Iterator[tuple[int, int]]:
@@ -389,6 +395,10 @@ class Lockstep:
     def _surprisal(logits_BV: Tensor, chosen_B1: Tensor) -> Tensor:
         wide_BV = logits_BV.double()
         return nats_to_bits(wide_BV.logsumexp(1, keepdim=True) - wide_BV.gather(1, chosen_B1)).float()
+
+    def _whole(self, num_bytes: int) -> int:
+        """Rounded up to whole patches."""
+        return -(-num_bytes // self.patch_size) * self.patch_size
 
     def _on_device(self) -> AbstractContextManager:
         """Streams and graphs are those of the current GPU, which need not be the model's."""

@@ -389,11 +389,14 @@ def repeatable_kernels(wanted: bool) -> Iterator[None]:
     if not wanted or torch.are_deterministic_algorithms_enabled():
         yield
         return
+    fills = torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # no kernel here reads what it has not written
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(False)
+        torch.utils.deterministic.fill_uninitialized_memory = fills
 
 
 @contextmanager

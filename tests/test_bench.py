@@ -11,6 +11,7 @@ from PIL import Image
 from app.__main__ import main
 from app.plot import draw_log_log
 from core import bench as bench_module
+from core import lockstep
 from core.bench import bench, bytes_read_per_patch, flat_counterpart, generation, random_model, widened
 from core.config import LevelConfig, MegaByteConfig
 from core.curve import Point, best_points, cost_curve, fitted_exponent
@@ -134,6 +135,11 @@ def test_the_cost_curve_leaves_out_what_would_take_too_long():
     assert [(point.patch_size, point.length) for point in points] == [(1, 64), (16, 64)]
     assert len(said) == 2
     assert "would take over" in said[0]
+
+
+def test_samples_in_rounds_as_long_as_a_gpu_s_are_timed(tiny_preset, monkeypatch):
+    monkeypatch.setitem(lockstep._ROUND_BYTES, "cpu", lockstep._ROUND_BYTES["cuda"])
+    assert bench("generate", length=512, engine="torch-bf16", rounds=1)["bytes_per_s"] > 0
 
 
 def test_the_command_prints_one_json_line(tiny_preset, capsys):

@@ -253,7 +253,9 @@ def test_completions_at_the_same_time_have_engines_of_their_own(counted):
     assert all(np.array_equal(alone[n], np.concatenate([pair[n] for pair in parts])) for n in (0, 1))
 
 
-@pytest.mark.parametrize(("lengths", "num_bytes"), [([5, 3], 8), ([5, 21], 24), ([5, 21, 9], 24), ([30, 5, 9, 9], 32)])
+@pytest.mark.parametrize(
+    ("lengths", "num_bytes"), [([5, 3], 8), ([5, 21], 24), ([5, 21, 9], 24), ([30, 5, 9, 9], 32), ([0, 5], 8)]
+)
 def test_a_round_ends_where_a_row_is_free_or_all_are_done(lengths, num_bytes, monkeypatch):
     batch, phases = Lockstep(build(CASES["exact"]), 2, CONTEXT), []
     monkeypatch.setattr(batch, "make_byte", phases.append)
@@ -261,6 +263,22 @@ def test_a_round_ends_where_a_row_is_free_or_all_are_done(lengths, num_bytes, mo
     for _ in batch.run([job(b"", length) for length in lengths]):
         pass
     assert len(phases) == num_bytes
+
+
+def test_a_job_of_no_bytes_takes_none_from_its_neighbours():
+    jobs = [job(b"abcdef", 9), job(b"abcd", 0), job(b"xy", 5)]
+    batch = Lockstep(build(CASES["exact"]), 2, CONTEXT)
+    assert [len(byte_values) for byte_values, _ in made_by(batch, jobs)] == [9, 0, 5]
+
+
+def test_rounds_grow_while_they_are_short_and_begin_again_with_a_job(monkeypatch):
+    monkeypatch.setitem(lockstep._ROUND_BYTES, "cpu", (4, 16))
+    monkeypatch.setattr(lockstep, "_ROUND_S", 1e9)
+    batch = Lockstep(build(CASES["exact"]), 1, CONTEXT)
+    sizes = [(index, len(chunk.byte_values)) for index, chunk in batch.run([job(b"", 28), job(b"", 6)])]
+    assert sizes == [(0, 4), (0, 8), (0, 16), (1, 4), (1, 2)]
+    monkeypatch.setattr(lockstep, "_ROUND_S", 0.0)
+    assert [len(chunk.byte_values) for _, chunk in batch.run([job(b"", 12)])] == [4, 4, 4]
 
 
 def test_a_copy_shares_what_is_bfloat16_already():

@@ -15,7 +15,16 @@ from torch import Tensor, nn
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 _COLUMNS = 64  # summed at a time
-_TILES = {False: (256, 128, 8, 3), True: (128, 128, 4, 4)}  # backward or not: rows, outputs, warps, stages; fastest on an H100
+# Rows and outputs of a tile, warps, stages: the fastest on an H100.
+_FORWARD_TILE = (256, 128, 8, 3)
+_BACKWARD_TILE = (128, 128, 4, 4)
+
+
+def try_out(device: torch.device) -> None:
+    """Runs each kernel once, which fails where they cannot be built or find no room."""
+    x, weight = torch.zeros(2, 8, 8, device=device, dtype=torch.bfloat16)
+    hidden = activated(x, weight, weight[0], True)
+    grad_of_activated(x, weight, hidden, True)
 
 
 def can_multiply(layer: nn.Linear) -> bool:
@@ -116,8 +125,7 @@ def _(grad_ND: Tensor, weight_DF: Tensor, hidden_NF: Tensor, squares: bool) -> t
 
 
 def _room_for_gradient(hidden_NF: Tensor) -> tuple[Tensor, Tensor]:
-    rows = _TILES[True][0]
-    num_tiles = (len(hidden_NF) + rows - 1) // rows
+    num_tiles = -(-len(hidden_NF) // _BACKWARD_TILE[0])
     return torch.empty_like(hidden_NF), hidden_NF.new_empty(num_tiles, hidden_NF.shape[1], dtype=torch.float32)
 
 
@@ -126,16 +134,17 @@ def _launch(
 ) -> None:
     """`_product` into `out_NF`; tiles that reach beyond the end are filled with zeros and cut when they are written."""
     num_rows, num_outputs = out_NF.shape
-    rows, outputs, num_warps, num_stages = _TILES[backward]
+    rows, outputs, num_warps, num_stages = _BACKWARD_TILE if backward else _FORWARD_TILE
     weight_tile = [_COLUMNS, outputs] if backward else [outputs, _COLUMNS]
     tiles = ((x_ND, [rows, _COLUMNS]), (weight, weight_tile), (hidden_NF, [rows, outputs]), (out_NF, [rows, outputs]))
     tiled = (TensorDescriptor.from_tensor(tensor.contiguous(), tile) for tensor, tile in tiles)
     num_programs = torch.cuda.get_device_properties(out_NF.device).multi_processor_count
-    _product[(num_programs,)](
-        *tiled, bias_or_sums, num_rows, num_outputs, x_ND.shape[1], num_programs,
-        SQUARES=squares, BACKWARD=backward, ROWS=rows, OUTPUTS=outputs, COLUMNS=_COLUMNS,
-        num_warps=num_warps, num_stages=num_stages,
-    )  # fmt: skip
+    with torch.cuda.device(out_NF.device):  # Triton launches on the current one
+        _product[(num_programs,)](
+            *tiled, bias_or_sums, num_rows, num_outputs, x_ND.shape[1], num_programs,
+            SQUARES=squares, BACKWARD=backward, ROWS=rows, OUTPUTS=outputs, COLUMNS=_COLUMNS,
+            num_warps=num_warps, num_stages=num_stages,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -162,11 +171,11 @@ def _product(
             if SQUARES:
                 y = sums * 2.0 * tl.sqrt(values)
             else:
-                y = tl.where(values > 0.0, sums, 0.0)
+                y = tl.where(values <= 0.0, 0.0, sums)
             tl.store(bias_or_sums_ptr + row_tile * num_outputs + output, tl.sum(y, axis=0), mask=is_output)
         else:
             y = sums + tl.load(bias_or_sums_ptr + output, mask=is_output, other=0.0).to(tl.float32)[None, :]
-            y = tl.maximum(y, 0.0)
+            y = tl.maximum(y, 0.0, propagate_nan=tl.PropagateNan.ALL)
             if SQUARES:
                 y = y * y
         out.store([first_row, first_output], y.to(out.dtype))

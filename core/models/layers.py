@@ -170,10 +170,19 @@ def _placed(x_BKHLC: Tensor, norm: nn.Module, rotation: Rotation | None) -> Tens
     return rotate(norm(x_BKHLC), rotation)
 
 
+def _training_kernels(module: "Attention | Block", x: Tensor) -> ModuleType | None:
+    is_learning = x.is_cuda and torch.is_grad_enabled() and torch.is_autocast_enabled("cuda")
+    if not (module.has_kernels and is_learning):
+        return None
+    from core.kernels import training  # needs Triton
+
+    return training
+
+
 class Attention(nn.Module):
     """Multi-head attention inside rows and to the last `memory` elements of the row before."""
 
-    kernels: ModuleType | None = None  # `core.kernels.training`, where gradients can be had of it
+    has_kernels = False  # whether `core.kernels.training` may multiply where autocast and gradients are on
 
     def __init__(self, config: LevelConfig, qk_norm: bool = False) -> None:
         super().__init__()
@@ -222,7 +231,8 @@ class Attention(nn.Module):
         return self.out.forward(out.flatten(1))
 
     def _product(self, x: Tensor, layer: nn.Linear) -> Tensor:
-        return self.kernels.linear(x, layer) if self.kernels is not None and torch.is_grad_enabled() else layer(x)
+        kernels = _training_kernels(self, x)
+        return layer(x) if kernels is None else kernels.linear(x, layer)
 
     def _with_row_before(self, x_BKHLC: Tensor) -> Tensor:
         """Each row preceded by the last r elements of the row before it; row 0 by zeros, which the mask hides."""
@@ -239,7 +249,7 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """x + attention(norm(x)), then x + feed-forward(norm(x)), with ReLU as in the paper's appendix A.1 or its square."""
 
-    kernels: ModuleType | None = None  # as attention's
+    has_kernels = False  # as attention's
 
     def __init__(self, config: LevelConfig, model: MegaByteConfig) -> None:
         super().__init__()
@@ -261,8 +271,9 @@ class Block(nn.Module):
         return x_BD + self.ffn_out.forward(self.activation(self.ffn_in.forward(_normalized(self.ffn_norm, x_BD))))
 
     def _feed_forward(self, x: Tensor) -> Tensor:
-        if self.kernels is not None and torch.is_grad_enabled() and self.kernels.can_multiply(self.ffn_in):
-            return self.kernels.feed_forward(self.ffn_norm(x), self.ffn_in, self.ffn_out, self.squares)
+        kernels = _training_kernels(self, x)
+        if kernels is not None and kernels.can_multiply(self.ffn_in):
+            return kernels.feed_forward(self.ffn_norm(x), self.ffn_in, self.ffn_out, self.squares)
         return self.ffn_out(self.activation(self.ffn_in(self.ffn_norm(x))))
 
 

@@ -7,8 +7,9 @@ had a step is one call of it; elsewhere oneDNN multiplies by weights that are la
 import copy
 import importlib
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
-from types import ModuleType
 
 import torch
 from torch import Tensor, nn
@@ -205,22 +206,32 @@ def fused(model: MegaByte) -> MegaByte:
 @cache
 def can_fuse(device: torch.device) -> bool:
     """Whether Triton is here and can build kernels for a GPU, for which it needs a C compiler and Python's headers."""
-    try:
+    with _explained("no fused kernels, torch's own make the samples instead"), torch.cuda.device(device):
         kernels = importlib.import_module("core.kernels.fused")
-        with torch.cuda.device(device):
-            settings = {"device": device, "dtype": torch.bfloat16}
-            kernels.normalized(torch.zeros(1, 16, **settings), nn.LayerNorm(16, **settings))
-    except Exception as error:  # of many kinds; whatever it is, torch's own kernels do the same work
-        _logger.info("no fused kernels, torch's own make the samples instead: %s", error)
+        settings = {"device": device, "dtype": torch.bfloat16}
+        kernels.normalized(torch.zeros(1, 16, **settings), nn.LayerNorm(16, **settings))
+        return True
+    return False
+
+
+@cache
+def has_training_kernels(device: torch.device) -> bool:
+    """Whether `core.kernels.training` runs there: on GPUs that copy tiles by themselves and have Hopper's room for them."""
+    if device.type != "cuda":
         return False
-    return True
+    with _explained("no kernels for training, torch's own do their work"), torch.cuda.device(device):
+        importlib.import_module("core.kernels.training").try_out(device)
+        return True
+    return False
 
 
-def training_kernels(device: torch.device) -> ModuleType | None:
-    """`core.kernels.training` where its kernels run: on GPUs that copy tiles by themselves, from Hopper on."""
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (9, 0) or not can_fuse(device):
-        return None
-    return importlib.import_module("core.kernels.training")
+@contextmanager
+def _explained(consequence: str) -> Iterator[None]:
+    """Tries something of which many kinds of failure are possible; whatever it is, torch's own kernels do the same work."""
+    try:
+        yield
+    except Exception as error:
+        _logger.info("%s: %s", consequence, error)
 
 
 def packed(transformer: Transformer) -> Transformer:
