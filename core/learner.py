@@ -12,10 +12,10 @@ from core.config import TrainConfig
 from core.distributed import Ranks, share_of
 from core.errors import UserError
 from core.kernels import multiplies_bf16
+from core.kernels.gpu import has_training_kernels
 from core.likelihood import nats_to_bits
 from core.models.layers import Attention, Block
 from core.models.loss import nll
-from core.models.packed import has_training_kernels
 from core.optim import Muon, average_decay, build_optimizers, set_learning_rate, update_average
 
 # What each optimizer remembers of a parameter.

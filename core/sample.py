@@ -28,11 +28,11 @@ from core import native
 from core.config import ImageCodecConfig
 from core.errors import UserError
 from core.kernels import in_background
+from core.kernels.gpu import can_fuse
 from core.law import Chunk, SampleConfig, sampling_law, uniforms
 from core.likelihood import as_stream, engine_name
 from core.lockstep import Job, borrowed_lockstep
 from core.models import ByteModel, MegaByte
-from core.models.packed import can_fuse
 from core.rows import NativeRow, Row, TorchRow
 
 __all__ = ["Chunk", "Request", "SampleConfig", "Sampler", "generate", "next_byte_law", "num_at_once", "prepare", "stream_batch"]

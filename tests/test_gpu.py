@@ -6,13 +6,13 @@ import torch
 
 from app.service import Service
 from core.config import LevelConfig, MegaByteConfig
+from core.kernels.gpu import has_training_kernels
 from core.law import SampleConfig, uniforms
 from core.learner import MeanNll, Nll
 from core.likelihood import score
 from core.lockstep import Job, Lockstep
 from core.models import MegaByte
 from core.models.layers import attend
-from core.models.packed import has_training_kernels
 from core.sample import Sampler, generate
 from tests.model_cases import CASES, CONTEXT, build, random_bytes
 

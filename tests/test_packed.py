@@ -10,9 +10,10 @@ from core.cache import LevelCache
 from core.config import LevelConfig, MegaByteConfig
 from core.errors import UserError
 from core.kernels import step as kernel
+from core.kernels.gpu import can_fuse
 from core.models.layers import Slots, Transformer
 from core.models.megabyte import MegaByte
-from core.models.packed import PackedLinear, PackedTransformer, can_fuse, fused, packed
+from core.models.packed import PackedLinear, PackedTransformer, fused, packed
 
 FLAT = MegaByteConfig(levels=(LevelConfig(dim=128, num_layers=2, num_heads=2),), max_seq_len=300, init_std=0.2)
 CASES = {

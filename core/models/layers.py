@@ -171,6 +171,7 @@ def _placed(x_BKHLC: Tensor, norm: nn.Module, rotation: Rotation | None) -> Tens
 
 
 def _training_kernels(module: "Attention | Block", x: Tensor) -> ModuleType | None:
+    """What multiplies and is differentiated in this pass, if it is not the layers themselves."""
     is_learning = x.is_cuda and torch.is_grad_enabled() and torch.is_autocast_enabled("cuda")
     if not (module.has_kernels and is_learning):
         return None

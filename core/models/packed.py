@@ -6,10 +6,6 @@ had a step is one call of it; elsewhere oneDNN multiplies by weights that are la
 
 import copy
 import importlib
-import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +14,9 @@ from core.arena import Arena
 from core.cache import LevelCache
 from core.errors import UserError
 from core.kernels import step as kernel
+from core.kernels.gpu import can_fuse
 from core.models.layers import QK_EPSILON, Block, Slots, Transformer
 from core.models.megabyte import MegaByte
-
-_logger = logging.getLogger(__name__)
 
 _FEW_ROWS = 16  # that oneDNN's layout is chosen for; products of any other number are right as well
 
@@ -201,37 +196,6 @@ def fused(model: MegaByte) -> MegaByte:
     for level in twin.levels:
         level.transformer = FusedTransformer(level.transformer)
     return twin
-
-
-@cache
-def can_fuse(device: torch.device) -> bool:
-    """Whether Triton is here and can build kernels for a GPU, for which it needs a C compiler and Python's headers."""
-    with _explained("no fused kernels, torch's own make the samples instead"), torch.cuda.device(device):
-        kernels = importlib.import_module("core.kernels.fused")
-        settings = {"device": device, "dtype": torch.bfloat16}
-        kernels.normalized(torch.zeros(1, 16, **settings), nn.LayerNorm(16, **settings))
-        return True
-    return False
-
-
-@cache
-def has_training_kernels(device: torch.device) -> bool:
-    """Whether `core.kernels.training` runs there: on GPUs that copy tiles by themselves and have Hopper's room for them."""
-    if device.type != "cuda":
-        return False
-    with _explained("no kernels for training, torch's own do their work"), torch.cuda.device(device):
-        importlib.import_module("core.kernels.training").try_out(device)
-        return True
-    return False
-
-
-@contextmanager
-def _explained(consequence: str) -> Iterator[None]:
-    """Tries something of which many kinds of failure are possible; whatever it is, torch's own kernels do the same work."""
-    try:
-        yield
-    except Exception as error:
-        _logger.info("%s: %s", consequence, error)
 
 
 def packed(transformer: Transformer) -> Transformer:
