@@ -15,7 +15,14 @@ from core.models import MegaByte
 from core.models.layers import attend
 from core.sample import Sampler, generate
 from tests.model_cases import CASES, CONTEXT, build, random_bytes
+from tests.tiny_run import run_tiny, tiny_config
 
+# Widths of no whole tiles.
+TRAINED_LEVELS = (
+    LevelConfig(dim=72, num_layers=2, num_heads=3, ffn_dim=200),
+    LevelConfig(dim=96, num_layers=1, num_heads=3, ffn_dim=200, patch_size=4),
+    LevelConfig(dim=72, num_layers=2, num_heads=3, ffn_dim=200, cross_patch=2),
+)
 HAS_TRAINING_KERNELS = torch.cuda.is_available() and has_training_kernels(torch.device("cuda"))
 
 pytestmark = [
@@ -109,23 +116,32 @@ def test_compiled_attention_of_tiny_rows_equals_the_plain_one(tolerance):
 
 
 @pytest.mark.skipif(not HAS_TRAINING_KERNELS, reason="no GPU for the kernels on this machine")
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("way", ["eager", "compiled", "recomputed"])
 @pytest.mark.parametrize("activation", ["relu", "relu2"])
-def test_products_of_training_are_as_near_to_float32_as_plain_ones(activation, compiled):
-    level = LevelConfig(dim=72, num_layers=2, num_heads=3, ffn_dim=200)  # no whole tiles
-    config = MegaByteConfig(levels=(level,), max_seq_len=300, positions="rotary", activation=activation, init_std=0.1)
-    byte_ids, gradients = random_bytes(3, 290).cuda(), []
+@pytest.mark.parametrize("levels", [TRAINED_LEVELS[:1], TRAINED_LEVELS[1:]], ids=["flat", "cross-patch"])
+def test_products_of_training_are_as_near_to_float32_as_plain_ones(levels, activation, way):
+    config = MegaByteConfig(levels=levels, max_seq_len=300, positions="rotary", activation=activation, init_std=0.1)
+    byte_ids, gradients = random_bytes(3, 288).cuda(), []
     for precision, with_kernels in (("fp32", False), ("bf16", False), ("bf16", True)):
         torch.manual_seed(0)
         model = MegaByte(config).cuda()
-        objective = MeanNll(model, precision) if with_kernels else Nll(model, precision)
+        objective = (MeanNll if with_kernels else Nll)(model, precision, recompute=way == "recomputed")
         assert (model.levels[0].transformer.blocks[0].has_kernels) == with_kernels
-        (torch.compile(objective) if compiled else objective)(byte_ids).mean().backward()
+        (torch.compile(objective) if way == "compiled" else objective)(byte_ids).mean().backward()
         gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
     exact, plain, ours = gradients
     for name, gradient in exact.items():
         plain_off, off = ((found[name] - gradient).norm() / gradient.norm() for found in (plain, ours))
         assert off <= 1.3 * plain_off + 1e-3, name
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_run_on_the_gpu_learns_and_goes_on_where_it_stopped(tmp_path, compiled):
+    settings = {"lr": 1e-2, "batch_size": 16, "precision": "bf16", "compile": compiled}
+    run_tiny(tmp_path, config=tiny_config(num_steps=50, **settings), num_values=4, device="cuda")
+    result = run_tiny(tmp_path, config=tiny_config(num_steps=100, **settings), num_values=4, device="cuda", resume=True)
+    assert result.steps == 100
+    assert 2.0 - 0.05 < result.bits_per_byte < 2.2
 
 
 def test_the_app_works_on_the_gpu(tiny_models, tmp_path):
