@@ -38,7 +38,7 @@ from core.likelihood import nats_to_bits
 from core.models import MegaByte
 from core.models.layers import Slots
 from core.models.megabyte import Level
-from core.models.packed import fused, packed
+from core.models.packed import PackedMegaByte, PackedRows, fused, packed
 
 _FEWEST_SLOTS = 64  # of the first level that are read; doubled as the rows grow
 # The first and the longest, rounded up to whole patches: what the host does between two rounds should cost little beside them.
@@ -125,6 +125,7 @@ class Lockstep:
         self._temperature_B1 = self._zeros(torch.float64, 1)
         self._top_k_B1 = self._zeros(torch.int64, 1)
         self._top_p_B1 = self._zeros(torch.float64, 1)
+        self._packed_rows = PackedRows(model, self.cache, self._buffers()) if isinstance(model, PackedMegaByte) else None
         self._graphs: dict[tuple, torch.cuda.CUDAGraph] = {}
         if self.device.type == "cuda":
             with self._on_device():
@@ -179,9 +180,11 @@ class Lockstep:
             yield first, self._num_slots(longest + num_bytes - 1) if first == 0 else 0
 
     def make_byte(self, phase: tuple[int, int]) -> None:
-        """The next byte of every row, by its graph if there is one."""
+        """The next byte of every row, by its graph or in one call of our kernel if there is one."""
         if phase in self._graphs:
             self._graphs[phase].replay()
+        elif self._packed_rows is not None:
+            self._packed_rows.make_byte(phase[0])
         else:
             self._run(*phase)
 
@@ -404,6 +407,21 @@ class Lockstep:
         """Streams and graphs are those of the current GPU, which need not be the model's."""
         return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
 
+    def _buffers(self) -> dict[str, Tensor]:
+        """By the names of `core.kernels.step.Rows`."""
+        return {
+            "positions": self.positions_B,
+            "started": self._started_B,
+            "uniforms": self._uniforms_BR,
+            "given": self._given_BR,
+            "temperatures": self._temperature_B1,
+            "top_ks": self._top_k_B1,
+            "top_ps": self._top_p_B1,
+            "logits": self.logits_BV,
+            "bytes": self._bytes_BR,
+            "bits": self._bits_BR,
+        }
+
     def _zeros(self, dtype: torch.dtype, *shape: int) -> Tensor:
         return torch.zeros(self.num_rows, *shape, dtype=dtype, device=self.device)
 
@@ -437,9 +455,7 @@ def bf16_copy(model: MegaByte) -> MegaByte:
     known, rounded = _bf16_models.get(model, (None, None))
     if known != now:
         parameters = {id(p): nn.Parameter(p.detach().bfloat16(), requires_grad=False) for p in model.parameters()}
-        rounded = copy.deepcopy(model, parameters)
-        for level in rounded.levels:
-            level.transformer = packed(level.transformer)
+        rounded = packed(copy.deepcopy(model, parameters))
         _bf16_models[model] = now, rounded
     return rounded
 

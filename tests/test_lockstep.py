@@ -8,13 +8,12 @@ import torch
 
 from core import lockstep, native
 from core.config import LevelConfig, MegaByteConfig
-from core.kernels import step as kernel
 from core.law import SampleConfig, draw, sampling_law, surprisal, uniforms
 from core.likelihood import score
 from core.lockstep import Job, Lockstep, bf16_copy
 from core.models import MegaByte
-from core.models.packed import PackedTransformer
 from core.sample import Request, Sampler, generate, stream_batch
+from tests.forced_rows import logits_in_rows
 from tests.model_cases import CASES, CONTEXT, build, random_bytes
 
 SETTINGS = [{}, {"temperature": 0.0}, {"temperature": 0.7, "top_k": 20}, {"top_p": 0.8}, {"top_k": 40, "top_p": 0.9}]
@@ -32,52 +31,9 @@ def made_by(batch: Lockstep, jobs: list[Job]) -> list[tuple[np.ndarray, np.ndarr
     return [tuple(np.concatenate([getattr(c, name) for c in mine]) for name in ("byte_values", "bits")) for mine in chunks]
 
 
-def logits_in_rows(model: MegaByte, byte_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The logits `(n, V)` of three rows of unequal length that read these bytes, `(3, T)`, and those of the whole pass."""
-    patch_size, length = model.config.patch_size, byte_ids.shape[1]
-    positions = [0, 2 * patch_size, 3 * patch_size]  # of the rows at first
-    batch = Lockstep(model, 3, length)
-    given_BR = np.full((3, batch.round_size), -1)
-    for row, position in enumerate(positions):
-        batch._begin(row, Job(byte_ids[row, :position].numpy().astype(np.uint8), 1, SampleConfig(), uniforms(0, 0)), given_BR)
-    found, expected = [], []
-    with torch.no_grad():
-        whole = model(byte_ids)
-        while max(positions) < length:
-            given_BR[:, :patch_size] = np.stack([byte_ids[row, p : p + patch_size].numpy() for row, p in enumerate(positions)])
-            batch._load(positions, given_BR, [], patch_size)
-            for offset, phase in enumerate(batch.phases(max(positions), patch_size)):
-                batch.make_byte(phase)
-                found.append(batch.logits_BV.clone())
-                expected.append(torch.stack([whole[row, p + offset] for row, p in enumerate(positions)]))
-            positions = [p + patch_size for p in positions]
-    return torch.cat(found), torch.cat(expected)
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_logits_equal_the_model_s_steps_in_rows_of_unequal_length(name, tolerance):
     torch.testing.assert_close(*logits_in_rows(build(CASES[name]), random_bytes(3, CONTEXT)), **tolerance[torch.float32])
-
-
-@pytest.mark.parametrize("positions", ["learned", "rotary", "both"])
-def test_steps_by_the_kernel_are_as_near_to_float32_as_those_of_torch(positions, monkeypatch):
-    if kernel.library() is None:
-        pytest.skip("this machine cannot have the kernel")
-    coarse = LevelConfig(dim=128, num_layers=2, num_heads=2, patch_size=4)
-    fine = LevelConfig(dim=64, num_layers=2, num_heads=1, cross_patch=3)
-    exact = build(MegaByteConfig(levels=(coarse, fine), max_seq_len=96, positions=positions, qk_norm=True, init_std=0.2))
-    with torch.no_grad():
-        for parameter in exact.parameters():
-            parameter.copy_(parameter.bfloat16())
-    byte_ids = random_bytes(3, 96)
-    ours, _ = logits_in_rows(bf16_copy(exact), byte_ids)
-    assert all(isinstance(level.transformer, PackedTransformer) for level in bf16_copy(exact).levels)
-    monkeypatch.setattr(kernel, "library", lambda: None)
-    plain, _ = logits_in_rows(bf16_copy(build(exact.config)), byte_ids)
-    _, expected = logits_in_rows(exact, byte_ids)
-    off, plain_off = ((logits - expected).square().mean().sqrt() for logits in (ours, plain))
-    assert off <= 1.2 * plain_off
-    assert plain_off < 0.05 * expected.std()
 
 
 @pytest.mark.parametrize("name", ["exact", "recipe_all", "three_levels", "flat"])

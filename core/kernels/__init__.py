@@ -85,7 +85,7 @@ def cache_folder() -> Path:
 def _cache_key(compiler: str, source: Path, flags: tuple[str, ...]) -> str:
     """What the machine code depends on: source, compiler and its flags, processor."""
     version = subprocess.run([compiler, "--version"], check=True, capture_output=True, timeout=30).stdout
-    sources = b"".join(path.read_bytes() for path in (source, *sorted(source.parent.glob("*.h"))))
+    sources = b"".join(path.read_bytes() for path in (source, *sorted(source.parents[1].glob("*/*.h"))))
     parts = (sources, compiler.encode(), version, " ".join((*_FLAGS, *flags, *_LINK_FLAGS)).encode(), _processor().encode())
     return hashlib.sha256(b"\0".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()
 

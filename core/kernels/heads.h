@@ -11,9 +11,9 @@ constexpr int64_t kChannels = 64, kParts = kChannels / 16;
 constexpr float kScale = 0.125f * 1.44269504f;  // 1 / sqrt(C), and powers of 2 instead of e
 constexpr float kNever = -1e30f;                // a score without weight
 
-inline __m512 load_bf16(const uint16_t* x) {
-  return (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x))), 16);
-}
+inline __m512 widened(__m256i x) { return (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16); }
+
+inline __m512 load_bf16(const uint16_t* x) { return widened(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x))); }
 
 inline void store_bf16(uint16_t* y, __m512 x) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(y), (__m256i)_mm512_cvtneps_pbh(x));

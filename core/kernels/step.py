@@ -1,10 +1,10 @@
-"""Steps of a few rows through a level in bf16 on a CPU that multiplies bf16, each as one call."""
+"""Bytes of a few rows of a MegaByte in bf16 on a CPU that multiplies bf16, each as one call."""
 
-from ctypes import CDLL, POINTER, Structure, byref, c_double, c_int64, c_void_p
+from ctypes import CDLL, POINTER, Structure, c_double, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
 
-import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from core.kernels import load_library, multiplies_bf16
@@ -13,27 +13,18 @@ CHANNELS = 64  # of a head, which the kernel is made for
 BLOCK = 64  # outputs and inputs of a block
 
 
-def run(step: "Step", x_BD: Tensor) -> Tensor:
-    """What the layers make of one more element of every row, bf16 `(B, D)`; all of `step` but x, y and the room is filled in."""
-    if x_BD.shape != (step.num_rows, step.dim) or x_BD.dtype != torch.bfloat16 or not x_BD.is_cpu:
-        raise ValueError(f"{x_BD.dtype} {tuple(x_BD.shape)} on {x_BD.device}, not bfloat16 {(step.num_rows, step.dim)} on a CPU")
-    x_BD, num_threads = x_BD.contiguous(), torch.get_num_threads()
-    y_BD, room = torch.empty_like(x_BD), torch.empty(library().step_room(byref(step), num_threads))
-    step.x, step.y, step.room = x_BD.data_ptr(), y_BD.data_ptr(), room.data_ptr()
-    library().step_layers(byref(step), num_threads)
-    return y_BD
-
-
 def pack(weight_RC: Tensor, blocks: Tensor) -> None:
-    """Writes a matrix in the blocks of `tiles.h` into memory of `blocks_shape`."""
+    """Writes a matrix, filled up with zeros, in the blocks of `tiles.h` into memory of `blocks_shape`."""
+    num_outputs, num_inputs = weight_RC.shape
     num_panels, num_blocks = blocks.shape[:2]
-    blocks.copy_(weight_RC.view(num_panels, BLOCK, num_blocks, BLOCK // 2, 2).permute(0, 2, 3, 1, 4))
+    padded = F.pad(weight_RC, (0, num_blocks * BLOCK - num_inputs, 0, num_panels * BLOCK - num_outputs))
+    blocks.copy_(padded.view(num_panels, BLOCK, num_blocks, BLOCK // 2, 2).permute(0, 2, 3, 1, 4))
 
 
 def blocks_shape(weight_RC: Tensor) -> tuple[int, ...]:
     """(outputs / 64, inputs / 64, pairs of inputs, outputs, 2)."""
     num_outputs, num_inputs = weight_RC.shape
-    return num_outputs // BLOCK, num_inputs // BLOCK, BLOCK // 2, BLOCK, 2
+    return -(-num_outputs // BLOCK), -(-num_inputs // BLOCK), BLOCK // 2, BLOCK, 2
 
 
 @cache
@@ -42,8 +33,7 @@ def library() -> CDLL | None:
     found = load_library(Path(__file__).with_name("step.cpp"), "-fopenmp") if multiplies_bf16() else None
     if found is None or not found.step_is_supported():
         return None
-    found.step_layers.argtypes, found.step_layers.restype = (c_void_p, c_int64), None
-    found.step_room.argtypes, found.step_room.restype = (c_void_p, c_int64), c_int64
+    found.step_rows.argtypes, found.step_rows.restype = (c_void_p, c_int64, c_int64), None
     return found
 
 
@@ -68,15 +58,39 @@ class Layer(Structure):
     ]
 
 
-class Step(Structure):
+class Level(Structure):
     _fields_ = [
         ("layers", POINTER(Layer)),
         ("norm", Norm),
-        *((name, c_int64) for name in ("num_layers", "dim", "ffn_dim", "num_heads", "relu_squared")),
-        ("qk_epsilon", c_double),
-        *((name, c_void_p) for name in ("cos", "sin")),
-        *((name, c_int64) for name in ("num_rows", "num_slots")),
-        *((name, c_void_p) for name in ("keys", "values", "slots", "mask")),
-        ("num_read", c_int64),
-        *((name, c_void_p) for name in ("x", "y", "room")),
+        *((name, c_int64) for name in ("num_layers", "dim", "ffn_dim", "num_heads", "span", "row_length", "memory")),
+        *((name, c_void_p) for name in ("cos", "sin", "embedding")),
+        ("byte_dim", c_int64),
+        *((name, c_void_p) for name in ("byte_positions", "pad", "positions")),
+        *((name, Linear) for name in ("project", "unembedder")),
+        ("num_slices", c_int64),
+    ]
+
+
+class Model(Structure):
+    _fields_ = [
+        ("levels", POINTER(Level)),
+        *((name, c_int64) for name in ("num_levels", "patch_size", "real_previous", "relu_squared")),
+        *((name, c_double) for name in ("qk_epsilon", "logit_softcap")),
+        ("head", Linear),
+    ]
+
+
+class LevelState(Structure):
+    _fields_ = [("keys", c_void_p), ("values", c_void_p), ("num_slots", c_int64), ("from_parent", c_void_p)]
+
+
+class Rows(Structure):
+    _fields_ = [
+        ("model", POINTER(Model)),
+        ("levels", POINTER(LevelState)),
+        *((name, c_int64) for name in ("num_rows", "round_size")),
+        *((name, c_void_p) for name in ("positions", "patch_bytes", "started", "uniforms", "given")),
+        *((name, c_void_p) for name in ("temperatures", "top_ks", "top_ps", "logits", "bytes", "bits")),
+        *((name, c_void_p) for name in ("x", "input", "words", "normalized", "qkv", "attended", "hidden", "weights")),
+        ("num_weights", c_int64),
     ]

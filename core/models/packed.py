@@ -1,30 +1,31 @@
-"""Transformers whose weights lie in memory as steps of few rows read them.
+"""Models whose weights lie in memory as steps of few rows read them.
 
 From plain bfloat16 weights torch's product on a CPU reads, and lays out anew, all of them each time. Where our kernel can be
-had a step is one call of it; elsewhere oneDNN multiplies by weights that are laid out once.
+had a byte of all rows is one call of it; elsewhere oneDNN multiplies by weights that are laid out once.
 """
 
 import copy
 import importlib
+from ctypes import Array, Structure, byref, pointer
 
 import torch
 from torch import Tensor, nn
 
 from core.arena import Arena
-from core.cache import LevelCache
+from core.cache import Cache, LevelCache
 from core.errors import UserError
 from core.kernels import step as kernel
 from core.kernels.gpu import can_fuse
 from core.models.layers import QK_EPSILON, Block, Slots, Transformer
-from core.models.megabyte import MegaByte
+from core.models.megabyte import Level, MegaByte, Unembedder
 
 _FEW_ROWS = 16  # that oneDNN's layout is chosen for; products of any other number are right as well
 
 
-class _Sharing(Transformer):
-    """A Transformer, to be used but not trained, that shares the parts of another.
+class FusedTransformer(Transformer):
+    """Steps on a GPU in few kernels. It shares the parts of a plain one, and is to be used but not trained.
 
-    Its steps take slots of each row's own, with a mask.
+    Its steps take slots of each row's own, with a mask only where a row must not see all slots before its own.
     """
 
     def __init__(self, plain: Transformer) -> None:
@@ -33,13 +34,6 @@ class _Sharing(Transformer):
         self.rotary, self.blocks, self.norm = plain.rotary, plain.blocks, plain.norm
         self.residual_scalars = plain.residual_scalars
         self.training = plain.training
-
-
-class FusedTransformer(_Sharing):
-    """Steps on a GPU in few kernels. Its slots need a mask only where a row must not see all slots before its own."""
-
-    def __init__(self, plain: Transformer) -> None:
-        super().__init__(plain)
         self.kernels = importlib.import_module("core.kernels.fused")
         self.byte_kernels = importlib.import_module("core.kernels.fused_bytes")
 
@@ -96,54 +90,58 @@ class FusedTransformer(_Sharing):
         )
 
 
-class PackedTransformer(_Sharing):
-    """A bfloat16 Transformer that steps on a CPU by our kernel.
+class PackedMegaByte(MegaByte):
+    """A bfloat16 MegaByte whose rows step on a CPU by our kernel. It shares the parts of a plain one, and is not trained.
 
-    It holds the matrices twice: as they were for whole rows, and packed.
+    It holds the matrices twice: as they were for whole prefixes, and packed.
     """
 
-    def __init__(self, plain: Transformer) -> None:
-        super().__init__(plain)
-        self._kept: list[Tensor] = []  # what the structures point into
-        matrices = [parameter for block in plain.blocks for parameter in block.parameters() if parameter.ndim == 2]
-        self._arena = Arena(sum(matrix.nbytes for matrix in matrices))
-        scalars = plain.residual_scalars.tolist() if plain.residual_scalars is not None else [(1.0, 0.0)] * len(plain.blocks)
-        layers = [self._layer(block, *pair) for block, pair in zip(plain.blocks, scalars, strict=True)]
-        first = plain.blocks[0]
-        cos, sin = plain.rotary.tables() if plain.rotary else (None, None)
-        self._step = kernel.Step(
-            layers=(kernel.Layer * len(layers))(*layers),
-            norm=self._norm(plain.norm),
-            num_layers=len(layers),
-            dim=first.attention.out.in_features,
-            ffn_dim=first.ffn_in.out_features,
-            num_heads=first.attention.num_heads,
-            relu_squared=first.squares,
-            qk_epsilon=QK_EPSILON if first.attention.has_qk_norm else 0.0,
-            cos=self._vector(cos),
-            sin=self._vector(sin),
+    def __init__(self, plain: MegaByte) -> None:
+        vars(self).update(vars(plain))
+        self._kept: list = []  # what the structures point into
+        head, config = plain.levels[-1].embedder.embedding, plain.config
+        matrices = [module.weight for module in (*plain.modules(), head) if isinstance(module, nn.Linear) or module is head]
+        self._arena = Arena(sum(2 * torch.Size(kernel.blocks_shape(matrix)).numel() for matrix in matrices))
+        self.weights = kernel.Model(
+            levels=self._array(kernel.Level, [self._level(level) for level in plain.levels]),
+            num_levels=len(plain.levels),
+            patch_size=config.patch_size,
+            real_previous=config.real_previous,
+            relu_squared=config.activation == "relu2",
+            qk_epsilon=QK_EPSILON if config.qk_norm else 0.0,
+            logit_softcap=config.logit_softcap,
+            head=self._linear(head),
         )
 
-    def step(self, x_BD: Tensor, cache: LevelCache, slots: Slots) -> Tensor:
-        slots_B, mask_BS = slots.positions.flatten(), slots.mask_BS
-        num_slots = cache.keys.shape[3]
-        for kept in (cache.keys, cache.values):
-            assert kept.shape == (self._step.num_layers, len(slots_B), self._step.num_heads, num_slots, kernel.CHANNELS)
-            assert kept.dtype == torch.bfloat16
-            assert kept.is_contiguous()
-        assert slots_B.dtype == torch.int64
-        assert slots_B.is_contiguous()
-        assert mask_BS.dtype == torch.bfloat16
-        assert mask_BS.is_contiguous()
-        assert len(mask_BS) == len(slots_B)
-        assert mask_BS.shape[1] <= num_slots
-        step = kernel.Step.from_buffer_copy(self._step)  # other threads may step with other caches
-        step.num_rows, step.num_slots, step.num_read = len(slots_B), num_slots, mask_BS.shape[1]
-        step.keys, step.values = cache.keys.data_ptr(), cache.values.data_ptr()
-        step.slots, step.mask = slots_B.data_ptr(), mask_BS.data_ptr()
-        return kernel.run(step, x_BD)
+    def _level(self, level: Level) -> kernel.Level:
+        own, embedder, transformer, unembedder = level.config, level.embedder, level.transformer, level.unembedder
+        cos, sin = transformer.rotary.tables() if transformer.rotary else (None, None)
+        scalars = [(1.0, 0.0)] * own.num_layers if transformer.residual_scalars is None else transformer.residual_scalars.tolist()
+        has_children = isinstance(unembedder, Unembedder)
+        return kernel.Level(
+            layers=self._array(kernel.Layer, [self._layer(*each) for each in zip(transformer.blocks, scalars, strict=True)]),
+            norm=self._norm(transformer.norm),
+            num_layers=own.num_layers,
+            dim=own.dim,
+            ffn_dim=own.ffn_dim,
+            num_heads=own.num_heads,
+            span=level.span,
+            row_length=level.row_length,
+            memory=own.cross_patch,
+            cos=self._floats(cos),
+            sin=self._floats(sin),
+            embedding=self._pointer(embedder.embedding.weight),
+            byte_dim=embedder.embedding.embedding_dim,
+            byte_positions=self._pointer(embedder.positions and embedder.positions.weight),
+            pad=self._pointer(level.pad),
+            positions=self._pointer(level.positions),
+            project=self._linear(embedder.project if isinstance(embedder.project, nn.Linear) else None),
+            unembedder=self._linear(unembedder.project if has_children else None),
+            num_slices=unembedder.num_children if has_children and unembedder.slices else 1,
+        )
 
-    def _layer(self, block: Block, of_before: float, of_input: float) -> kernel.Layer:
+    def _layer(self, block: Block, scalars: list[float]) -> kernel.Layer:
+        of_before, of_input = scalars
         return kernel.Layer(
             attention_norm=self._norm(block.attention_norm),
             qkv=self._linear(block.attention.qkv),
@@ -156,19 +154,75 @@ class PackedTransformer(_Sharing):
         )
 
     def _norm(self, norm: nn.LayerNorm) -> kernel.Norm:
-        return kernel.Norm(self._vector(norm.weight), self._vector(norm.bias), norm.eps)
+        return kernel.Norm(self._floats(norm.weight), self._floats(norm.bias), norm.eps)
 
-    def _linear(self, linear: nn.Linear) -> kernel.Linear:
-        blocks = self._arena.take(kernel.blocks_shape(linear.weight), torch.bfloat16)
-        kernel.pack(linear.weight.detach(), blocks)
-        return kernel.Linear(blocks.data_ptr(), self._vector(linear.bias), linear.in_features, linear.out_features)
+    def _linear(self, layer: nn.Linear | nn.Embedding | None) -> kernel.Linear:
+        if layer is None:
+            return kernel.Linear()
+        blocks = self._arena.take(kernel.blocks_shape(layer.weight), torch.bfloat16)
+        kernel.pack(layer.weight.detach(), blocks)
+        num_outputs, num_inputs = (kernel.BLOCK * size for size in blocks.shape[:2])
+        bias = getattr(layer, "bias", None)
+        bias = self._floats(torch.zeros(num_outputs) if bias is None else bias)
+        return kernel.Linear(blocks.data_ptr(), bias, num_inputs, num_outputs)
 
-    def _vector(self, values: Tensor | None) -> int | None:
+    def _floats(self, values: Tensor | None) -> int | None:
+        return self._pointer(None if values is None else values.float())
+
+    def _pointer(self, values: Tensor | None) -> int | None:
         if values is None:
             return None
-        values = values.detach().float().contiguous()
+        values = values.detach().contiguous()
         self._kept.append(values)
         return values.data_ptr()
+
+    def _array(self, kind: type[Structure], items: list[Structure]) -> Array:
+        array = (kind * len(items))(*items)
+        self._kept.append(array)
+        return array
+
+
+class PackedRows:
+    """The rows of a cache; the next byte of them all is one call.
+
+    Args:
+        buffers: what rounds are made from and what comes out of them, by the names of `kernel.Rows`.
+    """
+
+    def __init__(self, model: PackedMegaByte, cache: Cache, buffers: dict[str, Tensor]) -> None:
+        levels = model.weights.levels[: model.weights.num_levels]
+        dim = max(level.dim for level in levels)
+        num_words = max(max(dim, level.project.num_inputs, level.num_slices * level.unembedder.num_inputs) for level in levels)
+        widths = {"words": num_words, "normalized": dim, "qkv": 3 * dim, "attended": dim}
+        widths["hidden"] = max(level.ffn_dim for level in levels)
+        between = {name: torch.zeros(cache.batch_size, width, dtype=torch.bfloat16) for name, width in widths.items()}
+        between |= {name: torch.zeros(cache.batch_size, dim) for name in ("x", "input")}
+        num_weights = max(level.keys.shape[3] for level in cache.levels)
+        self._weights = torch.zeros(torch.get_num_threads(), num_weights)
+        buffers = {"patch_bytes": cache.patch_bytes_BP, **buffers, **between, "weights": self._weights}
+        self._kept = model, cache, buffers
+        self._rows = kernel.Rows(
+            model=pointer(model.weights),
+            levels=(kernel.LevelState * len(levels))(*map(self._state, cache.levels)),
+            num_rows=cache.batch_size,
+            round_size=buffers["bytes"].shape[1],
+            num_weights=num_weights,
+            **{name: self._pointer(tensor) for name, tensor in buffers.items()},
+        )
+
+    def make_byte(self, first: int) -> None:
+        """Draws and appends a byte of every row, at a place where the levels from `first` on wake."""
+        kernel.library().step_rows(byref(self._rows), first, min(torch.get_num_threads(), len(self._weights)))
+
+    def _state(self, level: LevelCache) -> kernel.LevelState:
+        assert level.keys.dtype == level.values.dtype == torch.bfloat16
+        parent = None if level.from_parent_BLD is None else self._pointer(level.from_parent_BLD)
+        return kernel.LevelState(self._pointer(level.keys), self._pointer(level.values), level.keys.shape[3], parent)
+
+    @staticmethod
+    def _pointer(tensor: Tensor) -> int:
+        assert tensor.is_contiguous()
+        return tensor.data_ptr()
 
 
 class PackedLinear(nn.Module):
@@ -198,25 +252,25 @@ def fused(model: MegaByte) -> MegaByte:
     return twin
 
 
-def packed(transformer: Transformer) -> Transformer:
-    """A Transformer in bfloat16 that steps as fast as this machine can; the same one where it has no such products."""
-    if _can_step(transformer):
-        return PackedTransformer(transformer)
+def packed(model: MegaByte) -> MegaByte:
+    """A MegaByte in bfloat16 that steps as fast as this machine can; the same one where it has no such products."""
+    if _can_step(model):
+        return PackedMegaByte(model)
     has_onednn = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    if has_onednn and transformer.norm.weight.device.type == "cpu":
-        for module in list(transformer.modules()):
+    if has_onednn and model.levels[0].pad.device.type == "cpu":
+        for module in [module for level in model.levels for module in level.transformer.modules()]:
             for name, child in list(module.named_children()):
                 if type(child) is nn.Linear:
                     setattr(module, name, PackedLinear(child))
-    return transformer
+    return model
 
 
-def _can_step(transformer: Transformer) -> bool:
-    """Whether the kernel takes a Transformer, and this machine has it."""
-    matrices = [parameter for parameter in transformer.blocks.parameters() if parameter.ndim == 2]
-    if not matrices or any(m.device.type != "cpu" or m.dtype != torch.bfloat16 for m in matrices):
+def _can_step(model: MegaByte) -> bool:
+    """Whether the kernel takes a model, and this machine has it."""
+    if any(parameter.device.type != "cpu" or parameter.dtype != torch.bfloat16 for parameter in model.parameters()):
         return False
-    is_whole = all(size % kernel.BLOCK == 0 for matrix in matrices for size in matrix.shape)
-    attention = transformer.blocks[0].attention
-    has_heads = attention.out.in_features == kernel.CHANNELS * attention.num_heads
-    return is_whole and has_heads and kernel.library() is not None
+    has_form = all(
+        own.num_layers > 0 and not own.conv_kernels and own.head_dim == kernel.CHANNELS and own.ffn_dim % kernel.BLOCK == 0
+        for own in model.config.levels
+    )
+    return has_form and kernel.library() is not None

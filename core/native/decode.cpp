@@ -14,6 +14,7 @@
 #include <new>
 #include <vector>
 
+#include "functions.h"
 #include "law.h"
 #include "model.h"
 #include "team.h"
@@ -66,8 +67,8 @@ struct Sequence {
     team.begin_round();
     for (int64_t i = 0; i < count; ++i) {
       predict();
-      if (i >= num_forced) bytes[i] = draw(state.logits, law, uniforms[i]);
-      bits[i] = surprisal(state.logits, bytes[i]);
+      if (i >= num_forced) bytes[i] = -1;
+      bits[i] = choose(state.logits, law, uniforms[i], bytes[i]);
       append(bytes[i]);
     }
     team.end_round();
@@ -85,10 +86,7 @@ struct Sequence {
     *state.woken = *state.position;
     float* logits = state.logits;
     product(model.head, scratch.normed.data(), [=](int64_t row, float value) { logits[row] = value; });
-    if (const float cap = float(model.logit_softcap); cap > 0) {
-#pragma omp simd
-      for (int b = 0; b < kNumByteValues; ++b) logits[b] = cap * tanh_of(logits[b] / cap);
-    }
+    cap_softly(logits, kNumByteValues, float(model.logit_softcap));
   }
 
   // W x by both threads.
@@ -310,9 +308,8 @@ void sequence_draw(Sequence* sequence, int64_t count, int64_t num_forced, const 
 void draw_rows(int64_t num_rows, const float* logits, const double* temperatures, const int64_t* top_ks, const double* top_ps,
                const double* uniforms, int64_t* bytes, float* bits) {
   for (int64_t row = 0; row < num_rows; ++row) {
-    const float* own = logits + row * kNumByteValues;
-    if (bytes[row] < 0) bytes[row] = draw(own, {temperatures[row], top_ks[row], top_ps[row]}, uniforms[row]);
-    bits[row] = surprisal(own, bytes[row]);
+    const Law law = {temperatures[row], top_ks[row], top_ps[row]};
+    bits[row] = choose(logits + row * kNumByteValues, law, uniforms[row], bytes[row]);
   }
 }
 

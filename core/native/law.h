@@ -56,3 +56,9 @@ inline float surprisal(const float* logits, int64_t byte) {
   for (int b = 0; b < kNumByteValues; ++b) total += std::exp(logits[b] - highest);
   return float((std::log(total) + highest - logits[byte]) / std::log(2.0));
 }
+
+// Draws a byte unless it is given, that is, not negative; its surprisal.
+inline float choose(const float* logits, const Law& law, double uniform, int64_t& byte) {
+  if (byte < 0) byte = draw(logits, law, uniform);
+  return surprisal(logits, byte);
+}
