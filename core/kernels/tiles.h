@@ -8,7 +8,6 @@
 
 #include <immintrin.h>
 
-#include <algorithm>
 #include <cstdint>
 
 constexpr int64_t kBlock = 64, kDepth = 32;  // columns, and pairs of inputs, of a block
@@ -16,11 +15,21 @@ constexpr int64_t kTile = 6, kVectors = 4;   // rows of a tile, and vectors of s
 
 using Block = __m512i[kDepth * kVectors];
 
+// Unrolled: between registers and memory. By std::copy the sums go a second way, over the stack.
+template <int64_t kRows>
+inline void copy(const __m512 (*from)[kVectors], __m512 (*to)[kVectors]) {
+#pragma GCC unroll 6
+  for (int64_t r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+    for (int64_t v = 0; v < kVectors; ++v) to[r][v] = from[r][v];
+  }
+}
+
 // target += rows of pairs times a block.
 template <int64_t kRows = kTile>
 inline void multiply(const uint32_t* const* rows, const __m512i* block, __m512 (*target)[kVectors]) {
   __m512 sums[kRows][kVectors];
-  std::copy(&target[0][0], &target[0][0] + kRows * kVectors, &sums[0][0]);
+  copy<kRows>(target, sums);
   for (int64_t i = 0; i < kDepth; ++i) {
     const __m512i* b = block + i * kVectors;
 #pragma GCC unroll 6
@@ -30,7 +39,7 @@ inline void multiply(const uint32_t* const* rows, const __m512i* block, __m512 (
       for (int64_t v = 0; v < kVectors; ++v) sums[r][v] = _mm512_dpbf16_ps(sums[r][v], a, (__m512bh)b[v]);
     }
   }
-  std::copy(&sums[0][0], &sums[0][0] + kRows * kVectors, &target[0][0]);
+  copy<kRows>(sums, target);
 }
 
 // A row of a tile, scaled, as bf16.
