@@ -84,6 +84,18 @@ def test_dropout_falls_on_the_branches_and_not_on_the_embeddings(name):
     assert torch.equal(model(byte_ids), model(byte_ids))
 
 
+def test_no_activation_is_copied_for_its_gradient():
+    nodes, todo = set(), [build(CASES["exact"])(random_bytes(1, CONTEXT)).grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is not None and node not in nodes:
+            nodes.add(node)
+            todo.extend(before for before, _ in node.next_functions)
+    names = {node.name() for node in nodes}
+    assert "ReluBackward0" in names
+    assert "CopySlices" not in names  # of a change in place to a view
+
+
 def test_a_used_cache_starts_again_without_a_trace(tolerance):
     model, byte_ids = build(CASES["all_rotary"]), random_bytes(1, 20)
     cache = model.new_cache(1, CONTEXT)

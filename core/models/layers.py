@@ -275,7 +275,8 @@ class Block(nn.Module):
         kernels = _training_kernels(self, x)
         if kernels is not None and kernels.can_multiply(self.ffn_in):
             return kernels.feed_forward(self.ffn_norm(x), self.ffn_in, self.ffn_out, self.squares)
-        return self.ffn_out(self.activation(self.ffn_in(self.ffn_norm(x))))
+        # As one matrix of rows: products of more dimensions are views, and what is done to those in place is copied to be undone.
+        return self.ffn_out(self.activation(self.ffn_in(self.ffn_norm(x).flatten(0, -2)))).view(x.shape)
 
 
 def _normalized(norm: nn.LayerNorm, x: Tensor) -> Tensor:
