@@ -16,7 +16,7 @@ a CPU's bf16 also depend on whether the kernels of `core.kernels` could be built
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from math import log
 from typing import Any
@@ -31,6 +31,7 @@ from core.kernels import attention, in_background, multiplies_bf16
 from core.models import ByteModel
 from core.models.layers import before_layer
 from core.models.loss import nll, nll_of_logits
+from core.models.packed import PackedProducts
 
 # Small on a CPU: what one layer writes should still be in its cache when the next one reads it.
 _BYTES_PER_BATCH = {"cpu": 1 << 13, "cuda": 1 << 20}
@@ -136,13 +137,15 @@ def score(
     only_equal_lengths = model.config.num_predicted(window) < window
     device = next(model.parameters()).device
     measured = measures_of if detailed else _bits_alone
+    products: AbstractContextManager = nullcontext()
     if device.type == "cpu" and scores_in_bf16(model):
+        products = PackedProducts()
         for _ in in_background(attention.library):  # the building of the kernel, once
             if progress is not None:
                 progress(0)
     for batch in _batches(todo, _BYTES_PER_BATCH.get(device.type, 1 << 13), only_equal_lengths):
         byte_ids_BT = _stack(arrays, batch).to(device)
-        with _looking_up(progress):
+        with _looking_up(progress), products:
             found = measured(model, byte_ids_BT)
             second = measured(model, byte_ids_BT[:, model.config.patch_size // 2 :]) if strided else None
         if second is not None:

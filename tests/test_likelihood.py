@@ -2,6 +2,7 @@
 
 import threading
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from core.errors import UserError
 from core.kernels import attention
 from core.likelihood import context_sizes, score, split_windows
 from core.models import build_model, loss
+from core.models.packed import PackedProducts, has_onednn
 from tests.model_cases import CASES, CONTEXT, PATCH, build
 from tests.tiny_run import tiny_config
 
@@ -230,6 +232,19 @@ def test_the_engine_follows_from_processor_width_and_setting(monkeypatch):
     monkeypatch.setattr(likelihood, "multiplies_bf16", lambda: True)
     monkeypatch.setenv("MEGABYTE_ENGINE", "torch")
     assert score(wide, b"ab").engine == "torch-fp32"
+
+
+@pytest.mark.skipif(not has_onednn(), reason="this processor does not multiply bf16")
+def test_a_long_score_lays_its_weights_out_once(monkeypatch):
+    model = build(MegaByteConfig(levels=(LevelConfig(dim=64, num_layers=1, num_heads=1, ffn_dim=256),), max_seq_len=8))
+    monkeypatch.delenv("MEGABYTE_ENGINE", raising=False)
+    monkeypatch.setattr(likelihood, "multiplies_bf16", lambda: True)
+    made = []
+    monkeypatch.setattr(likelihood, "PackedProducts", lambda: made.append(PackedProducts()) or made[-1])
+    packed = score(model, stream_of(10_000)).bits
+    assert [len(products._packed) for products in made] == [4]
+    monkeypatch.setattr(likelihood, "PackedProducts", nullcontext)
+    np.testing.assert_allclose(score(model, stream_of(10_000)).bits, packed, atol=1e-3)
 
 
 def test_a_score_that_waits_for_its_kernels_can_be_ended(monkeypatch):

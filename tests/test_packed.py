@@ -12,7 +12,7 @@ from core.kernels import step as kernel
 from core.kernels.gpu import can_fuse
 from core.lockstep import Lockstep, bf16_copy
 from core.models.megabyte import MegaByte
-from core.models.packed import PackedLinear, PackedMegaByte, fused
+from core.models.packed import PackedLinear, PackedMegaByte, PackedProducts, fused, has_onednn
 from tests.forced_rows import begin_rows, logits_in_rows, read_patch
 from tests.model_cases import build, random_bytes
 
@@ -107,11 +107,29 @@ def test_what_the_kernel_does_not_take_is_left_to_torch():
 def test_without_the_kernel_onednn_multiplies(monkeypatch):
     monkeypatch.setattr(kernel, "library", lambda: None)
     model, byte_ids = bf16_copy(exact_in_bf16(PAPER)), random_bytes(3, 96)
-    has_onednn = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    assert type(model.levels[0].transformer.blocks[0].ffn_in) is (PackedLinear if has_onednn else torch.nn.Linear)
+    assert type(model.levels[0].transformer.blocks[0].ffn_in) is (PackedLinear if has_onednn() else torch.nn.Linear)
     found, _ = logits_in_rows(model, byte_ids)
     _, expected = logits_in_rows(exact_in_bf16(PAPER), byte_ids)
     assert (found - expected).square().mean().sqrt() < 0.05 * expected.std()
+
+
+@pytest.mark.skipif(not has_onednn(), reason="this processor does not multiply bf16")
+@pytest.mark.parametrize("bias", [True, False])
+def test_many_rows_are_multiplied_by_weights_that_are_laid_out_once(bias):
+    layer, x = torch.nn.Linear(96, 80, bias=bias), torch.randn(2, 96, 700).transpose(1, 2)
+    products = PackedProducts()
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        plain = layer(x)
+        with products:
+            assert torch.equal(layer(x[:, :10]), plain[:, :10])
+        assert not products._packed
+        for _ in range(2):
+            with products:
+                found = layer(x)
+            torch.testing.assert_close(found, plain, rtol=2**-7, atol=1e-3)
+            assert list(products._packed) == [layer.weight]
+    with torch.inference_mode(), products:
+        assert layer(x).dtype == torch.float32
 
 
 @pytest.mark.parametrize("reason", [ModuleNotFoundError("no triton"), RuntimeError("Failed to find C compiler")])

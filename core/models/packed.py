@@ -1,4 +1,4 @@
-"""Models whose weights lie in memory as steps of few rows read them.
+"""Models whose weights lie in memory as steps of few rows read them, and products of many rows by weights laid out once.
 
 From plain bfloat16 weights torch's product on a CPU reads, and lays out anew, all of them each time. Where our kernel can be
 had a byte of all rows is one call of it; elsewhere oneDNN multiplies by weights that are laid out once.
@@ -7,9 +7,12 @@ had a byte of all rows is one call of it; elsewhere oneDNN multiplies by weights
 import copy
 import importlib
 from ctypes import Array, Structure, byref, pointer
+from functools import cache
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from core.arena import Arena
 from core.cache import Cache, LevelCache
@@ -19,7 +22,9 @@ from core.kernels.gpu import can_fuse
 from core.models.layers import QK_EPSILON, Block, Slots, Transformer
 from core.models.megabyte import Level, MegaByte, Unembedder
 
-_FEW_ROWS = 16  # that oneDNN's layout is chosen for; products of any other number are right as well
+# That oneDNN's layout is chosen for; products of any other number are right as well.
+_FEW_ROWS = 16
+_MANY_ROWS = 1024  # from which on a layout is worth making
 
 
 class FusedTransformer(Transformer):
@@ -238,6 +243,29 @@ class PackedLinear(nn.Module):
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
 
 
+class PackedProducts(TorchFunctionMode):
+    """Inside, linear layers under autocast on a CPU multiply many rows by weights that oneDNN has laid out once.
+
+    Otherwise it lays them out for each product anew, and torch writes the bias as the sums that the product is added to.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._packed: dict[Tensor, Tensor] = {}  # by the parameter
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        is_large = function is F.linear and args[0].numel() >= _MANY_ROWS * args[0].shape[-1]
+        if is_large and torch.is_autocast_enabled("cpu") and has_onednn():
+            return self._linear(*args, **(kwargs or {}))
+        return function(*args, **(kwargs or {}))
+
+    def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        if weight not in self._packed:
+            self._packed[weight] = torch.ops.mkldnn._reorder_linear_weight(weight.bfloat16(), _MANY_ROWS)
+        bias = None if bias is None else bias.bfloat16()
+        return torch.ops.mkldnn._linear_pointwise(x.bfloat16().contiguous(), self._packed[weight], bias, "none", [], "")
+
+
 def fused(model: MegaByte) -> MegaByte:
     """A model that shares the parameters of this one and steps on its GPU in few kernels.
 
@@ -256,13 +284,18 @@ def packed(model: MegaByte) -> MegaByte:
     """A MegaByte in bfloat16 that steps as fast as this machine can; the same one where it has no such products."""
     if _can_step(model):
         return PackedMegaByte(model)
-    has_onednn = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    if has_onednn and model.levels[0].pad.device.type == "cpu":
+    if has_onednn() and model.levels[0].pad.device.type == "cpu":
         for module in [module for level in model.levels for module in level.transformer.modules()]:
             for name, child in list(module.named_children()):
                 if type(child) is nn.Linear:
                     setattr(module, name, PackedLinear(child))
     return model
+
+
+@cache
+def has_onednn() -> bool:
+    """Whether this processor multiplies bf16 by oneDNN."""
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def _can_step(model: MegaByte) -> bool:
