@@ -20,7 +20,8 @@
 namespace {
 
 constexpr int64_t kHalf = kChannels / 2;
-constexpr int64_t kGroup = 16, kFew = 4;    // rows that are multiplied while a block is near, and rows of a tile
+constexpr int64_t kGroup = 16, kFew = 4;    // rows that are multiplied while blocks are near, and rows of a tile
+constexpr int64_t kNear = 4;                // blocks
 constexpr int64_t kWorthSharing = 1 << 20;  // multiplications of a layer
 
 struct Norm {
@@ -131,9 +132,13 @@ void multiply_panel(const Linear& linear, int64_t panel, const uint16_t* x, int6
       rows[i] = reinterpret_cast<const uint32_t*>(x + (first + std::min(i, count - 1)) * linear.num_inputs);
       for (int64_t v = 0; v < kVectors; ++v) sums[i][v] = _mm512_loadu_ps(linear.bias + panel * kBlock + 16 * v);
     }
-    for (int64_t block = 0; block < num_blocks; ++block) {
-      for (int64_t i = 0; i < count; i += kFew) multiply<kFew>(rows + i, linear.weight[panel * num_blocks + block], sums + i);
-      for (const uint32_t*& row : rows) row += kDepth;
+    const __m512i* weights = linear.weight[panel * num_blocks];
+    for (int64_t done = 0; done < num_blocks; done += kNear) {
+      const int64_t depth = kDepth * std::min(kNear, num_blocks - done);
+      const __m512i* next = weights + depth * kVectors;  // what the tiles fetch in four parts
+      for (int64_t i = 0; i < count; i += kFew) multiply<kFew>(rows + i, weights, sums + i, depth, next + depth * (i / kFew));
+      for (const uint32_t*& row : rows) row += depth;
+      weights = next;
     }
     for (int64_t i = 0; i < count; ++i) emit(first + i, panel * kBlock, sums[i]);
   }

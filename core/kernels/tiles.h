@@ -25,13 +25,16 @@ inline void copy(const __m512 (*from)[kVectors], __m512 (*to)[kVectors]) {
   }
 }
 
-// target += rows of pairs times a block.
+// target += rows of pairs times a block, or several one after another. Meanwhile a line of memory for each pair is fetched from
+// `ahead`, unless it is null.
 template <int64_t kRows = kTile>
-inline void multiply(const uint32_t* const* rows, const __m512i* block, __m512 (*target)[kVectors]) {
+inline void multiply(const uint32_t* const* rows, const __m512i* block, __m512 (*target)[kVectors], int64_t depth = kDepth,
+                     const __m512i* ahead = nullptr) {
   __m512 sums[kRows][kVectors];
   copy<kRows>(target, sums);
-  for (int64_t i = 0; i < kDepth; ++i) {
+  for (int64_t i = 0; i < depth; ++i) {
     const __m512i* b = block + i * kVectors;
+    if (ahead != nullptr) _mm_prefetch(reinterpret_cast<const char*>(ahead + i), _MM_HINT_T0);
 #pragma GCC unroll 6
     for (int64_t r = 0; r < kRows; ++r) {
       const __m512bh a = (__m512bh)_mm512_set1_epi32(int32_t(rows[r][i]));

@@ -15,13 +15,8 @@ extern "C" struct Law {
   double top_p;        // 1 for all
 };
 
-// The byte at which the cumulated law first exceeds `uniform` in [0, 1).
-inline int64_t draw(const float* logits, const Law& law, double uniform) {
-  const float highest = *std::max_element(logits, logits + kNumByteValues);
-  if (law.temperature == 0) return std::find(logits, logits + kNumByteValues, highest) - logits;
-  double weights[kNumByteValues];
-  for (int b = 0; b < kNumByteValues; ++b) weights[b] = std::exp((double(logits[b]) - highest) / law.temperature);
-
+// The byte at which the cumulated law first exceeds `uniform` in [0, 1). Weights of bytes that the filters drop become 0.
+inline int64_t draw(const float* logits, double* weights, const Law& law, double uniform) {
   if (law.top_k < kNumByteValues || law.top_p < 1) {
     int likeliest_first[kNumByteValues];
     std::iota(likeliest_first, likeliest_first + kNumByteValues, 0);
@@ -49,16 +44,17 @@ inline int64_t draw(const float* logits, const Law& law, double uniform) {
   return last_possible;
 }
 
-// -log2 p of a byte under the unfiltered law, in bits.
-inline float surprisal(const float* logits, int64_t byte) {
-  const double highest = *std::max_element(logits, logits + kNumByteValues);
-  double total = 0;
-  for (int b = 0; b < kNumByteValues; ++b) total += std::exp(logits[b] - highest);
-  return float((std::log(total) + highest - logits[byte]) / std::log(2.0));
-}
-
-// Draws a byte unless it is given, that is, not negative; its surprisal.
+// Draws a byte unless it is given, that is, not negative; -log2 p of it under the unfiltered law, in bits.
 inline float choose(const float* logits, const Law& law, double uniform, int64_t& byte) {
-  if (byte < 0) byte = draw(logits, law, uniform);
-  return surprisal(logits, byte);
+  const float* likeliest = std::max_element(logits, logits + kNumByteValues);
+  double weights[kNumByteValues];
+  const auto weigh = [&](double temperature) {
+    for (int b = 0; b < kNumByteValues; ++b) weights[b] = std::exp((double(logits[b]) - *likeliest) / temperature);
+  };
+  weigh(1);
+  const double total = std::accumulate(weights, weights + kNumByteValues, 0.0);
+  if (byte < 0 && law.temperature == 0) byte = likeliest - logits;
+  if (byte < 0 && law.temperature != 1) weigh(law.temperature);
+  if (byte < 0) byte = draw(logits, weights, law, uniform);
+  return float((std::log(total) + *likeliest - logits[byte]) / std::log(2.0));
 }
