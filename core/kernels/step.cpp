@@ -43,6 +43,11 @@ struct Layer {
   double of_before, of_input;  // what it reads of the layer before, and of the input of them all
 };
 
+struct Conv {
+  Linear windows;  // of `kernel` bytes one after another
+  int64_t kernel;
+};
+
 struct Level {
   const Layer* layers;
   Norm norm;
@@ -53,6 +58,8 @@ struct Level {
   int64_t byte_dim;
   const uint16_t* byte_positions;   // (context, byte_dim), or null
   const uint16_t *pad, *positions;  // (dim), (row_length, dim) or null
+  const Conv* convs;
+  int64_t num_convs;
   Linear project, unembedder;
   int64_t num_slices;               // of an element, each unembedded on its own
 };
@@ -68,7 +75,8 @@ struct Model {
 struct LevelState {
   uint16_t *keys, *values;  // (layers, rows, heads, slots, 64)
   int64_t num_slots;
-  uint16_t* from_parent;  // (rows, row_length, dim); null on the first level
+  uint16_t* from_parent;        // (rows, row_length, dim); null on the first level
+  uint16_t* const* conv_tails;  // (rows, kernel - 1, byte_dim) each
 };
 
 struct Rows {
@@ -87,7 +95,8 @@ struct Rows {
   float* bits;
   // What parts of a level hand to each other, with room for the widest level.
   float *x, *input;                                    // (rows, dim)
-  uint16_t *words, *normalized, *qkv, *attended, *hidden;
+  uint16_t *words, *windows, *normalized, *qkv, *attended, *hidden;
+  float* convolved;
   float* weights;  // (threads, num_weights), as many as the most slots
   int64_t num_weights;
 };
@@ -148,11 +157,12 @@ inline __m512i channels(const uint16_t* row, int64_t half) { return _mm512_loadu
 inline __m512 even(__m512i pairs) { return (__m512)_mm512_slli_epi32(pairs, 16); }
 inline __m512 odd(__m512i pairs) { return (__m512)_mm512_and_si512(pairs, _mm512_set1_epi32(int32_t(0xffff0000u))); }
 
-// y += x
-inline void add(const uint16_t* x, int64_t n, uint16_t* y) {
+// y += x, as x(place, mask of 16 lanes)
+template <class X>
+void add(int64_t n, uint16_t* y, X x) {
   for (int64_t i = 0; i < n; i += 16) {
     const __mmask16 mask = __mmask16((1u << std::min<int64_t>(16, n - i)) - 1);
-    const __m512 sum = _mm512_add_ps(widened(_mm256_maskz_loadu_epi16(mask, x + i)), widened(_mm256_maskz_loadu_epi16(mask, y + i)));
+    const __m512 sum = _mm512_add_ps(widened(_mm256_maskz_loadu_epi16(mask, y + i)), x(i, mask));
     _mm256_mask_storeu_epi16(y + i, mask, (__m256i)_mm512_cvtneps_pbh(sum));
   }
 }
@@ -255,6 +265,32 @@ void begin_row(const Element& element) {
   }
 }
 
+// Convolves the embeddings of each row's bytes behind its tail, and moves the tail on.
+void convolve(const Element& element, const Conv& conv, uint16_t* tails, int64_t num_words) {
+  const Rows& rows = element.rows;
+  const int64_t span = element.level.span, dim = element.level.byte_dim, num_kept = conv.kernel - 1;
+#pragma omp for
+  for (int64_t row = 0; row < rows.num_rows; ++row) {
+    uint16_t *words = rows.words + row * num_words, *tail = tails + row * num_kept * dim;
+    const auto byte = [=](int64_t i) { return i < 0 ? tail + (num_kept + i) * dim : words + i * dim; };
+    for (int64_t i = 0; i < span; ++i) {
+      uint16_t* window = rows.windows + (row * span + i) * conv.windows.num_inputs;
+      for (int64_t k = 0; k < conv.kernel; ++k) std::copy_n(byte(i + k - num_kept), dim, window + k * dim);
+      std::fill(window + conv.kernel * dim, window + conv.windows.num_inputs, 0);
+    }
+    for (int64_t k = 0; k < num_kept; ++k) std::copy_n(byte(span + k - num_kept), dim, tail + k * dim);
+    if (rows.positions[row] == 0) std::fill_n(tail, num_kept * dim, 0);
+  }
+  multiply_rows(conv.windows, rows.windows, rows.num_rows * span, to_floats(rows.convolved, conv.windows.num_outputs));
+#pragma omp for
+  for (int64_t i = 0; i < rows.num_rows * span; ++i) {
+    const float* convolved = rows.convolved + i * conv.windows.num_outputs;
+    add(dim, rows.words + i / span * num_words + i % span * dim, [=](int64_t c, __mmask16 mask) {
+      return _mm512_max_ps(_mm512_maskz_loadu_ps(mask, convolved + c), _mm512_setzero_ps());
+    });
+  }
+}
+
 // What the level reads: the embedding of the element before, or the pad where there is none to show; where it stands; and what
 // its parent says.
 void enter(const Element& element) {
@@ -270,10 +306,13 @@ void enter(const Element& element) {
     for (int64_t i = start; i < start + level.span; ++i, word += level.byte_dim) {
       const int64_t byte = rows.patch_bytes[row * model.patch_size + i % model.patch_size];
       std::copy_n(level.embedding + byte * level.byte_dim, level.byte_dim, word);
-      if (level.byte_positions != nullptr) add(level.byte_positions + i * level.byte_dim, level.byte_dim, word);
+      if (level.byte_positions == nullptr) continue;
+      const uint16_t* place = level.byte_positions + i * level.byte_dim;
+      add(level.byte_dim, word, [=](int64_t c, __mmask16 mask) { return widened(_mm256_maskz_loadu_epi16(mask, place + c)); });
     }
     std::fill(word, rows.words + (row + 1) * num_words, 0);
   }
+  for (int64_t i = 0; i < level.num_convs; ++i) convolve(element, level.convs[i], kept.conv_tails[i], num_words);
   if (level.project.weight) multiply_rows(level.project, rows.words, rows.num_rows, to_floats(rows.x, dim));
 #pragma omp for
   for (int64_t row = 0; row < rows.num_rows; ++row) {

@@ -58,6 +58,10 @@ class Layer(Structure):
     ]
 
 
+class Conv(Structure):
+    _fields_ = [("windows", Linear), ("kernel", c_int64)]
+
+
 class Level(Structure):
     _fields_ = [
         ("layers", POINTER(Layer)),
@@ -66,6 +70,8 @@ class Level(Structure):
         *((name, c_void_p) for name in ("cos", "sin", "embedding")),
         ("byte_dim", c_int64),
         *((name, c_void_p) for name in ("byte_positions", "pad", "positions")),
+        ("convs", POINTER(Conv)),
+        ("num_convs", c_int64),
         *((name, Linear) for name in ("project", "unembedder")),
         ("num_slices", c_int64),
     ]
@@ -81,7 +87,12 @@ class Model(Structure):
 
 
 class LevelState(Structure):
-    _fields_ = [("keys", c_void_p), ("values", c_void_p), ("num_slots", c_int64), ("from_parent", c_void_p)]
+    _fields_ = [
+        *((name, c_void_p) for name in ("keys", "values")),
+        ("num_slots", c_int64),
+        ("from_parent", c_void_p),
+        ("conv_tails", POINTER(c_void_p)),
+    ]
 
 
 class Rows(Structure):
@@ -91,6 +102,7 @@ class Rows(Structure):
         *((name, c_int64) for name in ("num_rows", "round_size")),
         *((name, c_void_p) for name in ("positions", "patch_bytes", "started", "uniforms", "given")),
         *((name, c_void_p) for name in ("temperatures", "top_ks", "top_ps", "logits", "bytes", "bits")),
-        *((name, c_void_p) for name in ("x", "input", "words", "normalized", "qkv", "attended", "hidden", "weights")),
+        *((name, c_void_p) for name in ("x", "input", "words", "windows", "normalized", "qkv", "attended", "hidden")),
+        *((name, c_void_p) for name in ("convolved", "weights")),
         ("num_weights", c_int64),
     ]

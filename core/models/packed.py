@@ -6,7 +6,7 @@ had a byte of all rows is one call of it; elsewhere oneDNN multiplies by weights
 
 import copy
 import importlib
-from ctypes import Array, Structure, byref, pointer
+from ctypes import Array, Structure, byref, c_void_p, pointer
 from functools import cache
 
 import torch
@@ -105,7 +105,7 @@ class PackedMegaByte(MegaByte):
         vars(self).update(vars(plain))
         self._kept: list = []  # what the structures point into
         head, config = plain.levels[-1].embedder.embedding, plain.config
-        matrices = [module.weight for module in (*plain.modules(), head) if isinstance(module, nn.Linear) or module is head]
+        matrices = [_matrix(module) for module in plain.modules() if isinstance(module, nn.Linear | nn.Conv1d) or module is head]
         self._arena = Arena(sum(2 * torch.Size(kernel.blocks_shape(matrix)).numel() for matrix in matrices))
         self.weights = kernel.Model(
             levels=self._array(kernel.Level, [self._level(level) for level in plain.levels]),
@@ -140,6 +140,8 @@ class PackedMegaByte(MegaByte):
             byte_positions=self._pointer(embedder.positions and embedder.positions.weight),
             pad=self._pointer(level.pad),
             positions=self._pointer(level.positions),
+            convs=self._array(kernel.Conv, [kernel.Conv(self._linear(c.conv), c.tail_length + 1) for c in embedder.convs]),
+            num_convs=len(embedder.convs),
             project=self._linear(embedder.project if isinstance(embedder.project, nn.Linear) else None),
             unembedder=self._linear(unembedder.project if has_children else None),
             num_slices=unembedder.num_children if has_children and unembedder.slices else 1,
@@ -161,15 +163,16 @@ class PackedMegaByte(MegaByte):
     def _norm(self, norm: nn.LayerNorm) -> kernel.Norm:
         return kernel.Norm(self._floats(norm.weight), self._floats(norm.bias), norm.eps)
 
-    def _linear(self, layer: nn.Linear | nn.Embedding | None) -> kernel.Linear:
+    def _linear(self, layer: nn.Module | None) -> kernel.Linear:
         if layer is None:
             return kernel.Linear()
-        blocks = self._arena.take(kernel.blocks_shape(layer.weight), torch.bfloat16)
-        kernel.pack(layer.weight.detach(), blocks)
+        matrix = _matrix(layer)
+        blocks = self._arena.take(kernel.blocks_shape(matrix), torch.bfloat16)
+        kernel.pack(matrix, blocks)
         num_outputs, num_inputs = (kernel.BLOCK * size for size in blocks.shape[:2])
         bias = getattr(layer, "bias", None)
-        bias = self._floats(torch.zeros(num_outputs) if bias is None else bias)
-        return kernel.Linear(blocks.data_ptr(), bias, num_inputs, num_outputs)
+        bias = F.pad(bias.float(), (0, num_outputs - len(bias))) if bias is not None else torch.zeros(num_outputs)
+        return kernel.Linear(blocks.data_ptr(), self._pointer(bias), num_inputs, num_outputs)
 
     def _floats(self, values: Tensor | None) -> int | None:
         return self._pointer(None if values is None else values.float())
@@ -187,6 +190,12 @@ class PackedMegaByte(MegaByte):
         return array
 
 
+def _matrix(module: nn.Module) -> Tensor:
+    """A layer's weights by output and input; inputs of a convolution are its window's bytes one after another."""
+    weight = module.weight.detach()
+    return weight.transpose(1, 2).flatten(1) if weight.ndim == 3 else weight
+
+
 class PackedRows:
     """The rows of a cache; the next byte of them all is one call.
 
@@ -197,11 +206,18 @@ class PackedRows:
     def __init__(self, model: PackedMegaByte, cache: Cache, buffers: dict[str, Tensor]) -> None:
         levels = model.weights.levels[: model.weights.num_levels]
         dim = max(level.dim for level in levels)
-        num_words = max(max(dim, level.project.num_inputs, level.num_slices * level.unembedder.num_inputs) for level in levels)
-        widths = {"words": num_words, "normalized": dim, "qkv": 3 * dim, "attended": dim}
-        widths["hidden"] = max(level.ffn_dim for level in levels)
+        convs = [(level.span, conv.windows) for level in levels for conv in level.convs[: level.num_convs]]
+        widths = {
+            "words": max(max(dim, level.project.num_inputs, level.num_slices * level.unembedder.num_inputs) for level in levels),
+            "windows": max((span * windows.num_inputs for span, windows in convs), default=0),
+            "normalized": dim,
+            "qkv": 3 * dim,
+            "attended": dim,
+            "hidden": max(level.ffn_dim for level in levels),
+        }
         between = {name: torch.zeros(cache.batch_size, width, dtype=torch.bfloat16) for name, width in widths.items()}
-        between |= {name: torch.zeros(cache.batch_size, dim) for name in ("x", "input")}
+        widths = {"x": dim, "input": dim, "convolved": max((span * windows.num_outputs for span, windows in convs), default=0)}
+        between |= {name: torch.zeros(cache.batch_size, width) for name, width in widths.items()}
         num_weights = max(level.keys.shape[3] for level in cache.levels)
         self._weights = torch.zeros(torch.get_num_threads(), num_weights)
         buffers = {"patch_bytes": cache.patch_bytes_BP, **buffers, **between, "weights": self._weights}
@@ -222,7 +238,8 @@ class PackedRows:
     def _state(self, level: LevelCache) -> kernel.LevelState:
         assert level.keys.dtype == level.values.dtype == torch.bfloat16
         parent = None if level.from_parent_BLD is None else self._pointer(level.from_parent_BLD)
-        return kernel.LevelState(self._pointer(level.keys), self._pointer(level.values), level.keys.shape[3], parent)
+        tails = (c_void_p * len(level.conv_tails))(*map(self._pointer, level.conv_tails))
+        return kernel.LevelState(self._pointer(level.keys), self._pointer(level.values), level.keys.shape[3], parent, tails)
 
     @staticmethod
     def _pointer(tensor: Tensor) -> int:
@@ -303,7 +320,6 @@ def _can_step(model: MegaByte) -> bool:
     if any(parameter.device.type != "cpu" or parameter.dtype != torch.bfloat16 for parameter in model.parameters()):
         return False
     has_form = all(
-        own.num_layers > 0 and not own.conv_kernels and own.head_dim == kernel.CHANNELS and own.ffn_dim % kernel.BLOCK == 0
-        for own in model.config.levels
+        own.num_layers > 0 and own.head_dim == kernel.CHANNELS and own.ffn_dim % kernel.BLOCK == 0 for own in model.config.levels
     )
     return has_form and kernel.library() is not None
