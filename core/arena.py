@@ -20,6 +20,8 @@ class Arena:
     def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """The next part of it as a tensor, which keeps the whole alive."""
         count = torch.Size(shape).numel()
+        if count == 0:
+            return torch.empty(shape, dtype=dtype)
         self._used += count * dtype.itemsize
         offset = self._used - count * dtype.itemsize
         return torch.frombuffer(self._memory, dtype=dtype, count=count, offset=offset).view(shape)

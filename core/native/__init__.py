@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from core.arena import Arena
 from core.cache import Cache
-from core.config import NUM_BYTE_VALUES
+from core.config import NUM_BYTE_VALUES, LevelConfig
 from core.kernels import attention, load_library, step
 from core.models import ByteModel, MegaByte
 from core.models.layers import QK_EPSILON, Block
@@ -65,7 +65,8 @@ class NativeDecoder:
         self._is_int8 = is_int8
         self._kept: list = []  # what the structures point into
         matrices = [parameter for parameter in model.parameters() if parameter.ndim == 2]
-        self._arena = Arena(sum(2 * torch.Size(_panels_shape(matrix, torch.bfloat16)).numel() for matrix in matrices))
+        # Halves of a matrix are filled up to whole panels each.
+        self._arena = Arena(sum(2 * (matrix.shape[0] + 2 * _PANEL_ROWS) * matrix.shape[1] for matrix in matrices))
         self.structure = self._model(model)
 
     def sequence(self, cache: Cache, *, alone: bool = True) -> "NativeSequence":
@@ -90,6 +91,8 @@ class NativeDecoder:
     def _level(self, level: Level) -> "_Level":
         own, embedder, rotary = level.config, level.embedder, level.transformer.rotary
         cos, sin = rotary.tables() if rotary else (None, None)
+        # One half after the other: what a thread reads lies side by side.
+        halves = [[self._half(block, own, index) for block in level.transformer.blocks] for index in range(2)]
         return _Level(
             dim=own.dim,
             num_layers=own.num_layers,
@@ -107,37 +110,53 @@ class NativeDecoder:
             cos=self._vector(cos),
             sin=self._vector(sin),
             project=self._matrix(embedder.project if isinstance(embedder.project, nn.Linear) else None),
-            blocks=self._array(_Block, [self._block(block) for block in level.transformer.blocks]),
+            blocks=self._array(_Block, list(map(self._block, level.transformer.blocks, *halves))),
             residual_scalars=self._vector(level.transformer.residual_scalars),
             norm=self._norm(level.transformer.norm),
         )
 
-    def _block(self, block: Block) -> "_Block":
-        return _Block(
-            attention_norm=self._norm(block.attention_norm),
-            qkv=self._matrix(block.attention.qkv),
-            out=self._matrix(block.attention.out),
-            ffn_norm=self._norm(block.ffn_norm),
-            ffn_in=self._matrix(block.ffn_in),
-            ffn_out=self._matrix(block.ffn_out),
+    def _block(self, block: Block, *halves: "_Half") -> "_Block":
+        return _Block(self._norm(block.attention_norm), self._norm(block.ffn_norm), halves)
+
+    def _half(self, block: Block, level: LevelConfig, index: int) -> "_Half":
+        columns_HC = torch.arange(level.dim).view(level.num_heads, level.head_dim)
+        heads_HC, channels = (each.tensor_split(2)[index] for each in (columns_HC, torch.arange(level.ffn_dim)))
+        attention, is_first = block.attention, index == 0
+        return _Half(
+            first_head=0 if is_first else level.num_heads - len(heads_HC),
+            num_heads=len(heads_HC),
+            first_channel=0 if is_first else level.ffn_dim - len(channels),
+            qkv=self._matrix(attention.qkv, rows=torch.cat([heads_HC.flatten() + i * level.dim for i in range(3)])),
+            out=self._matrix(attention.out, columns=heads_HC.flatten(), has_bias=is_first),
+            ffn_in=self._matrix(block.ffn_in, rows=channels),
+            ffn_out=self._matrix(block.ffn_out, columns=channels, has_bias=is_first),
         )
 
     def _norm(self, norm: nn.LayerNorm) -> "_Norm":
         return _Norm(self._vector(norm.weight), self._vector(norm.bias), norm.eps)
 
-    def _matrix(self, module: nn.Linear | nn.Embedding | None) -> "_Matrix":
+    def _matrix(
+        self,
+        module: nn.Linear | nn.Embedding | None,
+        *,
+        rows: slice | Tensor = slice(None),
+        columns: slice | Tensor = slice(None),
+        has_bias: bool = True,
+    ) -> "_Matrix":
         if module is None:
             return _Matrix()
         weight_RC, scales_R = module.weight.detach(), None
         if self._is_int8:
             quantized_RC, scales_R = quantize(weight_RC)
-            panels = self._arena.take(_panels_shape(weight_RC, torch.uint8), torch.uint8)
-            pack((quantized_RC + 128).to(torch.uint8), panels)
+            weight_RC, scales_R = (quantized_RC + 128).to(torch.uint8), scales_R[rows]
         else:
-            panels = self._arena.take(_panels_shape(weight_RC, torch.bfloat16), torch.bfloat16)
-            pack(weight_RC.bfloat16(), panels)
-        bias = self._vector(getattr(module, "bias", None))
-        return _Matrix(panels.data_ptr(), self._vector(scales_R), bias, *weight_RC.shape)
+            weight_RC = weight_RC.bfloat16()
+        weight_RC = weight_RC[rows][:, columns]
+        panels = self._arena.take(_panels_shape(weight_RC), weight_RC.dtype)
+        pack(weight_RC, panels)
+        bias_R = getattr(module, "bias", None) if has_bias else None
+        bias_R = None if bias_R is None else bias_R[rows]
+        return _Matrix(panels.data_ptr(), self._vector(scales_R), self._vector(bias_R), *weight_RC.shape)
 
     def _vector(self, values: Tensor | None) -> int | None:
         if values is None:
@@ -251,9 +270,9 @@ def pack(weight_RC: Tensor, panels: Tensor) -> None:
     panels.copy_(rows.permute(0, 4, 1, 3, 2))
 
 
-def _panels_shape(weight_RC: Tensor, dtype: torch.dtype) -> tuple[int, ...]:
+def _panels_shape(weight_RC: Tensor) -> tuple[int, ...]:
     num_rows, num_columns = weight_RC.shape
-    per_word = 4 // dtype.itemsize
+    per_word = 4 // weight_RC.dtype.itemsize
     return -(-num_rows // _PANEL_ROWS), num_columns, _PANEL_ROWS // (per_word * _LANES), _LANES, per_word
 
 
@@ -352,15 +371,15 @@ class _Norm(Structure):
     _fields_ = [("weight", c_void_p), ("bias", c_void_p), ("epsilon", c_double)]
 
 
-class _Block(Structure):
+class _Half(Structure):
     _fields_ = [
-        ("attention_norm", _Norm),
-        ("qkv", _Matrix),
-        ("out", _Matrix),
-        ("ffn_norm", _Norm),
-        ("ffn_in", _Matrix),
-        ("ffn_out", _Matrix),
+        *((name, c_int64) for name in ("first_head", "num_heads", "first_channel")),
+        *((name, _Matrix) for name in ("qkv", "out", "ffn_in", "ffn_out")),
     ]
+
+
+class _Block(Structure):
+    _fields_ = [("attention_norm", _Norm), ("ffn_norm", _Norm), ("halves", _Half * 2)]
 
 
 class _Level(Structure):

@@ -5,7 +5,8 @@
 // bf16 here (the exported models are, so nothing is lost) or int8; everything that is computed is float32.
 //
 // The decoding state is the caller's `core.cache.Cache`, read and written in place: Python may run any step instead.
-// Panels of matrices and heads are shared between two threads (team.h). Several sequences may be worked on in parallel.
+// Halves of a block, and panels of the other matrices, are shared between two threads (team.h). Several sequences may be worked
+// on in parallel.
 
 #include <algorithm>
 #include <cmath>
@@ -32,7 +33,7 @@ struct Slots {
 };
 
 struct Scratch {
-  std::vector<float> x, input, normed, qkv, attended, hidden, scores, words;
+  std::vector<float> x, input, normed, qkv, attended, hidden, scores, words, terms[2];
   std::vector<int32_t> active;
 };
 
@@ -52,6 +53,7 @@ struct Sequence {
       inputs = std::max(inputs, level.span * level.byte_dim);
     }
     scratch.x.resize(dim);
+    for (auto& term : scratch.terms) term.resize(dim);
     scratch.input.resize(dim);
     scratch.normed.resize(dim);
     scratch.qkv.resize(3 * dim);
@@ -92,15 +94,18 @@ struct Sequence {
   // W x by both threads.
   template <class Emit>
   void product(const Matrix& matrix, const float* x, Emit emit) {
-    product(matrix, x, AllColumns{matrix.columns}, emit);
+    team.share(num_panels(matrix), num_bytes(matrix), [&](int64_t begin, int64_t end) {
+      multiply(matrix, begin, end, x, AllColumns{matrix.columns}, emit);
+    });
   }
 
-  template <class Columns, class Emit>
-  void product(const Matrix& matrix, const float* x, Columns columns, Emit emit) {
-    const float sum = matrix.scales == nullptr ? 0.0f : sum_of(x, matrix.columns);
-    team.share(num_panels(matrix), num_bytes(matrix), [&](int64_t begin, int64_t end) {
-      multiply(matrix, begin, end, x, sum, columns, emit);
+  // x += what the halves of a block make of it, each by its own thread.
+  template <class Work>
+  void add_halves(const Block& block, int64_t dim, int64_t num_bytes, Work work) {
+    team.share(2, num_bytes, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) work(block.halves[i], scratch.terms[i].data());
     });
+    for (int64_t c = 0; c < dim; ++c) scratch.x[c] += scratch.terms[0][c] + scratch.terms[1][c];
   }
 
   // Runs the element of a level that begins at the position; leaves its output in `normed` and tells its children.
@@ -160,37 +165,40 @@ struct Sequence {
 
   // x += attention(norm(x))
   void attend(const Level& level, const Block& block, const LevelState& kept, int64_t layer, Slots slots) {
-    float *x = scratch.x.data(), *qkv = scratch.qkv.data();
-    normalize(block.attention_norm, x, scratch.normed.data(), level.dim);
-    product(block.qkv, scratch.normed.data(), [=](int64_t row, float value) { qkv[row] = value; });
-    const int64_t num_read = 2 * (slots.own + 1 - slots.first) * level.dim * int64_t(sizeof(float));
-    team.share(level.num_heads, num_read, [&](int64_t begin, int64_t end) {
-      for (int64_t head = begin; head < end; ++head) attend_head(level, kept, layer, head, slots);
+    normalize(block.attention_norm, scratch.x.data(), scratch.normed.data(), level.dim);
+    const int64_t num_read = num_bytes(block.halves[0].qkv) + num_bytes(block.halves[0].out);
+    add_halves(block, level.dim, 2 * num_read, [&](const Half& half, float* term) {
+      const int64_t C = level.head_dim, width = half.num_heads * C;
+      float *qkv = scratch.qkv.data() + 3 * half.first_head * C, *attended = scratch.attended.data() + half.first_head * C;
+      multiply(half.qkv, scratch.normed.data(), [=](int64_t row, float value) { qkv[row] = value; });
+      for (int64_t i = 0; i < half.num_heads; ++i) {
+        float* query = qkv + i * C;
+        attend_head(level, kept, layer, half.first_head + i, slots, query, query + width, query + 2 * width);
+      }
+      multiply(half.out, attended, [=](int64_t row, float value) { term[row] = value; });
     });
-    product(block.out, scratch.attended.data(), [=](int64_t row, float value) { x[row] += value; });
   }
 
-  void attend_head(const Level& level, const LevelState& kept, int64_t layer, int64_t head, Slots slots) {
+  void attend_head(const Level& level, const LevelState& kept, int64_t layer, int64_t head, Slots slots, float* query,
+                   float* key, const float* value) {
     const int64_t C = level.head_dim, num_slots = slots.own + 1 - slots.first;
     const int64_t offset = (layer * level.num_heads + head) * kept.num_slots * C;
     const float* keys = kept.keys + offset + slots.first * C;
     const float* values = kept.values + offset + slots.first * C;
-    float* query = scratch.qkv.data() + head * C;
-    float* own_key = kept.keys + offset + slots.own * C;
     float* turned_query = scratch.attended.data() + head * C;  // read before the result takes its place
     if (model.qk_epsilon != 0) {
       normalize_rms(query, C, float(model.qk_epsilon));
-      normalize_rms(query + level.dim, C, float(model.qk_epsilon));
+      normalize_rms(key, C, float(model.qk_epsilon));
     }
     turn(level, slots.own, query, turned_query);
-    turn(level, slots.own, query + level.dim, own_key);
-    std::memcpy(kept.values + offset + slots.own * C, query + 2 * level.dim, C * sizeof(float));
+    turn(level, slots.own, key, kept.keys + offset + slots.own * C);
+    std::memcpy(kept.values + offset + slots.own * C, value, C * sizeof(float));
 
     float* weights = scratch.scores.data() + head * kept.num_slots;
     const float scale = 1.0f / std::sqrt(float(C));
     for (int64_t s = 0; s < num_slots; ++s) weights[s] = scale * dot(turned_query, keys + s * C, C);
     const float total = softmax_weights(weights, num_slots);
-    blend(values, weights, num_slots, 1.0f / total, scratch.attended.data() + head * C, C);
+    blend(values, weights, num_slots, 1.0f / total, turned_query, C);
   }
 
   void turn(const Level& level, int64_t slot, const float* x, float* y) {
@@ -220,39 +228,48 @@ struct Sequence {
 
   // x += ffn_out(activation(ffn_in(norm(x))))
   void feed_forward(const Level& level, const Block& block) {
-    float *x = scratch.x.data(), *hidden = scratch.hidden.data();
-    normalize(block.ffn_norm, x, scratch.normed.data(), level.dim);
-    const bool relu_squared = model.relu_squared;
-    product(block.ffn_in, scratch.normed.data(), [=](int64_t row, float value) {
-      const float positive = value > 0.0f ? value : 0.0f;
-      hidden[row] = relu_squared ? positive * positive : positive;
+    normalize(block.ffn_norm, scratch.x.data(), scratch.normed.data(), level.dim);
+    const int64_t num_read = num_bytes(block.halves[0].ffn_in) + num_bytes(block.halves[0].ffn_out);
+    add_halves(block, level.dim, 2 * num_read, [&](const Half& half, float* term) {
+      float* hidden = scratch.hidden.data() + half.first_channel;
+      const bool relu_squared = model.relu_squared;
+      multiply(half.ffn_in, scratch.normed.data(), [=](int64_t row, float value) {
+        const float positive = value > 0.0f ? value : 0.0f;
+        hidden[row] = relu_squared ? positive * positive : positive;
+      });
+      const auto set_term = [=](int64_t row, float value) { term[row] = value; };
+      int32_t* active = scratch.active.data() + half.first_channel;
+      const int64_t num_channels = half.ffn_in.rows, num_active = note_active(hidden, num_channels, active);
+      if (num_active * kSparse < num_channels) {
+        multiply(half.ffn_out, 0, num_panels(half.ffn_out), hidden, SomeColumns{num_active, active}, set_term);
+      } else {
+        multiply(half.ffn_out, hidden, set_term);
+      }
     });
-    const auto add_to_x = [=](int64_t row, float value) { x[row] += value; };
-    const int64_t num_active = level.ffn_dim - std::count(hidden, hidden + level.ffn_dim, 0.0f);
-    if (num_active * kSparse < level.ffn_dim) {
-      note_active(level.ffn_dim);
-      product(block.ffn_out, hidden, SomeColumns{num_active, scratch.active.data()}, add_to_x);
-    } else {
-      product(block.ffn_out, hidden, add_to_x);
-    }
   }
 
-  // Lists the hidden values that are not zero.
-  void note_active(int64_t ffn_dim) {
-    for (int64_t i = 0, n = 0; i < ffn_dim; ++i) {
-      if (scratch.hidden[i] != 0.0f) scratch.active[n++] = int32_t(i);
+  // Lists the hidden values that are not zero; their number.
+  static int64_t note_active(const float* hidden, int64_t num_channels, int32_t* active) {
+    int64_t n = 0;
+    for (int64_t i = 0; i < num_channels; ++i) {
+      active[n] = int32_t(i);
+      n += hidden[i] != 0.0f;
     }
+    return n;
   }
 
   void tell_children() {
     const Level& child = model.levels[1];
+    const Matrix& matrix = model.unembedder;
     float* words = state.levels[1].from_parent;
     const int64_t times = model.slices ? child.row_length : 1;
-    for (int64_t i = 0; i < times; ++i) {
-      const float* slice = scratch.normed.data() + i * model.unembedder.columns;
-      float* word = words + i * child.dim;
-      product(model.unembedder, slice, [=](int64_t row, float value) { word[row] = value; });
-    }
+    team.share(num_panels(matrix), times * num_bytes(matrix), [&](int64_t begin, int64_t end) {
+      for (int64_t i = 0; i < times; ++i) {
+        float* word = words + i * child.dim;
+        const auto set_word = [=](int64_t row, float value) { word[row] = value; };
+        multiply(matrix, begin, end, scratch.normed.data() + i * matrix.columns, AllColumns{matrix.columns}, set_word);
+      }
+    });
   }
 
   // Moves the last elements of the finished row into the memory slots, with keys turned back by the row's length.

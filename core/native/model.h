@@ -18,11 +18,17 @@ struct Norm {
   double epsilon;
 };
 
-struct Block {
-  Norm attention_norm;
-  Matrix qkv, out;
-  Norm ffn_norm;
+// What one of two threads does of a block: some heads and hidden channels, from reading x to their terms of the sums that
+// are added to x.
+struct Half {
+  int64_t first_head, num_heads, first_channel;
+  Matrix qkv, out;  // rows: the heads' queries, keys and values; columns: what they attended to
   Matrix ffn_in, ffn_out;
+};
+
+struct Block {
+  Norm attention_norm, ffn_norm;
+  Half halves[2];
 };
 
 struct Level {

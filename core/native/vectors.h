@@ -76,8 +76,14 @@ struct Int8Column {
   }
 };
 
-// One panel of W x, as emit(row, value) for each of its rows; only the given columns are read.
-// `sum` is that of x over these columns.
+inline float sum_of(const float* x, int64_t n) {
+  float sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < n; ++i) sum += x[i];
+  return sum;
+}
+
+// One panel of W x, as emit(row, value) for each of its rows; only the given columns are read. `sum` is that of x.
 template <class Column, class Columns, class Emit>
 inline void multiply_panel(const Matrix& matrix, int64_t panel, const float* x, float sum, Columns columns, Emit emit) {
   const Words* words = panel_words(matrix, panel, Column::kVectors);
@@ -105,7 +111,8 @@ inline void multiply_panel(const Matrix& matrix, int64_t panel, const float* x, 
 
 // The panels [begin, end) of W x.
 template <class Columns, class Emit>
-void multiply(const Matrix& matrix, int64_t begin, int64_t end, const float* x, float sum, Columns columns, Emit emit) {
+void multiply(const Matrix& matrix, int64_t begin, int64_t end, const float* x, Columns columns, Emit emit) {
+  const float sum = matrix.scales == nullptr ? 0.0f : sum_of(x, matrix.columns);
   for (int64_t panel = begin; panel < end; ++panel) {
     if (matrix.scales == nullptr) {
       multiply_panel<Bf16Column>(matrix, panel, x, sum, columns, emit);
@@ -113,6 +120,11 @@ void multiply(const Matrix& matrix, int64_t begin, int64_t end, const float* x, 
       multiply_panel<Int8Column>(matrix, panel, x, sum, columns, emit);
     }
   }
+}
+
+template <class Emit>
+void multiply(const Matrix& matrix, const float* x, Emit emit) {
+  multiply(matrix, 0, num_panels(matrix), x, AllColumns{matrix.columns}, emit);
 }
 
 inline float sum_of(Floats v) {
@@ -135,13 +147,6 @@ inline float dot(const float* a, const float* b, int64_t n) {
   float rest = 0;
   for (; i < n; ++i) rest += a[i] * b[i];
   return sum_of(sums) + rest;
-}
-
-inline float sum_of(const float* x, int64_t n) {
-  float sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < n; ++i) sum += x[i];
-  return sum;
 }
 
 inline void normalize(const Norm& norm, const float* x, float* y, int64_t n) {
