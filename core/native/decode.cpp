@@ -27,6 +27,9 @@ namespace {
 // walking past all of them, so that is done if fewer than one in so many is left.
 constexpr int64_t kSparse = 3;
 
+// After a stall the helper is left out until the end of the round.
+constexpr int64_t kRoundBytes = 16;
+
 // Where a step writes its key and value, and from which slot on it reads.
 struct Slots {
   int64_t first, own;
@@ -66,14 +69,14 @@ struct Sequence {
 
   // Takes the first `num_forced` of the bytes as given and draws the others; `bits` is the surprisal of each.
   void draw_bytes(int64_t count, int64_t num_forced, const Law& law, const double* uniforms, int64_t* bytes, float* bits) {
-    team.begin_round();
     for (int64_t i = 0; i < count; ++i) {
+      if (i % kRoundBytes == 0) team.begin_round();
       predict();
       if (i >= num_forced) bytes[i] = -1;
       bits[i] = choose(state.logits, law, uniforms[i], bytes[i]);
       append(bytes[i]);
+      if (i % kRoundBytes == kRoundBytes - 1 || i == count - 1) team.end_round();
     }
-    team.end_round();
   }
 
   void append(int64_t byte) {
@@ -198,7 +201,7 @@ struct Sequence {
     const float scale = 1.0f / std::sqrt(float(C));
     for (int64_t s = 0; s < num_slots; ++s) weights[s] = scale * dot(turned_query, keys + s * C, C);
     const float total = softmax_weights(weights, num_slots);
-    blend(values, weights, num_slots, 1.0f / total, turned_query, C);
+    blend(values, weights, num_slots, C, 1.0f / total, turned_query);
   }
 
   void turn(const Level& level, int64_t slot, const float* x, float* y) {
@@ -208,22 +211,6 @@ struct Sequence {
     } else {
       rotate(x, level.cos + slot * C, level.sin + slot * C, y, C);
     }
-  }
-
-  // y = scale * sum of weights[s] * values[s]
-  static void blend(const float* values, const float* weights, int64_t num_slots, float scale, float* y, int64_t C) {
-    std::fill(y, y + C, 0.0f);
-    int64_t s = 0;
-    for (; s + 4 <= num_slots; s += 4) {
-      const float *v = values + s * C, *w = weights + s;
-      for (int64_t c = 0; c < C; ++c) {
-        y[c] += (w[0] * v[c] + w[1] * v[C + c]) + (w[2] * v[2 * C + c] + w[3] * v[3 * C + c]);
-      }
-    }
-    for (; s < num_slots; ++s) {
-      for (int64_t c = 0; c < C; ++c) y[c] += weights[s] * values[s * C + c];
-    }
-    for (int64_t c = 0; c < C; ++c) y[c] *= scale;
   }
 
   // x += ffn_out(activation(ffn_in(norm(x))))

@@ -25,6 +25,20 @@ inline float exp_of(float x) {
   return p * scale;
 }
 
+// The same in float64, and 0 below 1e-307.
+inline double exp_of(double x) {
+  constexpr double kRound = 6755399441055744.0;  // 1.5 * 2^52: adding and taking it off rounds to an integer
+  const double within = x < -707.0 ? -707.0 : x;
+  const double n = (within * 1.4426950408889634 + kRound) - kRound;
+  const double r = (within - n * 0.693147180369123816490) - n * 1.90821492927058770002e-10;
+  double series = 1.0;
+  for (int k = 13; k > 0; --k) series = series * (r * (1.0 / k)) + 1.0;
+  const int64_t power = (int64_t(n) + 1023) << 52;
+  double scale;
+  std::memcpy(&scale, &power, sizeof scale);
+  return x < -707.0 ? 0.0 : series * scale;
+}
+
 inline float tanh_of(float x) {
   const float e = exp_of(-2.0f * std::fabs(x));
   return std::copysign((1.0f - e) / (1.0f + e), x);

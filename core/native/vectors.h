@@ -127,13 +127,19 @@ void multiply(const Matrix& matrix, const float* x, Emit emit) {
   multiply(matrix, 0, num_panels(matrix), x, AllColumns{matrix.columns}, emit);
 }
 
+// The lower and the upper half of a vector added.
+template <class Half, class Whole>
+inline Half folded(Whole v) {
+  Half halves[2];
+  std::memcpy(halves, &v, sizeof v);
+  return halves[0] + halves[1];
+}
+
 inline float sum_of(Floats v) {
-  float lanes[kLanes];
-  std::memcpy(lanes, &v, sizeof v);
-  for (int64_t half = kLanes / 2; half > 0; half /= 2) {
-    for (int64_t i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-  }
-  return lanes[0];
+  using Eight = float __attribute__((vector_size(32)));
+  using Four = float __attribute__((vector_size(16)));
+  const Four four = folded<Four>(folded<Eight>(v));
+  return (four[0] + four[1]) + (four[2] + four[3]);
 }
 
 inline float dot(const float* a, const float* b, int64_t n) {
@@ -161,13 +167,48 @@ inline void normalize(const Norm& norm, const float* x, float* y, int64_t n) {
 // Weights e^(score - highest) in place of the scores; their sum.
 inline float softmax_weights(float* scores, int64_t n) {
   float highest = scores[0], sum = 0;
-  for (int64_t i = 1; i < n; ++i) highest = std::max(highest, scores[i]);
+#pragma omp simd reduction(max : highest)
+  for (int64_t i = 1; i < n; ++i) highest = scores[i] > highest ? scores[i] : highest;
 #pragma omp simd reduction(+ : sum)
   for (int64_t i = 0; i < n; ++i) {
     scores[i] = exp_of(scores[i] - highest);
     sum += scores[i];
   }
   return sum;
+}
+
+// y = scale * sum of weights[s] * rows[s], for some vectors of rows of `width` floats.
+template <int64_t kVectors>
+inline void blend_vectors(const float* rows, const float* weights, int64_t n, int64_t width, float scale, float* y) {
+  const auto add = [=](int64_t s, Floats* sums) {
+    for (int64_t v = 0; v < kVectors; ++v) {
+      Floats x;
+      std::memcpy(&x, rows + s * width + v * kLanes, sizeof x);
+      sums[v] += weights[s] * x;
+    }
+  };
+  Floats sums[2][kVectors] = {};  // of rows in turn: an addition has to wait for the one before it
+  int64_t s = 0;
+  for (; s + 2 <= n; s += 2) {
+    add(s, sums[0]);
+    add(s + 1, sums[1]);
+  }
+  if (s < n) add(s, sums[0]);
+  for (int64_t v = 0; v < kVectors; ++v) {
+    const Floats sum = (sums[0][v] + sums[1][v]) * scale;
+    std::memcpy(y + v * kLanes, &sum, sizeof sum);
+  }
+}
+
+inline void blend(const float* rows, const float* weights, int64_t n, int64_t width, float scale, float* y) {
+  int64_t c = 0;
+  for (; c + 4 * kLanes <= width; c += 4 * kLanes) blend_vectors<4>(rows + c, weights, n, width, scale, y + c);
+  for (; c + kLanes <= width; c += kLanes) blend_vectors<1>(rows + c, weights, n, width, scale, y + c);
+  for (; c < width; ++c) {
+    float sum = 0;
+    for (int64_t s = 0; s < n; ++s) sum += weights[s] * rows[s * width + c];
+    y[c] = sum * scale;
+  }
 }
 
 // The two halves of a head turned against each other by its slot's angles.
