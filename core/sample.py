@@ -15,6 +15,7 @@ and no batch size can change a byte of it. The engine follows from model, machin
 
 import os
 import threading
+import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -40,8 +41,9 @@ __all__ = ["Chunk", "Request", "SampleConfig", "Sampler", "generate", "next_byte
 MAX_NUM_BYTES = 1 << 24  # of one sample, as many as the longest context
 MAX_SAMPLES = 1 << 16  # of one prefix
 
-# Bytes of a chunk, rounded up to whole patches: enough that handing it over costs little beside making it.
-_CHUNK_BYTES = 16
+# Bytes of the first chunk and of the longest, rounded up to whole patches: handing it over should cost little beside making it.
+_CHUNK_BYTES = 16, 64
+_CHUNK_S = 0.02  # chunks grow while they take less: somebody waits for the bytes, or for the work to stop
 
 _NATIVE = (native.ENGINE_NAME, native.INT8_ENGINE_NAME)
 
@@ -114,13 +116,17 @@ class Sampler:
         history = np.concatenate((self.prefix, np.zeros(self.num_bytes, dtype=np.uint8)))
         row, position = self._start(alone)
         done = len(self.prefix)
+        size, longest = _CHUNK_BYTES
         while done < len(history):
             if position == self._cache_len:
                 position = self._read(history[:done], row)
-            num_drawn = min(_chunk_end(self.model, position), self._cache_len) - position
+            num_drawn = min(_chunk_end(self.model, position, size), self._cache_len) - position
+            started = time.perf_counter()
             chunk = row.draw(noise.random(min(num_drawn, len(history) - done)), self.config)
             history[done : done + len(chunk.byte_values)] = chunk.byte_values
             done, position = done + len(chunk.byte_values), position + len(chunk.byte_values)
+            if time.perf_counter() - started < _CHUNK_S:
+                size = min(2 * size, longest)
             yield chunk
 
     def _start(self, alone: bool) -> tuple[Row, int]:
@@ -263,15 +269,19 @@ def _context_of(history: np.ndarray, cache_len: int, model: ByteModel) -> np.nda
     return history[len(history) - cache_len // 2 // patch_size * patch_size :]
 
 
-def _chunk_end(model: ByteModel, position: int) -> int:
+def _chunk_end(model: ByteModel, position: int, size: int) -> int:
     """Where the chunk that begins at a position ends, unless the sample does before."""
     patch_size = model.config.patch_size
-    size = -(-_CHUNK_BYTES // patch_size) * patch_size
+    size = -(-size // patch_size) * patch_size
     return (position // size + 1) * size
 
 
 def _side_by_side(streams: Sequence[Iterator[Chunk]], num_workers: int) -> Iterator[tuple[int, Chunk]]:
     """The chunks of several streams, `num_workers` of which are worked on at a time, first come first served."""
+    if num_workers == 1:  # a thread more would take time from those that make the bytes
+        for index, stream in enumerate(streams):
+            yield from ((index, chunk) for chunk in stream)
+        return
     waiting = deque(enumerate(streams))
     running: dict[Future, tuple[int, Iterator[Chunk]]] = {}
     with ThreadPoolExecutor(num_workers) as pool:
