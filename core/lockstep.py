@@ -3,7 +3,7 @@
 A byte is one run of a *phase*: it wakes every level whose next element begins there, draws, and appends. Where the rows
 stand, what is drawn from, and what was drawn are tensors, so a phase is the same sequence of kernels every time. On a GPU
 it is captured once as a CUDA graph, and the host only queues one graph per byte. It reads the bytes after every *round* of
-one or more patches.
+one or more patches. On a CPU that multiplies bf16 a byte is one call of our kernel.
 
 Rows share the place inside a patch and nothing else. A prompt's whole patches are read at once, and once for all jobs that
 begin with them, into a cache from which the rows copy; what remains of it is forced upon the first bytes that its row makes.
@@ -125,7 +125,12 @@ class Lockstep:
         self._temperature_B1 = self._zeros(torch.float64, 1)
         self._top_k_B1 = self._zeros(torch.int64, 1)
         self._top_p_B1 = self._zeros(torch.float64, 1)
-        self._packed_rows = PackedRows(model, self.cache, self._buffers()) if isinstance(model, PackedMegaByte) else None
+        self._packed_rows = None
+        if isinstance(model, PackedMegaByte):
+            buffers = {"positions": self.positions_B, "started": self._started_B, "uniforms": self._uniforms_BR}
+            buffers |= {"given": self._given_BR, "bytes": self._bytes_BR, "bits": self._bits_BR, "logits": self.logits_BV}
+            buffers |= {"temperatures": self._temperature_B1, "top_ks": self._top_k_B1, "top_ps": self._top_p_B1}
+            self._packed_rows = PackedRows(model, self.cache, buffers)
         self._graphs: dict[tuple, torch.cuda.CUDAGraph] = {}
         if self.device.type == "cuda":
             with self._on_device():
@@ -232,11 +237,8 @@ class Lockstep:
 
     def _num_slots(self, longest: int) -> int:
         """Slots of the first level that are read: powers of two, so that few graphs are needed."""
-        needed, all_slots = longest // self.patch_size + 1, self.cache.levels[0].keys.shape[3]
-        num_slots = _FEWEST_SLOTS
-        while num_slots < needed:
-            num_slots *= 2
-        return min(num_slots, all_slots)
+        power = 1 << (longest // self.patch_size).bit_length()
+        return min(max(_FEWEST_SLOTS, power), self.cache.levels[0].keys.shape[3])
 
     def _capture_all(self) -> None:
         """Captures every phase that can come up; the buffers end as they began."""
@@ -373,7 +375,8 @@ class Lockstep:
             return native.draw_rows(logits_BV, laws, uniforms_B1, given_B1)
         drawn_B1 = self._draw(logits_BV, uniforms_B1)
         chosen_B1 = torch.where(given_B1 >= 0, given_B1, drawn_B1)
-        return chosen_B1, self._surprisal(logits_BV, chosen_B1)
+        wide_BV = logits_BV.double()
+        return chosen_B1, nats_to_bits(wide_BV.logsumexp(1, keepdim=True) - wide_BV.gather(1, chosen_B1)).float()
 
     def _draw(self, logits_BV: Tensor, uniforms_B1: Tensor) -> Tensor:
         """`core.law.sampling_law` and `core.law.draw` of every row, `(B, 1)`."""
@@ -394,11 +397,6 @@ class Lockstep:
         last_possible_B1 = (values_V * (weights_BV > 0)).amax(1, keepdim=True)
         return torch.where(self._temperature_B1 == 0, likeliest_B1, drawn_B1.minimum(last_possible_B1))
 
-    @staticmethod
-    def _surprisal(logits_BV: Tensor, chosen_B1: Tensor) -> Tensor:
-        wide_BV = logits_BV.double()
-        return nats_to_bits(wide_BV.logsumexp(1, keepdim=True) - wide_BV.gather(1, chosen_B1)).float()
-
     def _whole(self, num_bytes: int) -> int:
         """Rounded up to whole patches."""
         return -(-num_bytes // self.patch_size) * self.patch_size
@@ -406,21 +404,6 @@ class Lockstep:
     def _on_device(self) -> AbstractContextManager:
         """Streams and graphs are those of the current GPU, which need not be the model's."""
         return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
-
-    def _buffers(self) -> dict[str, Tensor]:
-        """By the names of `core.kernels.step.Rows`."""
-        return {
-            "positions": self.positions_B,
-            "started": self._started_B,
-            "uniforms": self._uniforms_BR,
-            "given": self._given_BR,
-            "temperatures": self._temperature_B1,
-            "top_ks": self._top_k_B1,
-            "top_ps": self._top_p_B1,
-            "logits": self.logits_BV,
-            "bytes": self._bytes_BR,
-            "bits": self._bits_BR,
-        }
 
     def _zeros(self, dtype: torch.dtype, *shape: int) -> Tensor:
         return torch.zeros(self.num_rows, *shape, dtype=dtype, device=self.device)
