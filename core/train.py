@@ -19,6 +19,7 @@ from core.data import Loader, build_shards, evaluation_windows, shared_files
 from core.distributed import Ranks, join_ranks, keep_gradients_local, whole
 from core.errors import UserError
 from core.folder import MANIFEST_NAME
+from core.kernels.gpu import can_fuse
 from core.learner import Learner, MeanNll, learning_precision, trains_in_bf16
 from core.likelihood import engine_name
 from core.models import build_model
@@ -93,6 +94,7 @@ class _Run:
         self.seq_len = settings.seq_len or config.model.max_seq_len
         self.bytes_per_step = settings.batch_size * config.model.num_predicted(self.seq_len)
         self.is_on_gpu = ranks.device.type == "cuda"
+        self.compiles = settings.compile and settings.parallel == "ddp" and self.is_on_gpu and can_fuse(ranks.device)
         most = settings.batch_size if self.is_on_gpu else max(1, _CPU_BYTES // self.seq_len)
         self.micro_batch_size = micro_batch_size(settings, ranks.num_ranks, most)
         if settings.checkpoint_activations and not self.is_on_gpu:
@@ -145,7 +147,7 @@ class _Run:
         """Next batch, forward, backward, clip, optimizer; every so many steps evaluate, report, save."""
         settings, learner, ranks = self.config.train, self.learner, self.ranks
         objective = MeanNll(learner.model, settings.precision, settings.checkpoint_activations)
-        objective = torch.compile(objective) if settings.compile else objective
+        objective = torch.compile(objective) if self.compiles else objective
         objective = ranks.average_gradients(objective) if settings.parallel == "ddp" else objective
         guard = FiniteGuard(ranks.device)
         batches = self.loader.iterate(learner.step, settings.num_steps - learner.step, pin=self.is_on_gpu)

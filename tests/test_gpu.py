@@ -19,7 +19,7 @@ from tests.tiny_run import run_tiny, tiny_config
 
 # Widths of no whole tiles.
 TRAINED_LEVELS = (
-    LevelConfig(dim=72, num_layers=2, num_heads=3, ffn_dim=200),
+    LevelConfig(dim=96, num_layers=2, num_heads=3, ffn_dim=200),
     LevelConfig(dim=96, num_layers=1, num_heads=3, ffn_dim=200, patch_size=4),
     LevelConfig(dim=72, num_layers=2, num_heads=3, ffn_dim=200, cross_patch=2),
 )
@@ -33,6 +33,7 @@ pytestmark = [
         "ignore:.*script_method.*:DeprecationWarning",
         "ignore:.*should not be instantiated:DeprecationWarning",
         "ignore:TensorFloat32",
+        r"ignore:\s*Online softmax",
     ),
 ]
 
@@ -120,14 +121,15 @@ def test_compiled_attention_of_tiny_rows_equals_the_plain_one(tolerance):
 @pytest.mark.parametrize("activation", ["relu", "relu2"])
 @pytest.mark.parametrize("levels", [TRAINED_LEVELS[:1], TRAINED_LEVELS[1:]], ids=["flat", "cross-patch"])
 def test_products_of_training_are_as_near_to_float32_as_plain_ones(levels, activation, way):
-    config = MegaByteConfig(levels=levels, max_seq_len=300, positions="rotary", activation=activation, init_std=0.1)
+    options = {"positions": "rotary", "qk_norm": True, "activation": activation, "init_std": 0.1}
+    config = MegaByteConfig(levels=levels, max_seq_len=300, **options)
     byte_ids, gradients = random_bytes(3, 288).cuda(), []
     for precision, with_kernels in (("fp32", False), ("bf16", False), ("bf16", True)):
         torch.manual_seed(0)
         model = MegaByte(config).cuda()
         objective = (MeanNll if with_kernels else Nll)(model, precision, recompute=way == "recomputed")
         assert (model.levels[0].transformer.blocks[0].has_kernels) == with_kernels
-        (torch.compile(objective) if way == "compiled" else objective)(byte_ids).mean().backward()
+        (torch.compile(objective) if with_kernels and way == "compiled" else objective)(byte_ids).mean().backward()
         gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
     exact, plain, ours = gradients
     for name, gradient in exact.items():

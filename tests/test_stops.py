@@ -33,7 +33,7 @@ def train_arguments(folder: Path, run: Path, **changes: object) -> list[str]:
     """The command line that trains a tiny model, or goes on with it; `changes` are settings of its training."""
     train_path, valid_path = tiny_data(folder)
     settings = {"num_steps": 120, "checkpoint_every": 50, "eval_every": 30, "eval_sequences": 5, "log_every": 1}
-    settings |= {"batch_size": 4, "micro_batch_size": 1, "precision": "fp32", "compile": "false", "seq_len": 0} | changes
+    settings |= {"batch_size": 4, "micro_batch_size": 1, "precision": "fp32", "seq_len": 0} | changes
     overrides = [f"model.levels={LEVELS}", "model.max_seq_len=32", "model.dropout=0.1"]
     overrides += [f"train.{name}={value}" for name, value in settings.items()]
     arguments = ["train", "--preset", "text", "--data", train_path, "--valid", valid_path, "--out", run, "--set", *overrides]

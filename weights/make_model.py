@@ -6,7 +6,6 @@ reach on the test set. On a GPU each takes about ten minutes.
 """
 
 import argparse
-import dataclasses
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -99,8 +98,6 @@ def make_model(name: str, root: Path, out: Path, *, resume: bool = False, device
     data = build_shards(train_paths, codec, cache, log)
     if num_shared := shared_items(test, data, by_line=codec.modality == "text"):
         raise UserError(f"{num_shared} items of {split.test} are in {split.train} as well; take them out of the training data")
-    settings = dataclasses.replace(config.train, compile=place.type == "cuda")
-    config = dataclasses.replace(config, train=settings)
     train(config, train_paths, valid_paths, out, resume=resume, device=str(place), log=log, data_cache=cache)
     trained, model = load_checkpoint(out / "export"), load_model(out / "export", str(place))
     card = {

@@ -197,11 +197,16 @@ class Attention(nn.Module):
     def forward(self, x_BKLD: Tensor, rotation: Rotation | None, cache: LevelCache | None = None, layer: int = 0) -> Tensor:
         """Attends within and across rows; `rotation` covers the S slots of memory and row."""
         num_rows, length = x_BKLD.shape[1:3]
+        is_crossing = self.memory > 0 and num_rows > 1
+        own_rotation = rotation and tuple(table[self.memory :] for table in rotation)
+        if cache is None and not is_crossing and (kernels := self._placing_kernels(x_BKLD, rotation)):
+            qkv = kernels.projected(x_BKLD.flatten(0, 1), self.qkv, self.num_heads, QK_EPSILON, own_rotation)
+            out = attend(*(part.transpose(1, 2) for part in qkv), None)
+            return self._product(rearrange(out, "(b k) h l c -> b k l (h c)", k=num_rows), self.out)
         qkv = rearrange(self._product(x_BKLD, self.qkv), "b k l (three h c) -> b k l three h c", three=3, h=self.num_heads)
         # One operation, so that their gradients are gathered in one, too; heads before elements without moving any.
         q, k, v = (part.transpose(2, 3) for part in qkv.unbind(3))
-        mask, is_crossing = None, self.memory > 0 and num_rows > 1
-        own_rotation = rotation and tuple(table[self.memory :] for table in rotation)
+        mask = None
         q = _placed(q, self.qk_norm, own_rotation)
         if cache is not None or not is_crossing:
             own_k = _placed(k, self.qk_norm, own_rotation)
@@ -234,6 +239,14 @@ class Attention(nn.Module):
     def _product(self, x: Tensor, layer: nn.Linear) -> Tensor:
         kernels = _training_kernels(self, x)
         return layer(x) if kernels is None else kernels.linear(x, layer)
+
+    def _placing_kernels(self, x_BKLD: Tensor, rotation: Rotation | None) -> ModuleType | None:
+        """What makes queries, keys and values of long rows in this pass, if it is not the layers themselves."""
+        kernels = _training_kernels(self, x_BKLD)
+        if kernels is None or rotation is None or not self.has_qk_norm or x_BKLD.shape[2] <= _SHORT_ROW:
+            return None
+        is_fit = kernels.can_multiply(self.qkv) and kernels.can_place(self.qkv.in_features // self.num_heads)
+        return kernels if is_fit else None
 
     def _with_row_before(self, x_BKHLC: Tensor) -> Tensor:
         """Each row preceded by the last r elements of the row before it; row 0 by zeros, which the mask hides."""
