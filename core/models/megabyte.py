@@ -31,6 +31,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from core.arena import zeros
 from core.cache import Cache, LevelCache
 from core.config import NUM_BYTE_VALUES, CodecConfig, LevelConfig, MegaByteConfig
 from core.models.layers import CausalConv, Slots, Transformer, init_matrices, truncated_normal
@@ -153,10 +154,11 @@ class Level(nn.Module):
         num_elements = max_seq_len // self.span if self.is_top else self.row_length
         shape = (own.num_layers, batch_size, own.num_heads, own.cross_patch + num_elements, own.head_dim)
         byte_dim = self.embedder.embedding.embedding_dim
+        # Zeros: a masked slot still enters a product with weight 0, so it must be finite.
+        keys, values = zeros((2, *shape), dtype, device)
         return LevelCache(
-            # Zeros: a masked slot still enters a product with weight 0, so it must be finite.
-            keys=torch.zeros(shape, dtype=dtype, device=device),
-            values=torch.zeros(shape, dtype=dtype, device=device),
+            keys=keys,
+            values=values,
             from_parent_BLD=None
             if self.is_top
             else torch.zeros(batch_size, self.row_length, own.dim, dtype=dtype, device=device),
