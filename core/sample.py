@@ -43,7 +43,7 @@ MAX_SAMPLES = 1 << 16  # of one prefix
 
 # Bytes of the first chunk and of the longest, rounded up to whole patches: handing it over should cost little beside making it.
 _CHUNK_BYTES = 16, 64
-_CHUNK_S = 0.02  # chunks grow while they take less: somebody waits for the bytes, or for the work to stop
+_CHUNK_S = 0.02  # chunks grow while they take less, and shrink: somebody waits for the bytes, or for the work to stop
 
 _NATIVE = (native.ENGINE_NAME, native.INT8_ENGINE_NAME)
 
@@ -116,7 +116,7 @@ class Sampler:
         history = np.concatenate((self.prefix, np.zeros(self.num_bytes, dtype=np.uint8)))
         row, position = self._start(alone)
         done = len(self.prefix)
-        size, longest = _CHUNK_BYTES
+        size = _CHUNK_BYTES[0]
         while done < len(history):
             if position == self._cache_len:
                 position = self._read(history[:done], row)
@@ -125,8 +125,7 @@ class Sampler:
             chunk = row.draw(noise.random(min(num_drawn, len(history) - done)), self.config)
             history[done : done + len(chunk.byte_values)] = chunk.byte_values
             done, position = done + len(chunk.byte_values), position + len(chunk.byte_values)
-            if time.perf_counter() - started < _CHUNK_S:
-                size = min(2 * size, longest)
+            size = _next_size(size, time.perf_counter() - started)
             yield chunk
 
     def _start(self, alone: bool) -> tuple[Row, int]:
@@ -274,6 +273,14 @@ def _chunk_end(model: ByteModel, position: int, size: int) -> int:
     patch_size = model.config.patch_size
     size = -(-size // patch_size) * patch_size
     return (position // size + 1) * size
+
+
+def _next_size(size: int, seconds: float) -> int:
+    """The bytes of the chunk after one that took so long. A byte costs more and more as a long context fills up."""
+    first, longest = _CHUNK_BYTES
+    if seconds < _CHUNK_S:
+        return min(2 * size, longest)
+    return max(size // 2, first) if seconds > 2 * _CHUNK_S else size
 
 
 def _side_by_side(streams: Sequence[Iterator[Chunk]], num_workers: int) -> Iterator[tuple[int, Chunk]]:

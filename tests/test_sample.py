@@ -5,6 +5,9 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from itertools import chain
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -130,6 +133,17 @@ def test_reported_bits_are_the_score_of_the_sampled_bytes(name, prefix):
 def test_chunks_end_with_the_model_s_patches():
     chunks = list(Sampler(build(CASES["exact"]), b"ab", 27, SampleConfig()).stream())
     assert [len(chunk.byte_values) for chunk in chunks] == [14, 13]
+
+
+def test_chunks_grow_while_they_are_quick_and_shrink_when_they_are_slow(monkeypatch):
+    model, config = build(replace(CASES["exact"], max_seq_len=512)), SampleConfig(seed=1)
+    expected = generate(model, b"abcde", 251, seed=1)[0]
+    # What the clock shows when a chunk begins and when it ends.
+    clock = chain.from_iterable((0.0, seconds) for seconds in (0.01, 0.01, 0.01, 0.03, 0.05, 0.05, 0.05, 0.05))
+    monkeypatch.setattr(sample, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    chunks = [chunk.byte_values for chunk in Sampler(model, b"abcde", 251, config).stream()]
+    assert [len(chunk) for chunk in chunks] == [11, 16, 32, 64, 64, 32, 16, 16]
+    np.testing.assert_array_equal(np.concatenate(chunks), expected)
 
 
 def test_a_full_context_goes_on_from_its_last_half():
