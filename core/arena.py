@@ -1,6 +1,7 @@
 """Memory in one piece for what is walked through again and again: weights, and the keys and values of long contexts."""
 
 import mmap
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -17,7 +18,8 @@ class Arena:
         # Linux lets a piece begin with a large page only if it is made of whole ones.
         self._memory = mmap.mmap(-1, -(-max(num_bytes, 1) // _LARGE_PAGE) * _LARGE_PAGE, **private)
         if hasattr(mmap, "MADV_HUGEPAGE"):
-            self._memory.madvise(mmap.MADV_HUGEPAGE)
+            with suppress(OSError):  # a kernel that was built without large pages
+                self._memory.madvise(mmap.MADV_HUGEPAGE)
         self._used = 0
 
     def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
