@@ -3,6 +3,7 @@
 import importlib
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -10,7 +11,8 @@ from core.config import LevelConfig, MegaByteConfig
 from core.errors import UserError
 from core.kernels import step as kernel
 from core.kernels.gpu import can_fuse
-from core.lockstep import Lockstep, bf16_copy
+from core.law import SampleConfig, draw, sampling_law, surprisal, uniforms
+from core.lockstep import Job, Lockstep, bf16_copy
 from core.models.megabyte import MegaByte
 from core.models.packed import PackedLinear, PackedMegaByte, PackedProducts, fused, has_onednn
 from tests.forced_rows import begin_rows, logits_in_rows, read_patch
@@ -99,6 +101,24 @@ def test_other_rows_hidden_slots_and_threads_change_no_bit(name):
         torch.set_num_threads(before)
     for row in (0, 6):
         assert torch.equal(logits([row])[0], whole[row])
+
+
+@pytest.mark.usefixtures("_kernel")
+def test_rows_draw_by_laws_and_numbers_of_their_own():
+    settings = {}, {"temperature": 0.0}, {"temperature": 0.7, "top_k": 3}, {"top_p": 0.3}, {"temperature": 2.0}
+    configs, num_bytes = [SampleConfig(**each) for each in settings], 8
+    batch = Lockstep(bf16_copy(exact_in_bf16(PAPER)), len(configs), 96)
+    jobs = [(row, row, Job(np.zeros(0, np.uint8), num_bytes, config, uniforms(1, row)), 0) for row, config in enumerate(configs)]
+    given_BR = np.full((len(configs), batch.round_size), -1)
+    given_BR[4, 2] = 77
+    batch._load([0, 8, 4, 0, 12], given_BR, jobs, num_bytes)
+    numbers = [uniforms(1, row).random(num_bytes) for row in range(len(configs))]
+    for place, phase in enumerate(batch.phases(12, num_bytes)):
+        batch.make_byte(phase)
+        for row, (config, logits_V) in enumerate(zip(configs, batch.logits_BV.numpy(), strict=True)):
+            byte = 77 if (row, place) == (4, 2) else draw(sampling_law(logits_V, config), numbers[row][place])
+            assert batch._bytes_BR[row, place] == byte
+            assert batch._bits_BR[row, place].item() == pytest.approx(surprisal(logits_V, byte), rel=1e-6)
 
 
 @pytest.mark.usefixtures("_kernel")
