@@ -147,7 +147,9 @@ class _Run:
         """Next batch, forward, backward, clip, optimizer; every so many steps evaluate, report, save."""
         settings, learner, ranks = self.config.train, self.learner, self.ranks
         objective = MeanNll(learner.model, settings.precision, settings.checkpoint_activations)
-        objective = torch.compile(objective) if self.compiles else objective
+        if self.compiles:
+            torch.compiler.reset()  # the graphs of earlier runs of this process would count as recompilations of this one's
+            objective = torch.compile(objective)
         objective = ranks.average_gradients(objective) if settings.parallel == "ddp" else objective
         guard = FiniteGuard(ranks.device)
         batches = self.loader.iterate(learner.step, settings.num_steps - learner.step, pin=self.is_on_gpu)

@@ -140,8 +140,9 @@ def test_products_of_training_are_as_near_to_float32_as_plain_ones(levels, activ
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_run_on_the_gpu_learns_and_goes_on_where_it_stopped(tmp_path, compiled):
     settings = {"lr": 1e-2, "batch_size": 16, "precision": "bf16", "compile": compiled}
-    run_tiny(tmp_path, config=tiny_config(num_steps=50, **settings), num_values=4, device="cuda")
-    result = run_tiny(tmp_path, config=tiny_config(num_steps=100, **settings), num_values=4, device="cuda", resume=True)
+    with torch._dynamo.config.patch(recompile_limit=1, fail_on_recompile_limit_hit=True):  # each run has its own graph
+        run_tiny(tmp_path, config=tiny_config(num_steps=50, **settings), num_values=4, device="cuda")
+        result = run_tiny(tmp_path, config=tiny_config(num_steps=100, **settings), num_values=4, device="cuda", resume=True)
     assert result.steps == 100
     assert 2.0 - 0.05 < result.bits_per_byte < 2.2
 
