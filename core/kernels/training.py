@@ -21,20 +21,19 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 
 class _Tile(NamedTuple):
-    """How `_product` divides its work: tiles of rows and outputs, summed so many columns at a time, written in so many parts."""
+    """How `_product` divides its work: tiles of rows and outputs, summed so many columns at a time, written in two halves."""
 
     rows: int
     outputs: int
     columns: int
-    parts: int
     warps: int
     stages: int
     programs: int  # at once on a processor
 
 
 # The fastest on an H100; two programs on a processor: one writes while the other one multiplies.
-_FORWARD_TILE = _Tile(rows=256, outputs=128, columns=64, parts=2, warps=8, stages=4, programs=1)
-_BACKWARD_TILE = _Tile(rows=128, outputs=128, columns=32, parts=2, warps=4, stages=5, programs=2)
+_FORWARD_TILE = _Tile(rows=256, outputs=128, columns=64, warps=8, stages=4, programs=1)
+_BACKWARD_TILE = _Tile(rows=128, outputs=128, columns=32, warps=4, stages=5, programs=2)
 _OUTPUTS_OF_A_GPU = 1 << 22  # of a product with a tile for each of its processors
 _MOST_PARTS = 16
 _PLACED_ROWS = 64  # of a program that places queries and keys
@@ -320,14 +319,14 @@ def _launch(
     num_rows, num_outputs = out_NF.shape
     tile = _BACKWARD_TILE if backward else _FORWARD_TILE
     weight_tile = [tile.columns, tile.outputs] if backward else [tile.outputs, tile.columns]
-    written_tile = [tile.rows, tile.outputs // tile.parts]
+    written_tile = [tile.rows, tile.outputs // 2]
     tiles = ((x_ND, [tile.rows, tile.columns]), (weight, weight_tile), (hidden_NF, written_tile), (out_NF, written_tile))
     tiled = (TensorDescriptor.from_tensor(tensor.contiguous(), shape) for tensor, shape in tiles)
     num_programs = tile.programs * torch.cuda.get_device_properties(out_NF.device).multi_processor_count
     with torch.cuda.device(out_NF.device):  # Triton launches on the current one
         _product[(num_programs,)](
             *tiled, bias_or_sums, num_rows, num_outputs, x_ND.shape[1], num_programs,
-            SQUARES=squares, BACKWARD=backward, ROWS=tile.rows, OUTPUTS=tile.outputs, COLUMNS=tile.columns, PARTS=tile.parts,
+            SQUARES=squares, BACKWARD=backward, ROWS=tile.rows, OUTPUTS=tile.outputs, COLUMNS=tile.columns,
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
 
@@ -335,7 +334,7 @@ def _launch(
 @triton.jit
 def _product(
     x, weight, hidden, out, bias_or_sums_ptr, num_rows, num_outputs, num_columns, num_programs, SQUARES: tl.constexpr,
-    BACKWARD: tl.constexpr, ROWS: tl.constexpr, OUTPUTS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr,
+    BACKWARD: tl.constexpr, ROWS: tl.constexpr, OUTPUTS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     num_output_tiles = tl.cdiv(num_outputs, OUTPUTS)
     num_tiles = tl.cdiv(num_rows, ROWS) * num_output_tiles
@@ -349,13 +348,10 @@ def _product(
                 sums = tl.dot(x.load([first_row, column]), weight.load([column, first_output]), sums)
             else:
                 sums = tl.dot(x.load([first_row, column]), weight.load([first_output, column]).T, sums)
-        if PARTS == 1:
-            _finish(sums, hidden, out, bias_or_sums_ptr, row_tile, first_row, first_output, num_outputs, SQUARES, BACKWARD)
-        else:
-            first, second = tl.split(tl.permute(tl.reshape(sums, (ROWS, 2, OUTPUTS // 2)), (0, 2, 1)))
-            middle = first_output + OUTPUTS // 2
-            _finish(first, hidden, out, bias_or_sums_ptr, row_tile, first_row, first_output, num_outputs, SQUARES, BACKWARD)
-            _finish(second, hidden, out, bias_or_sums_ptr, row_tile, first_row, middle, num_outputs, SQUARES, BACKWARD)
+        first, second = tl.split(tl.permute(tl.reshape(sums, (ROWS, 2, OUTPUTS // 2)), (0, 2, 1)))
+        middle = first_output + OUTPUTS // 2
+        _finish(first, hidden, out, bias_or_sums_ptr, row_tile, first_row, first_output, num_outputs, SQUARES, BACKWARD)
+        _finish(second, hidden, out, bias_or_sums_ptr, row_tile, first_row, middle, num_outputs, SQUARES, BACKWARD)
 
 
 @triton.jit
@@ -363,7 +359,7 @@ def _finish(
     sums, hidden, out, bias_or_sums_ptr, row_tile, first_row, first_output, num_outputs,
     SQUARES: tl.constexpr, BACKWARD: tl.constexpr,
 ):  # fmt: skip
-    """Makes a tile's outputs of its sums and writes them."""
+    """Makes the outputs of half a tile of its sums and writes them."""
     output = first_output + tl.arange(0, sums.shape[1])
     is_output = output < num_outputs
     if BACKWARD:

@@ -245,8 +245,7 @@ class Attention(nn.Module):
         kernels = _training_kernels(self, x_BKLD)
         if kernels is None or rotation is None or not self.has_qk_norm or x_BKLD.shape[2] <= _SHORT_ROW:
             return None
-        is_fit = kernels.can_multiply(self.qkv) and kernels.can_place(self.qkv.in_features // self.num_heads)
-        return kernels if is_fit else None
+        return kernels if kernels.can_place(self.qkv.in_features // self.num_heads) else None
 
     def _with_row_before(self, x_BKHLC: Tensor) -> Tensor:
         """Each row preceded by the last r elements of the row before it; row 0 by zeros, which the mask hides."""
