@@ -1,6 +1,7 @@
-"""The native attention: softmax(q k^T / 8) v, blind to what comes later, and torch's own where it cannot run."""
+"""The native attention: softmax(q k^T / 8) v and its gradients, blind to what comes later; torch's own where it cannot run."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -40,6 +41,25 @@ def test_it_is_as_near_to_float32_as_the_kernel_of_torch(length, scale):
 
 
 @pytest.mark.usefixtures("kernel")
+@pytest.mark.parametrize("length", [1, 63, 64, 65, 97, 200])
+@pytest.mark.parametrize("scale", [0.1, 1.0, 4.0])
+def test_its_gradients_are_as_near_to_float32_as_those_of_torch(length, scale, monkeypatch):
+    inputs, grad = queries_keys_values(2, 3, length, scale), queries_keys_values(2, 3, length)[0]
+
+    def gradients(attend, dtype: torch.dtype) -> list[torch.Tensor]:
+        leaves = [x.to(dtype).requires_grad_() for x in inputs]
+        return [found.float() for found in torch.autograd.grad(attend(*leaves), leaves, grad.to(dtype))]
+
+    by_torch = partial(F.scaled_dot_product_attention, is_causal=True)
+    exact, reference = gradients(by_torch, torch.float32), gradients(by_torch, torch.bfloat16)
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *size, **options: empty(*size, **options).fill_(torch.nan))
+    for ours, theirs, wanted in zip(gradients(attend_causally, torch.bfloat16), reference, exact, strict=True):
+        off, their_off = ((found - wanted).square().mean().sqrt() for found in (ours, theirs))
+        assert off <= 1.5 * their_off + 1e-6
+
+
+@pytest.mark.usefixtures("kernel")
 def test_scores_that_grow_along_the_row_and_large_ones_do_not_overflow():
     q, k, v = queries_keys_values(1, 1, 300)
     q, k = torch.full_like(q, 8.0), (torch.linspace(-8, 8, 300)[:, None] * torch.ones(64)).bfloat16()[None, None]
@@ -59,11 +79,13 @@ def test_what_comes_later_and_other_sequences_change_no_bit():
 @pytest.mark.usefixtures("kernel")
 def test_the_number_of_threads_changes_no_bit():
     q, k, v = queries_keys_values(1, 3, 400)
+    leaf = torch.stack([q, k, v]).requires_grad_()
     before, found = torch.get_num_threads(), []
     try:
         for num_threads in (1, 2, 5):
             torch.set_num_threads(num_threads)
-            found.append(attend_causally(q, k, v))
+            out = attend_causally(*leaf)
+            found.append(torch.cat([out[None], *torch.autograd.grad(out, leaf, q)]))
     finally:
         torch.set_num_threads(before)
     assert torch.equal(found[0], found[1])
@@ -71,16 +93,17 @@ def test_the_number_of_threads_changes_no_bit():
 
 
 @pytest.mark.usefixtures("kernel")
-def test_layers_use_it_for_long_rows_without_a_backward_pass(monkeypatch):
+def test_layers_use_it_for_long_rows_of_whole_heads(monkeypatch):
     calls = []
     monkeypatch.setattr("core.kernels.attention.attend_causally", lambda *args: calls.append(1) or attend_causally(*args))
     q, k, v = queries_keys_values(1, 2, 200)
     attend(q, k, v, None)
-    assert len(calls) == 1
     attend(q.requires_grad_(), k, v, None).sum().backward()
+    assert len(calls) == 2
+    assert q.grad is not None
     attend(q.detach().float(), k.float(), v.float(), None)
     attend(*(x.detach()[..., :32] for x in (q, k, v)), None)
-    assert len(calls) == 1
+    assert len(calls) == 2
 
 
 def test_without_the_kernel_torch_attends(monkeypatch):

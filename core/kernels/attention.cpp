@@ -1,7 +1,8 @@
 // Attention of whole rows in bf16 with float32 sums, causally, for heads of 64 channels: softmax(q k^T / 8) v by the
 // processor's products of pairs of bf16.
 //
-// Scores are not kept (Dao et al., arXiv 2205.14135). Keys and values are packed once, in blocks of 64.
+// Scores are not kept (Dao et al., arXiv 2205.14135): the gradients are made from scores that are computed again. Keys and
+// values are packed once, in blocks of 64.
 // A row's sums are taken in the order of its keys and its weights depend on nothing behind it, whoever computes it and
 // whatever finite numbers come later.
 
@@ -33,27 +34,52 @@ struct Places {
   double epsilon;
 };
 
-struct Heads {
-  Tensor q, k, v;
-  uint16_t* out;  // (sequences, length, heads, 64)
-  Block* packed;  // room for the keys, then the values: (2, sequences, heads, blocks)
+// What has `num_heads` heads in each of its sequences.
+struct Shape {
   int64_t num_sequences, num_heads, length;
 
   int64_t num_blocks() const { return (length + kBlock - 1) / kBlock; }
-  const uint16_t* row(const Tensor& tensor, int64_t index, int64_t row) const {
-    return tensor.data + index / num_heads * tensor.sequence + index % num_heads * tensor.head + row * tensor.row;
+  int64_t num_all_blocks() const { return num_sequences * num_heads * num_blocks(); }
+  const uint16_t* row(const Tensor& x, int64_t index, int64_t row) const {
+    return x.data + index / num_heads * x.sequence + index % num_heads * x.head + row * x.row;
+  }
+  // Of a tensor (sequences, length, heads, 64).
+  int64_t place(int64_t index, int64_t row) const {
+    return ((index / num_heads * length + row) * num_heads + index % num_heads) * kChannels;
   }
 };
 
-void pack_block(const Heads& heads, int64_t index, int64_t block, uint32_t* keys, uint32_t* values) {
-  const int64_t first = block * kBlock, count = std::min(kBlock, heads.length - first);
-  std::fill(keys, keys + kBlock * kDepth, 0);
-  std::fill(values, values + kBlock * kDepth, 0);
+struct Heads {
+  Tensor q, k, v;
+  uint16_t* out;  // (sequences, length, heads, 64)
+  float* logs;    // (sequences, heads, blocks, 64), or null: to the base 2, of the sums of weights
+  Block* packed;  // room for the keys, then the values: (2, sequences, heads, blocks)
+  Shape shape;
+};
+
+// Rows as columns of a right side: pairs of channels.
+void pack_columns(const Shape& shape, const Tensor& x, int64_t index, int64_t block, Block& packed) {
+  const int64_t first = block * kBlock, count = std::min(kBlock, shape.length - first);
+  uint32_t* columns = reinterpret_cast<uint32_t*>(packed);
+  std::fill(columns, columns + kBlock * kDepth, 0);
   for (int64_t s = 0; s < count; ++s) {
-    const uint32_t* key = reinterpret_cast<const uint32_t*>(heads.row(heads.k, index, first + s));
-    for (int64_t c = 0; c < kDepth; ++c) keys[c * kBlock + s] = key[c];
-    const uint16_t* value = heads.row(heads.v, index, first + s);
-    for (int64_t d = 0; d < kChannels; ++d) values[s / 2 * kChannels + d] |= uint32_t(value[d]) << (s % 2 * 16);
+    const uint32_t* row = reinterpret_cast<const uint32_t*>(shape.row(x, index, first + s));
+    for (int64_t c = 0; c < kDepth; ++c) columns[c * kBlock + s] = row[c];
+  }
+}
+
+// Rows as inputs of a right side: pairs of rows.
+void pack_rows(const Shape& shape, const Tensor& x, int64_t index, int64_t block, Block& packed) {
+  const int64_t first = block * kBlock, count = std::min(kBlock, shape.length - first);
+  uint32_t* rows = reinterpret_cast<uint32_t*>(packed);
+  std::fill(rows, rows + kBlock * kDepth, 0);
+  for (int64_t s = 0; s < count; ++s) {
+    const uint16_t* row = shape.row(x, index, first + s);
+    for (int64_t d = 0; d < kChannels; d += 16) {
+      const __m512i channels = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(row + d)));
+      uint32_t* pair = rows + s / 2 * kChannels + d;
+      _mm512_storeu_si512(pair, s % 2 == 0 ? channels : _mm512_or_si512(_mm512_loadu_si512(pair), _mm512_slli_epi32(channels, 16)));
+    }
   }
 }
 
@@ -64,7 +90,7 @@ struct Rows {
   float highest[kRows];
 
   void attend(const Heads& heads, int64_t index, int64_t first, const Block* keys, const Block* values) {
-    const int64_t count = std::min(kRows, heads.length - first);
+    const int64_t count = std::min(kRows, heads.shape.length - first);
     std::fill(&sums[0][0], &sums[0][0] + kRows * kVectors, _mm512_setzero_ps());
     std::fill(totals, totals + kRows, _mm512_setzero_ps());
     std::fill(highest, highest + kRows, kNever);
@@ -74,10 +100,10 @@ struct Rows {
       }
     }
     for (int64_t r = 0; r < count; ++r) {
-      const __m512 scale = _mm512_set1_ps(1.0f / _mm512_reduce_add_ps(totals[r]));
-      const int64_t sequence = index / heads.num_heads, head = index % heads.num_heads;
-      uint16_t* out = heads.out + ((sequence * heads.length + first + r) * heads.num_heads + head) * kChannels;
-      store(out, sums[r], scale);
+      const float total = _mm512_reduce_add_ps(totals[r]);
+      store(heads.out + heads.shape.place(index, first + r), sums[r], _mm512_set1_ps(1.0f / total));
+      if (heads.logs == nullptr) continue;
+      heads.logs[index * heads.shape.num_blocks() * kBlock + first + r] = highest[r] * kScale + std::log2(total);
     }
   }
 
@@ -87,11 +113,11 @@ struct Rows {
     alignas(64) uint32_t weights[kTile][kDepth];  // pairs of bf16
     const uint32_t *queries[kTile], *pairs[kTile];
     for (int64_t i = 0; i < kTile; ++i) {
-      queries[i] = reinterpret_cast<const uint32_t*>(heads.row(heads.q, index, first + std::min(r + i, count - 1)));
+      queries[i] = reinterpret_cast<const uint32_t*>(heads.shape.row(heads.q, index, first + std::min(r + i, count - 1)));
       pairs[i] = weights[i];
     }
-    __m512 scores[kTile][kVectors] = {};
-    multiply(queries, keys, scores);
+    __m512 scores[kTile][kVectors];
+    multiply<kTile, false>(queries, keys, scores);
     for (int64_t i = 0; i < kTile; ++i) weigh(first + r + i - block * kBlock, r + i, scores[i], weights[i]);
     multiply(pairs, values, sums + r);
   }
@@ -122,19 +148,95 @@ struct Rows {
   }
 };
 
+struct Gradients {
+  Tensor q, k, v, out, grad;  // the last of `out`
+  const float* logs;          // of `Heads`
+  float* dots;                // room, as the logs: of the rows of `out` and `grad`
+  uint16_t *dq, *dk, *dv;     // (sequences, length, heads, 64)
+  Block* packed;              // room: (7, sequences, heads, blocks)
+  Shape shape;
+
+  Block* columns(int64_t which) const { return packed + which * shape.num_all_blocks(); }
+  Block* rows(int64_t which) const { return packed + (4 + which) * shape.num_all_blocks(); }
+};
+
+enum { kQueries, kGrads, kKeys, kValues };  // the order of the packed ones; values are needed as columns alone
+
+void pack_for_gradients(const Gradients& g, int64_t i) {
+  const int64_t index = i / g.shape.num_blocks(), block = i % g.shape.num_blocks();
+  const Tensor* tensors[] = {&g.q, &g.grad, &g.k, &g.v};
+  for (int64_t which : {kQueries, kGrads, kKeys, kValues}) {
+    pack_columns(g.shape, *tensors[which], index, block, g.columns(which)[i]);
+    if (which != kValues) pack_rows(g.shape, *tensors[which], index, block, g.rows(which)[i]);
+  }
+  for (int64_t row = block * kBlock; row < std::min((block + 1) * kBlock, g.shape.length); ++row) {
+    const uint16_t *out = g.shape.row(g.out, index, row), *grad = g.shape.row(g.grad, index, row);
+    __m512 sum = _mm512_setzero_ps();
+    for (int64_t d = 0; d < kChannels; d += 16) sum = _mm512_fmadd_ps(load_bf16(out + d), load_bf16(grad + d), sum);
+    g.dots[i * kBlock + row % kBlock] = _mm512_reduce_add_ps(sum);
+  }
+}
+
+// The gradients of a tile of queries, or of keys and their values: the same products with their sides exchanged. A weight w of
+// a score s has the slope w (grad . v - grad . out), for its row's weights add up to 1.
+template <bool kOfKeys>
+void differentiate(const Gradients& g, int64_t index, int64_t first) {
+  const int64_t num_blocks = g.shape.num_blocks(), start = index * num_blocks, count = std::min(kTile, g.shape.length - first);
+  const uint32_t *own[kTile], *with[kTile], *weight_pairs[kTile], *slope_pairs[kTile];
+  alignas(64) uint32_t weights[kTile][kDepth], slopes[kTile][kDepth];
+  for (int64_t i = 0; i < kTile; ++i) {
+    const int64_t row = first + std::min(i, count - 1);
+    own[i] = reinterpret_cast<const uint32_t*>(g.shape.row(kOfKeys ? g.k : g.q, index, row));
+    with[i] = reinterpret_cast<const uint32_t*>(g.shape.row(kOfKeys ? g.v : g.grad, index, row));
+    weight_pairs[i] = weights[i];
+    slope_pairs[i] = slopes[i];
+  }
+  __m512 sums[kTile][kVectors] = {}, value_sums[kTile][kVectors] = {};
+  const int64_t diagonal = (first + (kOfKeys ? 0 : count - 1)) / kBlock;
+  for (int64_t block = kOfKeys ? diagonal : 0; block < (kOfKeys ? num_blocks : diagonal + 1); ++block) {
+    __m512 scores[kTile][kVectors], products[kTile][kVectors];
+    multiply<kTile, false>(own, g.columns(kOfKeys ? kQueries : kKeys)[start + block], scores);
+    multiply<kTile, false>(with, g.columns(kOfKeys ? kGrads : kValues)[start + block], products);
+    for (int64_t i = 0; i < kTile; ++i) {
+      const int64_t row = first + std::min(i, count - 1) - block * kBlock;  // as seen from the block
+      const auto ones = [](int64_t end) { return end >= kBlock ? ~uint64_t(0) : (uint64_t(1) << std::max<int64_t>(end, 0)) - 1; };
+      const uint64_t seen = kOfKeys ? ones(g.shape.length - block * kBlock) & ~ones(row) : ones(row + 1);
+      for (int64_t v = 0; v < kVectors; ++v) {
+        const int64_t column = start * kBlock + block * kBlock + (kOfKeys ? 16 * v : row);
+        const __m512 log = kOfKeys ? _mm512_loadu_ps(g.logs + column) : _mm512_set1_ps(g.logs[column]);
+        const __m512 dot = kOfKeys ? _mm512_loadu_ps(g.dots + column) : _mm512_set1_ps(g.dots[column]);
+        const __mmask16 is_seen = __mmask16(seen >> (16 * v));
+        const __m512 weight = power_of_two(_mm512_fmsub_ps(scores[i][v], _mm512_set1_ps(kScale), log));
+        scores[i][v] = _mm512_maskz_mov_ps(is_seen, weight);
+        products[i][v] = _mm512_maskz_mul_ps(is_seen, weight, _mm512_sub_ps(products[i][v], dot));
+      }
+      store(weights[i], scores[i], _mm512_set1_ps(1.0f));
+      store(slopes[i], products[i], _mm512_set1_ps(0.125f));
+    }
+    multiply(slope_pairs, g.rows(kOfKeys ? kQueries : kKeys)[start + block], sums);
+    if (kOfKeys) multiply(weight_pairs, g.rows(kGrads)[start + block], value_sums);
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t place = g.shape.place(index, first + i);
+    store((kOfKeys ? g.dk : g.dq) + place, sums[i], _mm512_set1_ps(1.0f));
+    if (kOfKeys) store(g.dv + place, value_sums[i], _mm512_set1_ps(1.0f));
+  }
+}
+
 }  // namespace
 
 extern "C" int64_t attention_is_supported() { return 1; }
 
 extern "C" void attend_causally(const Heads* heads, int64_t num_threads) {
-  const int64_t num_blocks = heads->num_blocks(), num_heads = heads->num_sequences * heads->num_heads;
-  const int64_t num_parts = (heads->length + kRows - 1) / kRows;
+  const Shape& shape = heads->shape;
+  const int64_t num_blocks = shape.num_blocks(), num_heads = shape.num_sequences * shape.num_heads;
+  const int64_t num_parts = (shape.length + kRows - 1) / kRows;
   Block* keys = heads->packed;
   Block* values = keys + num_heads * num_blocks;
 #pragma omp parallel for num_threads(num_threads)
   for (int64_t i = 0; i < num_heads * num_blocks; ++i) {
-    pack_block(*heads, i / num_blocks, i % num_blocks, reinterpret_cast<uint32_t*>(keys[i]),
-               reinterpret_cast<uint32_t*>(values[i]));
+    pack_columns(shape, heads->k, i / num_blocks, i % num_blocks, keys[i]);
+    pack_rows(shape, heads->v, i / num_blocks, i % num_blocks, values[i]);
   }
   // The longest parts first, so that the threads end together.
 #pragma omp parallel for schedule(dynamic) num_threads(num_threads)
@@ -142,6 +244,19 @@ extern "C" void attend_causally(const Heads* heads, int64_t num_threads) {
     Rows rows;
     const int64_t index = i % num_heads, part = num_parts - 1 - i / num_heads;
     rows.attend(*heads, index, part * kRows, keys + index * num_blocks, values + index * num_blocks);
+  }
+}
+
+extern "C" void differentiate_attention(const Gradients* g, int64_t num_threads) {
+  const Shape& shape = g->shape;
+  const int64_t num_tiles = (shape.length + kTile - 1) / kTile;
+#pragma omp parallel for num_threads(num_threads)
+  for (int64_t i = 0; i < shape.num_all_blocks(); ++i) pack_for_gradients(*g, i);
+  // The last queries see the most keys, and the first keys are seen by the most: both together are as much work everywhere.
+#pragma omp parallel for schedule(dynamic, 8) num_threads(num_threads)
+  for (int64_t i = 0; i < shape.num_sequences * shape.num_heads * num_tiles; ++i) {
+    differentiate<false>(*g, i / num_tiles, i % num_tiles * kTile);
+    differentiate<true>(*g, i / num_tiles, i % num_tiles * kTile);
   }
 }
 
@@ -165,6 +280,7 @@ extern "C" void place(const Places* places, int64_t num_threads) {
 extern "C" int64_t attention_is_supported() { return 0; }
 
 extern "C" void attend_causally(const void*, int64_t) {}
+extern "C" void differentiate_attention(const void*, int64_t) {}
 extern "C" void place(const void*, int64_t) {}
 
 #endif

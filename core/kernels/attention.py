@@ -21,23 +21,58 @@ def can_attend(q: Tensor) -> bool:
 def attend_causally(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(C)) v of `(N, H, L, C)`, each query seeing the keys up to its own; bf16 with float32 sums.
 
-    Without a backward pass. `can_attend` says where it may be called. No output depends on the finite
+    `can_attend` says where it may be called. No output depends on the finite
     numbers behind it; others in the same block of 64 keys make it not a number.
     """
+    return _CausalAttention.apply(q, k, v)
+
+
+class _CausalAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (_readable(x, q.shape) for x in (q, k, v))
+        out_NLHC, room = _empty_output(q), _room(q, 2)
+        # Of no use without a backward pass, but a vector is made in no time.
+        logs = torch.empty(*q.shape[:2], _num_blocks(q), _BLOCK)
+        heads = _Heads(
+            *(_Tensor.of(x) for x in (q, k, v)),
+            out_NLHC.data_ptr(),
+            logs.data_ptr(),
+            room.data_ptr(),
+            _Shape(*q.shape[:3]),
+        )
+        library().attend_causally(byref(heads), torch.get_num_threads())
+        out = out_NLHC.transpose(1, 2)
+        ctx.save_for_backward(q, k, v, out, logs)
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, ...]:
+        q, k, v, out, logs = ctx.saved_tensors
+        grad, dots = _readable(grad, q.shape), torch.empty_like(logs)
+        found, room = [_empty_output(q) for _ in range(3)], _room(q, 7)
+        gradients = _Gradients(
+            *(_Tensor.of(x) for x in (q, k, v, out, grad)),
+            *(x.data_ptr() for x in (logs, dots, *found)),
+            room.data_ptr(),
+            _Shape(*q.shape[:3]),
+        )
+        library().differentiate_attention(byref(gradients), torch.get_num_threads())
+        return tuple(x.transpose(1, 2) for x in found)
+
+
+def _empty_output(q: Tensor) -> Tensor:
     num_sequences, num_heads, length, _ = q.shape
-    tensors = [_readable(x, q.shape) for x in (q, k, v)]
-    packed = torch.empty(2, num_sequences, num_heads, -(-length // _BLOCK), _BLOCK, _CHANNELS, dtype=torch.bfloat16)
-    out_NLHC = torch.empty(num_sequences, length, num_heads, _CHANNELS, dtype=torch.bfloat16)
-    heads = _Heads(
-        *(_Tensor(x.data_ptr(), *x.stride()[:3]) for x in tensors),
-        out_NLHC.data_ptr(),
-        packed.data_ptr(),
-        num_sequences,
-        num_heads,
-        length,
-    )
-    library().attend_causally(byref(heads), torch.get_num_threads())
-    return out_NLHC.transpose(1, 2)
+    return torch.empty(num_sequences, length, num_heads, _CHANNELS, dtype=torch.bfloat16)
+
+
+def _room(q: Tensor, num_parts: int) -> Tensor:
+    return torch.empty(num_parts, *q.shape[:2], _num_blocks(q), _BLOCK, _CHANNELS, dtype=torch.bfloat16)
+
+
+def _num_blocks(q: Tensor) -> int:
+    return -(-q.shape[2] // _BLOCK)
 
 
 def place(x: Tensor, rotation: tuple[Tensor, Tensor] | None, epsilon: float) -> Tensor:
@@ -56,7 +91,7 @@ def place(x: Tensor, rotation: tuple[Tensor, Tensor] | None, epsilon: float) -> 
     if rotation is not None and any(table.shape != x.shape[2:] or table.dtype != torch.float32 for table in tables):
         raise ValueError(f"tables of angles are float32 {tuple(x.shape[2:])}")
     places = _Places(
-        _Tensor(x.data_ptr(), *x.stride()[:3]),
+        _Tensor.of(x),
         y_NHLC.data_ptr(),
         *(table if table is None else table.data_ptr() for table in tables),
         num_sequences,
@@ -74,7 +109,7 @@ def library() -> CDLL | None:
     found = load_library(Path(__file__).with_name("attention.cpp"), "-fopenmp") if multiplies_bf16() else None
     if found is None or not found.attention_is_supported():
         return None
-    for kernel in (found.attend_causally, found.place):
+    for kernel in (found.attend_causally, found.differentiate_attention, found.place):
         kernel.argtypes, kernel.restype = (c_void_p, c_int64), None
     return found
 
@@ -98,6 +133,14 @@ def _readable(x: Tensor, shape: tuple[int, ...]) -> Tensor:
 class _Tensor(Structure):
     _fields_ = [("data", c_void_p), *((name, c_int64) for name in ("sequence", "head", "row"))]
 
+    @classmethod
+    def of(cls, x: Tensor) -> "_Tensor":
+        return cls(x.data_ptr(), *x.stride()[:3])
+
+
+class _Shape(Structure):
+    _fields_ = [(name, c_int64) for name in ("num_sequences", "num_heads", "length")]
+
 
 class _Places(Structure):
     _fields_ = [
@@ -111,7 +154,14 @@ class _Places(Structure):
 class _Heads(Structure):
     _fields_ = [
         *((name, _Tensor) for name in ("q", "k", "v")),
-        ("out", c_void_p),
-        ("packed", c_void_p),
-        *((name, c_int64) for name in ("num_sequences", "num_heads", "length")),
+        *((name, c_void_p) for name in ("out", "logs", "packed")),
+        ("shape", _Shape),
+    ]
+
+
+class _Gradients(Structure):
+    _fields_ = [
+        *((name, _Tensor) for name in ("q", "k", "v", "out", "grad")),
+        *((name, c_void_p) for name in ("logs", "dots", "dq", "dk", "dv", "packed")),
+        ("shape", _Shape),
     ]

@@ -9,6 +9,7 @@
 #include <immintrin.h>
 
 #include <cstdint>
+#include <initializer_list>
 
 constexpr int64_t kBlock = 64, kDepth = 32;  // columns, and pairs of inputs, of a block
 constexpr int64_t kTile = 6, kVectors = 4;   // rows of a tile, and vectors of sums of each
@@ -25,13 +26,13 @@ inline void copy(const __m512 (*from)[kVectors], __m512 (*to)[kVectors]) {
   }
 }
 
-// target += rows of pairs times a block, or several one after another. Meanwhile a line of memory for each pair is fetched from
-// `ahead`, unless it is null.
-template <int64_t kRows = kTile>
+// target += rows of pairs times a block, or several one after another; or = without what was there. Meanwhile a line of memory
+// for each pair is fetched from `ahead`, unless it is null.
+template <int64_t kRows = kTile, bool kAdds = true>
 inline void multiply(const uint32_t* const* rows, const __m512i* block, __m512 (*target)[kVectors], int64_t depth = kDepth,
                      const __m512i* ahead = nullptr) {
-  __m512 sums[kRows][kVectors];
-  copy<kRows>(target, sums);
+  __m512 sums[kRows][kVectors] = {};
+  if (kAdds) copy<kRows>(target, sums);
   for (int64_t i = 0; i < depth; ++i) {
     const __m512i* b = block + i * kVectors;
     if (ahead != nullptr) _mm_prefetch(reinterpret_cast<const char*>(ahead + i), _MM_HINT_T0);

@@ -141,7 +141,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         scores = (q.unsqueeze(-2) * k.unsqueeze(-3)).sum(-1) if is_tiny else q @ k.transpose(-1, -2)
         weights = scores.masked_fill(~mask, float("-inf")).softmax(dim=-1).to(v.dtype)
         return (weights.unsqueeze(-1) * v.unsqueeze(-3)).sum(-2) if is_tiny else weights @ v
-    if mask is None and q.shape == k.shape and not q.requires_grad and kernel.can_attend(q):
+    if mask is None and q.shape == k.shape and kernel.can_attend(q) and not torch.compiler.is_compiling():
         return kernel.attend_causally(q, k, v)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
 
