@@ -422,4 +422,5 @@ def explain_out_of_memory(micro_batch_size: int, seq_len: int) -> Iterator[None]
 
 
 def _is_out_of_memory(error: Exception) -> bool:
+    error = getattr(error, "inner_exception", error)  # torch.compile wraps what stops it
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)

@@ -127,3 +127,12 @@ def test_running_out_of_memory_names_the_batch_and_a_smaller_one():
         torch.empty(1 << 60, dtype=torch.uint8)
     with pytest.raises(RuntimeError, match="unrelated"), explain_out_of_memory(8, 32):
         raise RuntimeError("unrelated")
+
+
+@pytest.mark.slow  # imports the compiler
+def test_running_out_of_memory_while_compiling_is_explained_as_well():
+    def compile_graph(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(UserError, match="out of memory with 8 sequences"), explain_out_of_memory(8, 32):
+        torch.compile(torch.neg, backend=compile_graph)(torch.zeros(1))
