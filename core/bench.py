@@ -45,7 +45,7 @@ class Measured:
         bytes_read_per_byte: memory that generating a byte has to read; None for other work.
         spread: of the rounds' times.
         fraction_of_limit: the time that reading the memory, or multiplying at the measured ceiling, takes alone, over
-            the time taken.
+            the time taken; median of the rounds' own fractions.
         limit: what limits, "bandwidth" or "matmul".
     """
 
@@ -172,19 +172,19 @@ def spread(seconds: Sequence[float]) -> float:
 
 def limits_of(case: Case) -> dict[str, float]:
     """Seconds per byte that multiplying at the ceiling takes, and for samples also what reading the memory takes."""
-    flops = case.model.flops_per_byte(case.length) * (3 if case.what == "train" else 1)  # backward: twice the forward pass
-    limits = {"matmul": flops / matmul_rate(case.device, _DTYPES[dtype_of(case.engine)])}
-    if case.what == "generate":
+    limits = {}
+    if case.what == "generate":  # first, beside the work: other users of the machine take bandwidth by the second
         made = case.batch_size * case.model.config.patch_size
         limits["bandwidth"] = seconds_to_read(bytes_read_per_patch(case), case.device) / made
-    return limits
+    flops = case.model.flops_per_byte(case.length) * (3 if case.what == "train" else 1)  # backward: twice the forward pass
+    return limits | {"matmul": flops / matmul_rate(case.device, _DTYPES[dtype_of(case.engine)])}
 
 
 def _measured(case: Case, peak: tuple[int, int], runs: list[tuple[float, dict[str, float]]]) -> Measured:
     seconds = [taken for taken, _ in runs]
     typical = median(seconds)
-    limits = {name: median(limits[name] for _, limits in runs) for name in runs[0][1]}
-    limit = max(limits, key=limits.__getitem__)
+    fractions = {name: median(limits[name] / taken for taken, limits in runs) for name in runs[0][1]}
+    limit = max(fractions, key=fractions.__getitem__)
     bytes_read = None
     if case.what == "generate":
         bytes_read = sum(num_bytes * times for num_bytes, times in bytes_read_per_patch(case))
@@ -203,7 +203,7 @@ def _measured(case: Case, peak: tuple[int, int], runs: list[tuple[float, dict[st
         bytes_per_s=1 / typical,
         spread=spread(seconds),
         bytes_read_per_byte=bytes_read,
-        fraction_of_limit=limits[limit] / typical,
+        fraction_of_limit=fractions[limit],
         limit=limit,
         peak_memory_bytes=peak[0],
         extra_peak_memory_bytes=peak[1],
