@@ -150,6 +150,7 @@ class _Run:
         if self.compiles:
             torch.compiler.reset()  # the graphs of earlier runs of this process would count as recompilations of this one's
             objective = torch.compile(objective)
+            self.log("the first step is compiled for this GPU, which takes up to a minute")
         objective = ranks.average_gradients(objective) if settings.parallel == "ddp" else objective
         guard = FiniteGuard(ranks.device)
         batches = self.loader.iterate(learner.step, settings.num_steps - learner.step, pin=self.is_on_gpu)

@@ -119,15 +119,16 @@ class NativeDecoder:
         return _Block(self._norm(block.attention_norm), self._norm(block.ffn_norm), halves)
 
     def _half(self, block: Block, level: LevelConfig, index: int) -> "_Half":
-        columns_HC = torch.arange(level.dim).view(level.num_heads, level.head_dim)
-        heads_HC, channels = (each.tensor_split(2)[index] for each in (columns_HC, torch.arange(level.ffn_dim)))
+        heads, channels = (_half_of(count, index) for count in (level.num_heads, level.ffn_dim))
+        of_heads = slice(heads.start * level.head_dim, heads.stop * level.head_dim)
+        rows_of_qkv = torch.arange(3 * level.dim).view(3, -1)[:, of_heads].flatten()
         attention, is_first = block.attention, index == 0
         return _Half(
-            first_head=0 if is_first else level.num_heads - len(heads_HC),
-            num_heads=len(heads_HC),
-            first_channel=0 if is_first else level.ffn_dim - len(channels),
-            qkv=self._matrix(attention.qkv, rows=torch.cat([heads_HC.flatten() + i * level.dim for i in range(3)])),
-            out=self._matrix(attention.out, columns=heads_HC.flatten(), has_bias=is_first),
+            first_head=heads.start,
+            num_heads=heads.stop - heads.start,
+            first_channel=channels.start,
+            qkv=self._matrix(attention.qkv, rows=rows_of_qkv),
+            out=self._matrix(attention.out, columns=of_heads, has_bias=is_first),
             ffn_in=self._matrix(block.ffn_in, rows=channels),
             ffn_out=self._matrix(block.ffn_out, columns=channels, has_bias=is_first),
         )
@@ -140,18 +141,17 @@ class NativeDecoder:
         module: nn.Linear | nn.Embedding | None,
         *,
         rows: slice | Tensor = slice(None),
-        columns: slice | Tensor = slice(None),
+        columns: slice = slice(None),
         has_bias: bool = True,
     ) -> "_Matrix":
         if module is None:
             return _Matrix()
-        weight_RC, scales_R = module.weight.detach(), None
+        weight_RC, scales_R = module.weight.detach()[rows], None
         if self._is_int8:
-            quantized_RC, scales_R = quantize(weight_RC)
-            weight_RC, scales_R = (quantized_RC + 128).to(torch.uint8), scales_R[rows]
+            quantized_RC, scales_R = quantize(weight_RC)  # by whole rows, whichever columns are kept
+            weight_RC = (quantized_RC[:, columns] + 128).to(torch.uint8)
         else:
-            weight_RC = weight_RC.bfloat16()
-        weight_RC = weight_RC[rows][:, columns]
+            weight_RC = weight_RC[:, columns].bfloat16()
         panels = self._arena.take(_panels_shape(weight_RC), weight_RC.dtype)
         pack(weight_RC, panels)
         bias_R = getattr(module, "bias", None) if has_bias else None
@@ -268,6 +268,12 @@ def pack(weight_RC: Tensor, panels: Tensor) -> None:
     # (panel, vector, part, lane, column) to (panel, column, vector, lane, part): the parts of a word lie side by side.
     rows = padded.reshape(len(panels), panels.shape[2], panels.shape[4], _LANES, weight_RC.shape[1])
     panels.copy_(rows.permute(0, 4, 1, 3, 2))
+
+
+def _half_of(count: int, index: int) -> slice:
+    """The first or the second half of a range; the first one has one more of an odd number."""
+    middle = (count + 1) // 2
+    return slice(middle, count) if index else slice(0, middle)
 
 
 def _panels_shape(weight_RC: Tensor) -> tuple[int, ...]:

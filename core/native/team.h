@@ -34,7 +34,7 @@ class Team {
     helper_.join();
   }
 
-  // Between begin and end the helper spins for jobs; one round makes a patch or a few.
+  // Between begin and end the helper spins for jobs; one round makes a few bytes.
   void begin_round() {
     if (num_resting_ > 0) {
       --num_resting_;
