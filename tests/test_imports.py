@@ -12,10 +12,10 @@ ROOT = Path(__file__).parents[1]
 
 # Each module may import modules of lower lines, and of its own line within the same package (`core.codecs.*`, ...).
 LAYERS = [
-    ["core.errors", "core.allocator", "core.kernels"],
+    ["core.errors", "core.allocator", "core.arena", "core.kernels"],
     ["core.limits"],
     ["core.config", "core.distributed"],
-    ["core.arena", "core.cache", "core.codecs", "core.folder", "core.presets", "core.optim"],
+    ["core.cache", "core.codecs", "core.folder", "core.presets", "core.optim"],
     ["core.models", "core.data", "core.run_folder"],
     ["core.checkpoint", "core.likelihood", "core.native"],
     ["core.law"],
