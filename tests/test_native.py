@@ -2,6 +2,7 @@
 
 import functools
 import os
+import platform
 import resource
 import shutil
 import stat
@@ -58,7 +59,19 @@ def engine():
     """Skips where the engine cannot be built."""
     if not any(shutil.which(name) for name in ("c++", "g++", "clang++")):
         pytest.skip("there is no C++ compiler, so there is no native engine to test")
+    if platform.machine() == "x86_64" and "avx512f" not in Path("/proc/cpuinfo").read_text().split():
+        pytest.skip("this x86 processor has no AVX-512, so torch makes the bytes")
     assert native.library() is not None
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the processors with vectors of two widths are x86 ones")
+def test_an_x86_processor_without_avx512_leaves_the_work_to_torch(engine, monkeypatch, tmp_path):
+    flags = [flag if flag != "-march=native" else "-march=x86-64-v3" for flag in kernels._FLAGS]
+    monkeypatch.setattr(kernels, "_FLAGS", flags)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert native.library.__wrapped__() is None
+    assert len(list(tmp_path.rglob("decode-*.so"))) == 1
 
 
 def rounded(config: MegaByteConfig, seed: int = 0) -> MegaByte:

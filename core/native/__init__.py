@@ -5,8 +5,8 @@ computes in float32; only models whose matrices are exactly representable in bf1
 so its logits differ from torch's by the order of summation alone. The bytes are drawn there as well, and so
 are those of many rows whose logits torch makes (`draw_rows`).
 
-The library is built at first use, see `core.kernels`.
-Without a compiler, on a GPU and for a model that is not supported `compile_model` gives None and torch does the work.
+The library is built at first use, see `core.kernels`. Without a compiler, on an x86 processor without AVX-512, on a GPU and
+for a model that is not supported `compile_model` gives None and torch does the work.
 """
 
 import contextlib
@@ -342,9 +342,9 @@ def build() -> None:
 
 @lru_cache(maxsize=1)
 def library() -> ctypes.CDLL | None:
-    """The built library, or None if this machine cannot build it; looked for once per process."""
+    """The built library, or None where this machine cannot build it or torch is faster; looked for once per process."""
     found = load_library(_SOURCE)
-    if found is None:
+    if found is None or not found.decoding_is_supported():
         return None
     found.sequence_open.argtypes = (POINTER(_Model), POINTER(_State), c_int64)
     found.sequence_open.restype = c_void_p

@@ -287,6 +287,15 @@ struct Sequence {
 
 extern "C" {
 
+// Vectors are 64 bytes wide. An x86 processor with narrower ones keeps them in memory, and is slower than torch.
+int64_t decoding_is_supported() {
+#if defined(__x86_64__) && !defined(__AVX512F__)
+  return 0;
+#else
+  return 1;
+#endif
+}
+
 // Null if there is no memory for it.
 Sequence* sequence_open(const Model* model, const State* state, int64_t has_helper) {
   try {
