@@ -15,7 +15,7 @@ _logger = logging.getLogger(__name__)
 @cache
 def can_fuse(device: torch.device) -> bool:
     """Whether Triton is here and can build kernels for a GPU, for which it needs a C compiler and Python's headers."""
-    with _explained("no fused kernels, torch's own make the samples instead"), torch.cuda.device(device):
+    with _explained("no kernels by Triton: torch's own make samples, and training is not compiled"), torch.cuda.device(device):
         kernels = importlib.import_module("core.kernels.fused")
         settings = {"device": device, "dtype": torch.bfloat16}
         kernels.normalized(torch.zeros(1, 16, **settings), nn.LayerNorm(16, **settings))
