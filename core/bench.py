@@ -177,7 +177,9 @@ def limits_of(case: Case) -> dict[str, float]:
         made = case.batch_size * case.model.config.patch_size
         limits["bandwidth"] = seconds_to_read(bytes_read_per_patch(case), case.device) / made
     flops = case.model.flops_per_byte(case.length) * (3 if case.what == "train" else 1)  # backward: twice the forward pass
-    return limits | {"matmul": flops / matmul_rate(case.device, _DTYPES[dtype_of(case.engine)])}
+    # The native kernel multiplies in float32, whatever its weights are.
+    dtype = torch.float32 if case.engine.startswith("native") else _DTYPES[dtype_of(case.engine)]
+    return limits | {"matmul": flops / matmul_rate(case.device, dtype)}
 
 
 def _measured(case: Case, peak: tuple[int, int], runs: list[tuple[float, dict[str, float]]]) -> Measured:
@@ -383,4 +385,4 @@ def _meta(config: MegaByteConfig) -> MegaByte:
 
 
 # By the name of the weights' format, what the matrix products of the ceiling are made of: int8 weights meet floats.
-_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "int8": torch.bfloat16}
+_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "int8": torch.float32}

@@ -5,7 +5,7 @@ computes in float32; only models whose matrices are exactly representable in bf1
 so its logits differ from torch's by the order of summation alone. The bytes are drawn there as well, and so
 are those of many rows whose logits torch makes (`draw_rows`).
 
-The library is built at first use, see `core.kernels`. Without a compiler, on an x86 processor without AVX-512, on a GPU and
+The library is built at first use, see `core.kernels`. Without a compiler, on an x86 processor without AVX2, on a GPU and
 for a model that is not supported `compile_model` gives None and torch does the work.
 """
 
@@ -34,8 +34,7 @@ ENGINE_NAME = "native-bf16"
 INT8_ENGINE_NAME = "native-int8"
 
 _SOURCE = Path(__file__).with_name("decode.cpp")
-_PANEL_ROWS = 64
-_LANES = 16
+_PANEL_VECTORS = 4  # of rows
 
 # The newest decoder of each model, so that every completion does not pack the weights again.
 _decoders: WeakKeyDictionary[MegaByte, tuple[tuple, "NativeDecoder | None"]] = WeakKeyDictionary()
@@ -63,10 +62,12 @@ class NativeDecoder:
     def __init__(self, model: MegaByte, library: ctypes.CDLL, is_int8: bool) -> None:
         self.library = library
         self._is_int8 = is_int8
+        self._lanes = library.num_lanes()  # rows of such a vector
         self._kept: list = []  # what the structures point into
         matrices = [parameter for parameter in model.parameters() if parameter.ndim == 2]
         # Halves of a matrix are filled up to whole panels each.
-        self._arena = Arena(sum(2 * (matrix.shape[0] + 2 * _PANEL_ROWS) * matrix.shape[1] for matrix in matrices))
+        most_padding = 2 * _PANEL_VECTORS * self._lanes
+        self._arena = Arena(sum(2 * (matrix.shape[0] + most_padding) * matrix.shape[1] for matrix in matrices))
         self.structure = self._model(model)
 
     def sequence(self, cache: Cache, *, alone: bool = True) -> "NativeSequence":
@@ -152,7 +153,7 @@ class NativeDecoder:
             weight_RC = (quantized_RC[:, columns] + 128).to(torch.uint8)
         else:
             weight_RC = weight_RC[:, columns].bfloat16()
-        panels = self._arena.take(_panels_shape(weight_RC), weight_RC.dtype)
+        panels = self._arena.take(_panels_shape(weight_RC, self._lanes), weight_RC.dtype)
         pack(weight_RC, panels)
         bias_R = getattr(module, "bias", None) if has_bias else None
         bias_R = None if bias_R is None else bias_R[rows]
@@ -264,9 +265,11 @@ def draw_rows(logits_BV: Tensor, laws: Sequence[Tensor], uniforms_B1: Tensor, gi
 
 def pack(weight_RC: Tensor, panels: Tensor) -> None:
     """Writes a matrix of bfloat16 or uint8 in the layout of `vectors.h` into memory of `_panels_shape`."""
-    padded = nn.functional.pad(weight_RC, (0, 0, 0, -len(weight_RC) % _PANEL_ROWS))
+    num_panels, num_columns, num_vectors, lanes, per_word = panels.shape
+    num_rows = num_panels * num_vectors * per_word * lanes
+    padded = nn.functional.pad(weight_RC, (0, 0, 0, num_rows - len(weight_RC)))
     # (panel, vector, part, lane, column) to (panel, column, vector, lane, part): the parts of a word lie side by side.
-    rows = padded.reshape(len(panels), panels.shape[2], panels.shape[4], _LANES, weight_RC.shape[1])
+    rows = padded.reshape(num_panels, num_vectors, per_word, lanes, num_columns)
     panels.copy_(rows.permute(0, 4, 1, 3, 2))
 
 
@@ -276,10 +279,10 @@ def _half_of(count: int, index: int) -> slice:
     return slice(middle, count) if index else slice(0, middle)
 
 
-def _panels_shape(weight_RC: Tensor) -> tuple[int, ...]:
+def _panels_shape(weight_RC: Tensor, lanes: int) -> tuple[int, ...]:
     num_rows, num_columns = weight_RC.shape
     per_word = 4 // weight_RC.dtype.itemsize
-    return -(-num_rows // _PANEL_ROWS), num_columns, _PANEL_ROWS // (per_word * _LANES), _LANES, per_word
+    return -(-num_rows // (_PANEL_VECTORS * lanes)), num_columns, _PANEL_VECTORS // per_word, lanes, per_word
 
 
 def quantize(weight_RC: Tensor) -> tuple[Tensor, Tensor]:
@@ -344,7 +347,7 @@ def build() -> None:
 def library() -> ctypes.CDLL | None:
     """The built library, or None where this machine cannot build it or torch is faster; looked for once per process."""
     found = load_library(_SOURCE)
-    if found is None or not found.decoding_is_supported():
+    if found is None or not found.num_lanes():
         return None
     found.sequence_open.argtypes = (POINTER(_Model), POINTER(_State), c_int64)
     found.sequence_open.restype = c_void_p

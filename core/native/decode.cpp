@@ -287,12 +287,12 @@ struct Sequence {
 
 extern "C" {
 
-// Vectors are 64 bytes wide. An x86 processor with narrower ones keeps them in memory, and is slower than torch.
-int64_t decoding_is_supported() {
-#if defined(__x86_64__) && !defined(__AVX512F__)
+// Floats in a vector; 0 on an x86 processor with neither AVX-512 nor AVX2, which leaves the work to torch.
+int64_t num_lanes() {
+#if defined(__x86_64__) && !defined(__AVX2__)
   return 0;
 #else
-  return 1;
+  return kLanes;
 #endif
 }
 

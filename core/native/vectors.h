@@ -2,14 +2,14 @@
 //
 // Vectors are those of GCC and Clang, which lower them to whatever the processor has.
 //
-// Layout of a matrix. R rows (outputs) and C columns (inputs) are cut into panels of 64 rows, the last one filled up with
-// zeros. A panel is stored column by column, 128 bytes each, as two vectors of 16 words of 32 bits; word j of vector v
-// holds row 32 v + j in its low half and row 32 v + 16 + j in its high half. A bf16 is the upper half of a float32, so
-// one shift and one mask turn such a vector into 32 rows, and a product is a single forward walk through memory whose
+// Layout of a matrix. R rows (outputs) and C columns (inputs) are cut into panels of four vectors of rows, of L floats each,
+// the last one filled up with zeros. A panel is stored column by column as two vectors of L words of 32 bits; word j of vector
+// v holds row 2 L v + j in its low half and row 2 L v + L + j in its high half. A bf16 is the upper half of a float32, so
+// one shift and one mask turn such a vector into 2 L rows, and a product is a single forward walk through memory whose
 // sums stay in registers.
 //
-// A matrix of int8 has the same panels with one vector of 16 words a column, 64 bytes; byte k of word j belongs to row
-// 16 k + j and holds 128 + q, where q times the row's scale is the weight. Put into the upper bits of a mantissa it makes
+// A matrix of int8 has the same panels with one vector of L words a column; byte k of word j belongs to row L k + j
+// and holds 128 + q, where q times the row's scale is the weight. Put into the upper bits of a mantissa it makes
 // the float 1 + (128 + q) / 256 without a conversion; what is too much is the same multiple of the sum of x in all rows.
 
 #pragma once
@@ -22,11 +22,16 @@
 #include "functions.h"
 #include "model.h"
 
-using Floats = float __attribute__((vector_size(64)));
-using Words = uint32_t __attribute__((vector_size(64)));
-
-constexpr int64_t kPanelRows = 64;
+// L. Of an x86 processor's registers: a vector that takes two is kept in memory by the compiler.
+#if defined(__x86_64__) && !defined(__AVX512F__)
+constexpr int64_t kLanes = 8;
+#else
 constexpr int64_t kLanes = 16;
+#endif
+constexpr int64_t kPanelRows = 4 * kLanes;
+
+using Floats = float __attribute__((vector_size(4 * kLanes)));
+using Words = uint32_t __attribute__((vector_size(4 * kLanes)));
 
 inline Floats low_halves(Words words) { return (Floats)(words << 16); }
 inline Floats high_halves(Words words) { return (Floats)(words & 0xffff0000u); }
@@ -53,7 +58,7 @@ struct SomeColumns {
   int64_t operator[](int64_t i) const { return columns[i]; }
 };
 
-// Adds one column times x to the sums of 64 rows.
+// Adds one column times x to the sums of a panel's rows.
 struct Bf16Column {
   static constexpr int64_t kVectors = kPanelRows / (2 * kLanes);
   static void add(const Words* column, float x, Floats* sums) {
@@ -135,12 +140,13 @@ inline Half folded(Whole v) {
   return halves[0] + halves[1];
 }
 
-inline float sum_of(Floats v) {
-  using Eight = float __attribute__((vector_size(32)));
-  using Four = float __attribute__((vector_size(16)));
-  const Four four = folded<Four>(folded<Eight>(v));
-  return (four[0] + four[1]) + (four[2] + four[3]);
-}
+using Four = float __attribute__((vector_size(16)));
+using Eight = float __attribute__((vector_size(32)));
+using Sixteen = float __attribute__((vector_size(64)));
+
+inline float sum_of(Four v) { return (v[0] + v[1]) + (v[2] + v[3]); }
+inline float sum_of(Eight v) { return sum_of(folded<Four>(v)); }
+inline float sum_of(Sixteen v) { return sum_of(folded<Eight>(v)); }
 
 inline float dot(const float* a, const float* b, int64_t n) {
   Floats sums = {}, x, y;
