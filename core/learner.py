@@ -11,10 +11,11 @@ from core.checkpoint import Checkpoint, TrainState, load_train_state, load_weigh
 from core.config import TrainConfig
 from core.distributed import Ranks, share_of
 from core.errors import UserError
-from core.kernels import multiplies_bf16
+from core.kernels import multiplies_bf16, training_cpu
 from core.kernels.gpu import has_training_kernels
 from core.likelihood import nats_to_bits
-from core.models.layers import Attention, Block
+from core.models import MegaByte
+from core.models.layers import Attention, Block, Transformer
 from core.models.loss import nll
 from core.optim import Muon, average_decay, build_optimizers, set_learning_rate, update_average
 
@@ -44,9 +45,11 @@ class MeanNll(Nll):
 
     def __init__(self, model: nn.Module, precision: str, recompute: bool = False) -> None:
         super().__init__(model, precision, recompute)
-        if precision == "bf16" and has_training_kernels(next(model.parameters()).device):
+        device = next(model.parameters()).device
+        has_kernels = training_cpu.library() is not None if device.type == "cpu" else has_training_kernels(device)
+        if precision == "bf16" and has_kernels:
             for module in model.modules():
-                if isinstance(module, (Attention, Block)):
+                if isinstance(module, (Attention, Block, Transformer, MegaByte)):
                     module.has_kernels = True
 
     def forward(self, byte_ids_BT: Tensor) -> Tensor:

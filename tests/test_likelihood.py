@@ -13,10 +13,10 @@ from app.service import Service
 from core import likelihood
 from core.config import AudioCodecConfig, ImageCodecConfig, LevelConfig, MegaByteConfig
 from core.errors import UserError
-from core.kernels import attention
+from core.kernels import attention, has_onednn
 from core.likelihood import context_sizes, score, split_windows
 from core.models import build_model, loss
-from core.models.packed import PackedProducts, has_onednn
+from core.models.packed import PackedProducts
 from tests.model_cases import CASES, CONTEXT, PATCH, build
 from tests.tiny_run import tiny_config
 

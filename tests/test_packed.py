@@ -9,12 +9,13 @@ import torch
 
 from core.config import LevelConfig, MegaByteConfig
 from core.errors import UserError
+from core.kernels import has_onednn
 from core.kernels import step as kernel
 from core.kernels.gpu import can_fuse
 from core.law import SampleConfig, draw, sampling_law, surprisal, uniforms
 from core.lockstep import Job, Lockstep, bf16_copy
 from core.models.megabyte import MegaByte
-from core.models.packed import PackedLinear, PackedMegaByte, PackedProducts, fused, has_onednn
+from core.models.packed import PackedLinear, PackedMegaByte, PackedProducts, fused
 from tests.forced_rows import begin_rows, logits_in_rows, read_patch
 from tests.model_cases import build, random_bytes
 

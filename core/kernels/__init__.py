@@ -32,6 +32,12 @@ def multiplies_bf16() -> bool:
     return torch.cpu._is_avx512_bf16_supported()
 
 
+@cache
+def has_onednn() -> bool:
+    """Whether this processor multiplies bf16 by oneDNN."""
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 def load_library(source: Path, *flags: str) -> ctypes.CDLL | None:
     """The library of a source file, or None if this machine cannot build it, where torch does the work."""
     try:

@@ -4,7 +4,8 @@
 // Scores are not kept (Dao et al., arXiv 2205.14135): the gradients are made from scores that are computed again. Keys and
 // values are packed once, in blocks of 64.
 // A row's sums are taken in the order of its keys and its weights depend on nothing behind it, whoever computes it and
-// whatever finite numbers come later.
+// whatever finite numbers come later. A sequence of a few rows would leave most of a block empty: it is attended to in float32,
+// the scores of a row in one vector.
 
 #include <cstdint>
 
@@ -18,6 +19,7 @@
 namespace {
 
 constexpr int64_t kRows = 96;  // for which a block is fetched once
+constexpr int64_t kShort = 16;  // rows of a sequence whose scores of one row are one vector
 constexpr float kSlack = 32.0f;  // weights up to 2^6 are fine: the sums are rescaled only if a score exceeds that
 
 struct Tensor {
@@ -25,13 +27,13 @@ struct Tensor {
   int64_t sequence, head, row;  // strides; channels are adjacent
 };
 
-// Queries or keys that are to be normalised and turned.
+// How queries and keys are placed.
 struct Places {
-  Tensor x;
-  uint16_t* y;             // (sequences, heads, length, 64)
   const float *cos, *sin;  // (length, 64), or null
-  int64_t num_sequences, num_heads, length;
   double epsilon;
+
+  const float* cos_of(int64_t row) const { return cos == nullptr ? nullptr : cos + row * kChannels; }
+  const float* sin_of(int64_t row) const { return sin == nullptr ? nullptr : sin + row * kChannels; }
 };
 
 // What has `num_heads` heads in each of its sequences.
@@ -43,9 +45,9 @@ struct Shape {
   const uint16_t* row(const Tensor& x, int64_t index, int64_t row) const {
     return x.data + index / num_heads * x.sequence + index % num_heads * x.head + row * x.row;
   }
-  // Of a tensor (sequences, length, heads, 64).
-  int64_t place(int64_t index, int64_t row) const {
-    return ((index / num_heads * length + row) * num_heads + index % num_heads) * kChannels;
+  // Of a tensor (sequences, length, parts, heads, 64).
+  int64_t place(int64_t index, int64_t row, int64_t part = 0, int64_t num_parts = 1) const {
+    return (((index / num_heads * length + row) * num_parts + part) * num_heads + index % num_heads) * kChannels;
   }
 };
 
@@ -83,6 +85,9 @@ void pack_rows(const Shape& shape, const Tensor& x, int64_t index, int64_t block
   }
 }
 
+// How many pairs of a block hold its first `end` rows; more than there are fill it.
+int64_t pairs_until(int64_t end) { return std::min(kDepth, (end + 1) / 2); }
+
 // Rows [first, first + kRows) of one head.
 struct Rows {
   alignas(64) __m512 sums[kRows][kVectors];
@@ -119,7 +124,7 @@ struct Rows {
     __m512 scores[kTile][kVectors];
     multiply<kTile, false>(queries, keys, scores);
     for (int64_t i = 0; i < kTile; ++i) weigh(first + r + i - block * kBlock, r + i, scores[i], weights[i]);
-    multiply(pairs, values, sums + r);
+    multiply(pairs, values, sums + r, pairs_until(first + r + kTile - block * kBlock));
   }
 
   // Weights of a row from its scores; the first `last + 1` keys of the block are not behind it.
@@ -149,13 +154,25 @@ struct Rows {
 };
 
 struct Gradients {
-  Tensor q, k, v, out, grad;  // the last of `out`
-  const float* logs;          // of `Heads`
-  float* dots;                // room, as the logs: of the rows of `out` and `grad`
-  uint16_t *dq, *dk, *dv;     // (sequences, length, heads, 64)
-  Block* packed;              // room: (7, sequences, heads, blocks)
+  Tensor q, k, v, out, grad;        // the last of `out`
+  const float* logs;                // of `Heads`
+  float* dots;                      // room, as the logs: of the rows of `out` and `grad`
+  uint16_t* found;                  // (sequences, length, 3, heads, 64): of queries, keys and values before they were placed
+  Block* packed;                    // room: (7, sequences, heads, blocks)
+  Tensor unplaced_q, unplaced_k;
+  Places places;
   Shape shape;
 
+  uint16_t* found_of(int64_t part, int64_t index, int64_t row) const { return found + shape.place(index, row, part, 3); }
+  void store_query(int64_t index, int64_t row, const __m512* grads) const { store_placed(0, unplaced_q, index, row, grads); }
+  void store_key(int64_t index, int64_t row, const __m512* grads) const { store_placed(1, unplaced_k, index, row, grads); }
+  void store_value(int64_t index, int64_t row, const __m512* grads) const {
+    store(found_of(2, index, row), grads, _mm512_set1_ps(1.0f));
+  }
+  void store_placed(int64_t part, const Tensor& x, int64_t index, int64_t row, const __m512* grads) const {
+    const float *cos = places.cos_of(row), *sin = places.sin_of(row);
+    place_head_back(shape.row(x, index, row), float(places.epsilon), cos, sin, grads, found_of(part, index, row));
+  }
   Block* columns(int64_t which) const { return packed + which * shape.num_all_blocks(); }
   Block* rows(int64_t which) const { return packed + (4 + which) * shape.num_all_blocks(); }
 };
@@ -188,8 +205,6 @@ void differentiate(const Gradients& g, int64_t index, int64_t first) {
     const int64_t row = first + std::min(i, count - 1);
     own[i] = reinterpret_cast<const uint32_t*>(g.shape.row(kOfKeys ? g.k : g.q, index, row));
     with[i] = reinterpret_cast<const uint32_t*>(g.shape.row(kOfKeys ? g.v : g.grad, index, row));
-    weight_pairs[i] = weights[i];
-    slope_pairs[i] = slopes[i];
   }
   __m512 sums[kTile][kVectors] = {}, value_sums[kTile][kVectors] = {};
   const int64_t diagonal = (first + (kOfKeys ? 0 : count - 1)) / kBlock;
@@ -213,13 +228,87 @@ void differentiate(const Gradients& g, int64_t index, int64_t first) {
       store(weights[i], scores[i], _mm512_set1_ps(1.0f));
       store(slopes[i], products[i], _mm512_set1_ps(0.125f));
     }
-    multiply(slope_pairs, g.rows(kOfKeys ? kQueries : kKeys)[start + block], sums);
-    if (kOfKeys) multiply(weight_pairs, g.rows(kGrads)[start + block], value_sums);
+    // Neither weights nor slopes beyond the diagonal.
+    const int64_t begin = kOfKeys ? std::max<int64_t>(0, first - block * kBlock) / 2 : 0;
+    const int64_t depth = kOfKeys ? kDepth - begin : pairs_until(first + kTile - block * kBlock);
+    for (int64_t i = 0; i < kTile; ++i) {
+      slope_pairs[i] = slopes[i] + begin;
+      weight_pairs[i] = weights[i] + begin;
+    }
+    multiply(slope_pairs, g.rows(kOfKeys ? kQueries : kKeys)[start + block] + begin * kVectors, sums, depth);
+    if (kOfKeys) multiply(weight_pairs, g.rows(kGrads)[start + block] + begin * kVectors, value_sums, depth);
   }
   for (int64_t i = 0; i < count; ++i) {
-    const int64_t place = g.shape.place(index, first + i);
-    store((kOfKeys ? g.dk : g.dq) + place, sums[i], _mm512_set1_ps(1.0f));
-    if (kOfKeys) store(g.dv + place, value_sums[i], _mm512_set1_ps(1.0f));
+    if (kOfKeys) {
+      g.store_key(index, first + i, sums[i]);
+      g.store_value(index, first + i, value_sums[i]);
+    } else {
+      g.store_query(index, first + i, sums[i]);
+    }
+  }
+}
+
+using Head = __m512[kParts];
+
+// One head of a sequence of at most 16 rows.
+struct ShortHead {
+  Head q[kShort], k[kShort], v[kShort];
+  alignas(64) float weights[kShort][kShort];
+
+  ShortHead(const Shape& shape, const Tensor& queries, const Tensor& keys, const Tensor& values, int64_t index) {
+    for (int64_t i = 0; i < shape.length; ++i) {
+      load_head(shape.row(queries, index, i), 0, q[i]);
+      load_head(shape.row(keys, index, i), 0, k[i]);
+      load_head(shape.row(values, index, i), 0, v[i]);
+      weigh(i);
+    }
+  }
+
+  void weigh(int64_t row) {
+    for (int64_t j = 0; j <= row; ++j) weights[row][j] = dot(q[row], k[j]);
+    const __mmask16 seen = __mmask16((2u << row) - 1);
+    const __m512 scores = _mm512_maskz_mul_ps(seen, _mm512_maskz_loadu_ps(seen, weights[row]), _mm512_set1_ps(kScale));
+    const __m512 powers = power_of_two(_mm512_sub_ps(scores, _mm512_set1_ps(_mm512_mask_reduce_max_ps(seen, scores))));
+    const float total = _mm512_mask_reduce_add_ps(seen, powers);
+    _mm512_store_ps(weights[row], _mm512_maskz_mul_ps(seen, powers, _mm512_set1_ps(1.0f / total)));
+  }
+};
+
+inline void add_scaled(__m512* sums, float factor, const __m512* head) {
+  for (int64_t v = 0; v < kParts; ++v) sums[v] = _mm512_fmadd_ps(_mm512_set1_ps(factor), head[v], sums[v]);
+}
+
+void attend_short(const Heads& heads, int64_t index) {
+  const ShortHead head(heads.shape, heads.q, heads.k, heads.v, index);
+  for (int64_t i = 0; i < heads.shape.length; ++i) {
+    Head sums = {};
+    for (int64_t j = 0; j <= i; ++j) add_scaled(sums, head.weights[i][j], head.v[j]);
+    store(heads.out + heads.shape.place(index, i), sums, _mm512_set1_ps(1.0f));
+  }
+}
+
+void differentiate_short(const Gradients& g, int64_t index) {
+  const ShortHead head(g.shape, g.q, g.k, g.v, index);
+  Head dk[kShort] = {}, dv[kShort] = {};
+  for (int64_t i = 0; i < g.shape.length; ++i) {
+    Head grad, dq = {};
+    load_head(g.shape.row(g.grad, index, i), 0, grad);
+    alignas(64) float slopes[kShort] = {};
+    for (int64_t j = 0; j <= i; ++j) slopes[j] = dot(grad, head.v[j]);
+    const __m512 weights = _mm512_load_ps(head.weights[i]), products = _mm512_load_ps(slopes);
+    const float mean = _mm512_reduce_add_ps(_mm512_mul_ps(weights, products));
+    const __m512 rest = _mm512_sub_ps(products, _mm512_set1_ps(mean));
+    _mm512_store_ps(slopes, _mm512_mul_ps(_mm512_mul_ps(weights, rest), _mm512_set1_ps(0.125f)));
+    for (int64_t j = 0; j <= i; ++j) {
+      add_scaled(dq, slopes[j], head.k[j]);
+      add_scaled(dk[j], slopes[j], head.q[i]);
+      add_scaled(dv[j], head.weights[i][j], grad);
+    }
+    g.store_query(index, i, dq);
+  }
+  for (int64_t j = 0; j < g.shape.length; ++j) {
+    g.store_key(index, j, dk[j]);
+    g.store_value(index, j, dv[j]);
   }
 }
 
@@ -230,6 +319,11 @@ extern "C" int64_t attention_is_supported() { return 1; }
 extern "C" void attend_causally(const Heads* heads, int64_t num_threads) {
   const Shape& shape = heads->shape;
   const int64_t num_blocks = shape.num_blocks(), num_heads = shape.num_sequences * shape.num_heads;
+  if (shape.length <= kShort) {
+#pragma omp parallel for num_threads(num_threads)
+    for (int64_t i = 0; i < num_heads; ++i) attend_short(*heads, i);
+    return;
+  }
   const int64_t num_parts = (shape.length + kRows - 1) / kRows;
   Block* keys = heads->packed;
   Block* values = keys + num_heads * num_blocks;
@@ -250,6 +344,11 @@ extern "C" void attend_causally(const Heads* heads, int64_t num_threads) {
 extern "C" void differentiate_attention(const Gradients* g, int64_t num_threads) {
   const Shape& shape = g->shape;
   const int64_t num_tiles = (shape.length + kTile - 1) / kTile;
+  if (shape.length <= kShort) {
+#pragma omp parallel for num_threads(num_threads)
+    for (int64_t i = 0; i < shape.num_sequences * shape.num_heads; ++i) differentiate_short(*g, i);
+    return;
+  }
 #pragma omp parallel for num_threads(num_threads)
   for (int64_t i = 0; i < shape.num_all_blocks(); ++i) pack_for_gradients(*g, i);
   // The last queries see the most keys, and the first keys are seen by the most: both together are as much work everywhere.
@@ -260,17 +359,15 @@ extern "C" void differentiate_attention(const Gradients* g, int64_t num_threads)
   }
 }
 
-extern "C" void place(const Places* places, int64_t num_threads) {
-  const int64_t num_heads = places->num_heads, length = places->length;
+// From `x` to `y` (sequences, heads, length, 64).
+extern "C" void place(const Tensor* x, uint16_t* y, const Places* places, const Shape* shape, int64_t num_threads) {
+  const int64_t num_heads = shape->num_heads, length = shape->length;
 #pragma omp parallel for num_threads(num_threads)
-  for (int64_t i = 0; i < places->num_sequences * length; ++i) {
-    const int64_t sequence = i / length, row = i % length;
-    const float* cos = places->cos == nullptr ? nullptr : places->cos + row * kChannels;
-    const float* sin = places->sin == nullptr ? nullptr : places->sin + row * kChannels;
-    const uint16_t* x = places->x.data + sequence * places->x.sequence + row * places->x.row;
-    uint16_t* y = places->y + (sequence * num_heads * length + row) * kChannels;
-    for (int64_t head = 0; head < num_heads; ++head) {
-      place_head(x + head * places->x.head, float(places->epsilon), cos, sin, y + head * length * kChannels);
+  for (int64_t i = 0; i < shape->num_sequences * length; ++i) {
+    const int64_t first = i / length * num_heads, row = i % length;
+    for (int64_t index = first; index < first + num_heads; ++index) {
+      uint16_t* placed = y + (index * length + row) * kChannels;
+      place_head(shape->row(*x, index, row), float(places->epsilon), places->cos_of(row), places->sin_of(row), placed);
     }
   }
 }
@@ -281,6 +378,6 @@ extern "C" int64_t attention_is_supported() { return 0; }
 
 extern "C" void attend_causally(const void*, int64_t) {}
 extern "C" void differentiate_attention(const void*, int64_t) {}
-extern "C" void place(const void*, int64_t) {}
+extern "C" void place(const void*, void*, const void*, const void*, int64_t) {}
 
 #endif

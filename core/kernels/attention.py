@@ -1,5 +1,6 @@
 """Attention in bf16 on a CPU that multiplies bf16: two to three times as fast as torch's own kernels there."""
 
+from collections.abc import Sequence
 from ctypes import CDLL, Structure, byref, c_double, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
@@ -11,11 +12,23 @@ from core.kernels import load_library, multiplies_bf16
 
 _CHANNELS = 64  # of a head, which the kernel is made for
 _BLOCK = 64  # keys that are packed together
+_SHORT_ROW = 16  # up to which nothing is packed
+
+Rotation = tuple[Tensor, Tensor]  # cosines and signed sines of the slots, float32 (L, C)
 
 
 def can_attend(q: Tensor) -> bool:
-    """Whether the kernels take queries `(N, H, L, C)` such as these, and this machine has them."""
-    return q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[-1] == _CHANNELS and library() is not None
+    """Whether the kernels take queries `(..., H, L, C)` such as these, and this machine has them and they are faster there."""
+    length = q.shape[-2]
+    # Half a block of padding costs little without gradients; with them torch's products are as fast up to twice a block.
+    first = 2 * _BLOCK if q.requires_grad else _BLOCK // 2
+    return (length <= _SHORT_ROW or length > first) and can_place(q)
+
+
+def can_place(q: Tensor) -> bool:
+    """Whether the kernels take the heads of these queries or keys, and this machine has them."""
+    has_form = q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[-1] == _CHANNELS
+    return has_form and not torch.compiler.is_compiling() and library() is not None
 
 
 def attend_causally(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -24,47 +37,62 @@ def attend_causally(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     `can_attend` says where it may be called. No output depends on the finite
     numbers behind it; others in the same block of 64 keys make it not a number.
     """
-    return _CausalAttention.apply(q, k, v)
+    return _CausalAttention.apply(None, 0.0, q, k, v)
+
+
+def attend_to_placed(qkv_NL3HC: Tensor, rotation: Rotation | None, epsilon: float) -> Tensor:
+    """As `attend_causally`, after `place` of queries and keys: of the three in one tensor, as a layer's product makes them.
+
+    So are their gradients.
+    """
+    return _CausalAttention.apply(rotation, epsilon, qkv_NL3HC)
 
 
 class _CausalAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def forward(ctx, rotation: Rotation | None, epsilon: float, *heads: Tensor) -> Tensor:
+        q, k, v = heads if len(heads) == 3 else _parts(heads[0])
         q, k, v = (_readable(x, q.shape) for x in (q, k, v))
-        out_NLHC, room = _empty_output(q), _room(q, 2)
+        placed_q, placed_k = (place(x, rotation, epsilon) for x in (q, k)) if rotation or epsilon else (q, k)
+        is_short = q.shape[2] <= _SHORT_ROW
+        out_NLHC, room = torch.empty(q.transpose(1, 2).shape, dtype=torch.bfloat16), _room(q, 0 if is_short else 2)
         # Of no use without a backward pass, but a vector is made in no time.
-        logs = torch.empty(*q.shape[:2], _num_blocks(q), _BLOCK)
-        heads = _Heads(
-            *(_Tensor.of(x) for x in (q, k, v)),
+        logs = torch.empty(0 if is_short else q.shape[0], q.shape[1], _num_blocks(q), _BLOCK)
+        arguments = _Heads(
+            *(_Tensor.of(x) for x in (placed_q, placed_k, v)),
             out_NLHC.data_ptr(),
             logs.data_ptr(),
             room.data_ptr(),
             _Shape(*q.shape[:3]),
         )
-        library().attend_causally(byref(heads), torch.get_num_threads())
+        library().attend_causally(byref(arguments), torch.get_num_threads())
         out = out_NLHC.transpose(1, 2)
-        ctx.save_for_backward(q, k, v, out, logs)
+        ctx.save_for_backward(q, k, v, placed_q, placed_k, out, logs, *(rotation or ()))
+        ctx.epsilon, ctx.is_joint = epsilon, len(heads) == 1
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, ...]:
-        q, k, v, out, logs = ctx.saved_tensors
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, placed_q, placed_k, out, logs, *rotation = ctx.saved_tensors
         grad, dots = _readable(grad, q.shape), torch.empty_like(logs)
-        found, room = [_empty_output(q) for _ in range(3)], _room(q, 7)
-        gradients = _Gradients(
-            *(_Tensor.of(x) for x in (q, k, v, out, grad)),
-            *(x.data_ptr() for x in (logs, dots, *found)),
-            room.data_ptr(),
+        found_NL3HC = torch.empty(len(q), q.shape[2], 3, q.shape[1], _CHANNELS, dtype=torch.bfloat16)
+        room = _room(q, 0 if q.shape[2] <= _SHORT_ROW else 7)
+        places, _tables = _places_of(rotation, ctx.epsilon, q.shape)
+        arguments = _Gradients(
+            *(_Tensor.of(x) for x in (placed_q, placed_k, v, out, grad)),
+            *(x.data_ptr() for x in (logs, dots, found_NL3HC, room)),
+            *(_Tensor.of(x) for x in (q, k)),
+            places,
             _Shape(*q.shape[:3]),
         )
-        library().differentiate_attention(byref(gradients), torch.get_num_threads())
-        return tuple(x.transpose(1, 2) for x in found)
+        library().differentiate_attention(byref(arguments), torch.get_num_threads())
+        return None, None, *([found_NL3HC] if ctx.is_joint else _parts(found_NL3HC))
 
 
-def _empty_output(q: Tensor) -> Tensor:
-    num_sequences, num_heads, length, _ = q.shape
-    return torch.empty(num_sequences, length, num_heads, _CHANNELS, dtype=torch.bfloat16)
+def _parts(qkv_NL3HC: Tensor) -> list[Tensor]:
+    """Queries, keys and values `(N, H, L, C)`."""
+    return [part.transpose(1, 2) for part in qkv_NL3HC.unbind(2)]
 
 
 def _room(q: Tensor, num_parts: int) -> Tensor:
@@ -75,32 +103,29 @@ def _num_blocks(q: Tensor) -> int:
     return -(-q.shape[2] // _BLOCK)
 
 
-def place(x: Tensor, rotation: tuple[Tensor, Tensor] | None, epsilon: float) -> Tensor:
+def place(x: Tensor, rotation: Rotation | None, epsilon: float) -> Tensor:
     """Queries or keys `(N, H, L, C)`, bf16, at unit root mean square and turned; one pass over them, rounded once.
 
-    Without a backward pass. `can_attend` says where it may be called.
+    Without a backward pass. `can_place` says where it may be called.
 
     Args:
         rotation: cosines and signed sines of the L slots, float32 `(L, C)`; None to turn nothing.
         epsilon: what is added to the mean square; 0 to leave the lengths as they are.
     """
-    num_sequences, num_heads, length, _ = x.shape
-    x = _readable(x, x.shape)
-    y_NHLC = torch.empty(x.shape, dtype=torch.bfloat16)
-    tables = [None, None] if rotation is None else [table.contiguous() for table in rotation]
-    if rotation is not None and any(table.shape != x.shape[2:] or table.dtype != torch.float32 for table in tables):
-        raise ValueError(f"tables of angles are float32 {tuple(x.shape[2:])}")
-    places = _Places(
-        _Tensor.of(x),
-        y_NHLC.data_ptr(),
-        *(table if table is None else table.data_ptr() for table in tables),
-        num_sequences,
-        num_heads,
-        length,
-        epsilon,
-    )
-    library().place(byref(places), torch.get_num_threads())
+    x, y_NHLC = _readable(x, x.shape), torch.empty(x.shape, dtype=torch.bfloat16)
+    places, _tables = _places_of(rotation or (), epsilon, x.shape)
+    arguments = _Tensor.of(x), places, _Shape(*x.shape[:3])
+    tensor, places, shape = (byref(argument) for argument in arguments)
+    library().place(tensor, y_NHLC.data_ptr(), places, shape, torch.get_num_threads())
     return y_NHLC
+
+
+def _places_of(rotation: Sequence[Tensor], epsilon: float, shape: tuple[int, ...]) -> tuple["_Places", list[Tensor]]:
+    """With the tables that it points to."""
+    tables = [table.contiguous() for table in rotation]
+    if any(table.shape != shape[2:] or table.dtype != torch.float32 for table in tables):
+        raise ValueError(f"tables of angles are float32 {tuple(shape[2:])}")
+    return _Places(*([table.data_ptr() for table in tables] or [None, None]), epsilon), tables
 
 
 @cache
@@ -109,8 +134,8 @@ def library() -> CDLL | None:
     found = load_library(Path(__file__).with_name("attention.cpp"), "-fopenmp") if multiplies_bf16() else None
     if found is None or not found.attention_is_supported():
         return None
-    for kernel in (found.attend_causally, found.differentiate_attention, found.place):
-        kernel.argtypes, kernel.restype = (c_void_p, c_int64), None
+    for kernel, num_pointers in ((found.attend_causally, 1), (found.differentiate_attention, 1), (found.place, 4)):
+        kernel.argtypes, kernel.restype = (*num_pointers * [c_void_p], c_int64), None
     return found
 
 
@@ -143,12 +168,7 @@ class _Shape(Structure):
 
 
 class _Places(Structure):
-    _fields_ = [
-        ("x", _Tensor),
-        *((name, c_void_p) for name in ("y", "cos", "sin")),
-        *((name, c_int64) for name in ("num_sequences", "num_heads", "length")),
-        ("epsilon", c_double),
-    ]
+    _fields_ = [("cos", c_void_p), ("sin", c_void_p), ("epsilon", c_double)]
 
 
 class _Heads(Structure):
@@ -162,6 +182,8 @@ class _Heads(Structure):
 class _Gradients(Structure):
     _fields_ = [
         *((name, _Tensor) for name in ("q", "k", "v", "out", "grad")),
-        *((name, c_void_p) for name in ("logs", "dots", "dq", "dk", "dv", "packed")),
+        *((name, c_void_p) for name in ("logs", "dots", "found", "packed")),
+        *((name, _Tensor) for name in ("unplaced_q", "unplaced_k")),
+        ("places", _Places),
         ("shape", _Shape),
     ]

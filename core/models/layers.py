@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from core.cache import LevelCache
 from core.config import LevelConfig, MegaByteConfig
 from core.kernels import attention as kernel
+from core.kernels import training_cpu
 
 # In place: the matrix product before it keeps its inputs alone.
 _ACTIVATIONS = {"relu": F.relu_, "relu2": lambda x: F.relu_(x).square()}
@@ -130,8 +131,10 @@ def rotate(x: Tensor, rotation: Rotation | None) -> Tensor:
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """softmax(q k^T / sqrt(C)) v of `(N, H, L, C)` queries; without a mask, causal."""
+    if mask is None and q.shape == k.shape and kernel.can_attend(q):
+        return kernel.attend_causally(q, k, v)
     short_row = q.shape[-2] <= _SHORT_ROW
-    # In bf16 the CPU kernel takes 1.2 to 3 times as long on short rows as matrix products do, backward 3 to 6 times.
+    # In bf16 torch's CPU kernel takes 1.2 to 3 times as long on short rows as matrix products do, backward 3 to 6 times.
     if short_row and (q.is_cuda or q.dtype == torch.bfloat16):
         if mask is None:
             mask = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()
@@ -141,8 +144,6 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         scores = (q.unsqueeze(-2) * k.unsqueeze(-3)).sum(-1) if is_tiny else q @ k.transpose(-1, -2)
         weights = scores.masked_fill(~mask, float("-inf")).softmax(dim=-1).to(v.dtype)
         return (weights.unsqueeze(-1) * v.unsqueeze(-3)).sum(-2) if is_tiny else weights @ v
-    if mask is None and q.shape == k.shape and kernel.can_attend(q) and not torch.compiler.is_compiling():
-        return kernel.attend_causally(q, k, v)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
 
 
@@ -161,7 +162,7 @@ def attend_to_slots(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None) -
 def _placed(x_BKHLC: Tensor, norm: nn.Module, rotation: Rotation | None) -> Tensor:
     """Queries or keys as they are compared: normalised, then turned by the angles of their L slots."""
     has_norm = isinstance(norm, nn.RMSNorm)
-    if (has_norm or rotation is not None) and not x_BKHLC.requires_grad and kernel.can_attend(x_BKHLC):
+    if (has_norm or rotation is not None) and not x_BKHLC.requires_grad and kernel.can_place(x_BKHLC):
         return kernel.place(x_BKHLC.flatten(0, 1), rotation, norm.eps if has_norm else 0.0).view(x_BKHLC.shape)
     if x_BKHLC.is_cuda and x_BKHLC.shape[3] > _SHORT_ROW:
         # In memory elements stay before heads, and so do attention's: the product after it needs nothing moved.
@@ -170,20 +171,21 @@ def _placed(x_BKHLC: Tensor, norm: nn.Module, rotation: Rotation | None) -> Tens
     return rotate(norm(x_BKHLC), rotation)
 
 
-def _training_kernels(module: "Attention | Block", x: Tensor) -> ModuleType | None:
+def training_kernels(module: nn.Module, x: Tensor) -> ModuleType | None:
     """What multiplies and is differentiated in this pass, if it is not the layers themselves."""
-    is_learning = x.is_cuda and torch.is_grad_enabled() and torch.is_autocast_enabled("cuda")
-    if not (module.has_kernels and is_learning):
+    if not (module.has_kernels and torch.is_grad_enabled() and torch.is_autocast_enabled(x.device.type)):
         return None
-    from core.kernels import training  # needs Triton
+    if x.is_cuda:
+        from core.kernels import training  # needs Triton
 
-    return training
+        return training
+    return training_cpu if training_cpu.can_take(x) else None
 
 
 class Attention(nn.Module):
     """Multi-head attention inside rows and to the last `memory` elements of the row before."""
 
-    has_kernels = False  # whether `core.kernels.training` may multiply where autocast and gradients are on
+    has_kernels = False  # whether kernels for training may multiply where autocast and gradients are on
 
     def __init__(self, config: LevelConfig, qk_norm: bool = False) -> None:
         super().__init__()
@@ -206,6 +208,9 @@ class Attention(nn.Module):
         qkv = rearrange(self._product(x_BKLD, self.qkv), "b k l (three h c) -> b k l three h c", three=3, h=self.num_heads)
         # One operation, so that their gradients are gathered in one, too; heads before elements without moving any.
         q, k, v = (part.transpose(2, 3) for part in qkv.unbind(3))
+        if cache is None and not is_crossing and kernel.can_attend(q):
+            out = kernel.attend_to_placed(qkv.flatten(0, 1), own_rotation, QK_EPSILON if self.has_qk_norm else 0.0)
+            return self._product(rearrange(out, "(b k) h l c -> b k l (h c)", k=num_rows), self.out)
         mask = None
         q = _placed(q, self.qk_norm, own_rotation)
         if cache is not None or not is_crossing:
@@ -237,15 +242,15 @@ class Attention(nn.Module):
         return self.out.forward(out.flatten(1))
 
     def _product(self, x: Tensor, layer: nn.Linear) -> Tensor:
-        kernels = _training_kernels(self, x)
+        kernels = training_kernels(self, x)
         return layer(x) if kernels is None else kernels.linear(x, layer)
 
     def _placing_kernels(self, x_BKLD: Tensor, rotation: Rotation | None) -> ModuleType | None:
         """What makes queries, keys and values of long rows in this pass, if it is not the layers themselves."""
-        kernels = _training_kernels(self, x_BKLD)
-        if kernels is None or rotation is None or not self.has_qk_norm or x_BKLD.shape[2] <= _SHORT_ROW:
+        if not x_BKLD.is_cuda or rotation is None or not self.has_qk_norm or x_BKLD.shape[2] <= _SHORT_ROW:
             return None
-        return kernels if kernels.can_place(self.qkv.in_features // self.num_heads) else None
+        kernels = training_kernels(self, x_BKLD)
+        return kernels if kernels is not None and kernels.can_place(self.qkv.in_features // self.num_heads) else None
 
     def _with_row_before(self, x_BKHLC: Tensor) -> Tensor:
         """Each row preceded by the last r elements of the row before it; row 0 by zeros, which the mask hides."""
@@ -274,9 +279,19 @@ class Block(nn.Module):
         self.activation, self.squares = _ACTIVATIONS[model.activation], model.activation == "relu2"
         self.dropout = nn.Dropout(model.dropout)
 
-    def forward(self, x_BKLD: Tensor, rotation: Rotation | None, cache: LevelCache | None = None, layer: int = 0) -> Tensor:
-        x_BKLD = x_BKLD + self.dropout(self.attention(self.attention_norm(x_BKLD), rotation, cache, layer))
-        return x_BKLD + self.dropout(self._feed_forward(x_BKLD))
+    def forward(
+        self,
+        x_BKLD: Tensor,
+        rest_BKLD: Tensor | None,
+        rotation: Rotation | None,
+        cache: LevelCache | None = None,
+        layer: int = 0,
+    ) -> tuple[Tensor, Tensor]:
+        """Reads x, or x + rest, and gives its output as such a sum: what reads it next may add it up on the way."""
+        x_BKLD, normed_BKLD = _sum_and_norm(self, x_BKLD, rest_BKLD, self.attention_norm)
+        attended_BKLD = self.dropout(self.attention(normed_BKLD, rotation, cache, layer))
+        x_BKLD, normed_BKLD = _sum_and_norm(self, x_BKLD, attended_BKLD, self.ffn_norm)
+        return x_BKLD, self.dropout(self._feed_forward(normed_BKLD))
 
     def step(self, x_BD: Tensor, rotation: Rotation | None, keys: Tensor, values: Tensor, slots: Slots) -> Tensor:
         # `forward` of a module instead of a call, here and in `Attention.step`: together the calls take a tenth of a step.
@@ -284,11 +299,20 @@ class Block(nn.Module):
         return x_BD + self.ffn_out.forward(self.activation(self.ffn_in.forward(_normalized(self.ffn_norm, x_BD))))
 
     def _feed_forward(self, x: Tensor) -> Tensor:
-        kernels = _training_kernels(self, x)
+        kernels = training_kernels(self, x)
         if kernels is not None and kernels.can_multiply(self.ffn_in):
-            return kernels.feed_forward(self.ffn_norm(x), self.ffn_in, self.ffn_out, self.squares)
+            return kernels.feed_forward(x, self.ffn_in, self.ffn_out, self.squares)
         # As one matrix of rows: products of more dimensions are views, and what is done to those in place is copied to be undone.
-        return self.ffn_out(self.activation(self.ffn_in(self.ffn_norm(x).flatten(0, -2)))).view(x.shape)
+        return self.ffn_out(self.activation(self.ffn_in(x.flatten(0, -2)))).view(x.shape)
+
+
+def _sum_and_norm(module: nn.Module, x: Tensor, rest: Tensor | None, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
+    """x + rest, or x, and the norm of it."""
+    kernels = None if x.is_cuda else training_kernels(module, x)
+    if kernels is not None:
+        return (x, kernels.normalized(x, norm)) if rest is None else kernels.add_normalized(x, rest, norm)
+    x = x if rest is None else x + rest
+    return x, norm(x)
 
 
 def _normalized(norm: nn.LayerNorm, x: Tensor) -> Tensor:
@@ -299,6 +323,8 @@ def _normalized(norm: nn.LayerNorm, x: Tensor) -> Tensor:
 
 class Transformer(nn.Module):
     """The layers of one level and the norm after them."""
+
+    has_kernels = False  # as attention's
 
     def __init__(self, config: LevelConfig, row_length: int, model: MegaByteConfig) -> None:
         super().__init__()
@@ -321,14 +347,16 @@ class Transformer(nn.Module):
             # What is added up from layer to layer as narrow as what is added: half the memory traffic between the products.
             x_BKLD = x_BKLD.to(torch.get_autocast_dtype(device))
         rotation = self.rotary and self.rotary(slice(0, self.memory + x_BKLD.shape[2]))
-        input_BKLD = x_BKLD
+        input_BKLD, rest_BKLD = x_BKLD, None
         look_up = None if torch.compiler.is_compiling() else before_layer.get()
         for layer, block in enumerate(self.blocks):
             if look_up is not None:
                 look_up()
             run = partial(checkpoint, block, use_reentrant=False) if recompute else block
-            x_BKLD = run(self._mixed(x_BKLD, input_BKLD, layer), rotation, cache, layer)
-        return self.norm(x_BKLD)
+            if self.residual_scalars is not None:
+                x_BKLD, rest_BKLD = self._mixed(x_BKLD if rest_BKLD is None else x_BKLD + rest_BKLD, input_BKLD, layer), None
+            x_BKLD, rest_BKLD = run(x_BKLD, rest_BKLD, rotation, cache, layer)
+        return _sum_and_norm(self, x_BKLD, rest_BKLD, self.norm)[1]
 
     def step(self, x_BD: Tensor, cache: LevelCache, slots: Slots) -> Tensor:
         """One more element of every row."""

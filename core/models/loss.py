@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from core.kernels import training_cpu
+
 if TYPE_CHECKING:
     from core.models import ByteModel
 
@@ -39,7 +41,10 @@ def nll(model: "ByteModel", byte_ids_BT: Tensor, recompute: bool = False) -> Ten
 
 def nll_of_logits(logits_BSV: Tensor, byte_ids_BS: Tensor) -> Tensor:
     """-ln p of every byte `(B, S)`, float32, from its logits."""
-    return F.cross_entropy(logits_BSV.flatten(0, 1).float(), byte_ids_BS.flatten(), reduction="none").view_as(byte_ids_BS)
+    logits_NV, byte_ids_N = logits_BSV.flatten(0, 1).float(), byte_ids_BS.flatten()
+    if training_cpu.can_measure(logits_NV):
+        return training_cpu.nll(logits_NV, byte_ids_N).view_as(byte_ids_BS)
+    return F.cross_entropy(logits_NV, byte_ids_N, reduction="none").view_as(byte_ids_BS)
 
 
 def _nll_of_logits(logits_BSV: Tensor, byte_ids_BS: Tensor) -> dict[str, Tensor]:

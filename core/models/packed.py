@@ -7,7 +7,6 @@ had a byte of all rows is one call of it; elsewhere oneDNN multiplies by weights
 import copy
 import importlib
 from ctypes import Array, Structure, byref, c_void_p, pointer
-from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from core.arena import Arena
 from core.cache import Cache, LevelCache
 from core.errors import UserError
+from core.kernels import has_onednn
 from core.kernels import step as kernel
 from core.kernels.gpu import can_fuse
 from core.models.layers import QK_EPSILON, Block, Slots, Transformer
@@ -307,12 +307,6 @@ def packed(model: MegaByte) -> MegaByte:
                 if type(child) is nn.Linear:
                     setattr(module, name, PackedLinear(child))
     return model
-
-
-@cache
-def has_onednn() -> bool:
-    """Whether this processor multiplies bf16 by oneDNN."""
-    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def _can_step(model: MegaByte) -> bool:

@@ -1,0 +1,160 @@
+// What lies between the products of training in bf16, with float32 sums.
+//
+// Rows are summed in parts of a fixed number of them, whoever computes a part. Widths are whole vectors.
+
+#include <cstdint>
+
+#if defined(__AVX512BF16__) && defined(__AVX512F__)
+
+#include <algorithm>
+
+#include "heads.h"
+#include "tiles.h"
+
+namespace {
+
+constexpr int64_t kValues = 256 / 16;  // vectors of the logits of a byte
+constexpr float kLog2E = 1.44269504f;
+
+}  // namespace
+
+extern "C" int64_t training_is_supported() { return 1; }
+
+// `grad` and `activated`, which may be null, are (rows, width) with a width of whole vectors; `sums` is (parts, width). The
+// gradient of what came out of a ReLU, or of its square, becomes in place that of what went in.
+extern "C" void sum_gradients(uint16_t* grad, const uint16_t* activated, int64_t squares, int64_t num_rows, int64_t width,
+                              int64_t part, float* sums, int64_t num_threads) {
+#pragma omp parallel for num_threads(num_threads)
+  for (int64_t first = 0; first < num_rows; first += part) {
+    float* total = sums + first / part * width;
+    std::fill(total, total + width, 0.0f);
+    for (int64_t row = first; row < std::min(first + part, num_rows); ++row) {
+      for (int64_t column = 0; column < width; column += 16) {
+        uint16_t* place = grad + row * width + column;
+        __m512 x = load_bf16(place);
+        if (activated != nullptr) {
+          const __m512 y = load_bf16(activated + row * width + column);
+          x = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(y, _mm512_setzero_ps(), _CMP_NLE_UQ), x);
+          if (squares) x = _mm512_mul_ps(x, _mm512_mul_ps(_mm512_set1_ps(2.0f), _mm512_sqrt_ps(y)));
+          store_bf16(place, x);
+        }
+        _mm512_storeu_ps(total + column, _mm512_add_ps(_mm512_loadu_ps(total + column), x));
+      }
+    }
+  }
+}
+
+// A layer norm of rows (N, width) in bf16, first adding `y` to them, if there is one, and keeping the sum; of each row its mean
+// and the factor that brings it to unit variance.
+extern "C" void normalize(const uint16_t* x, const uint16_t* y, const float* weight, const float* bias, float epsilon,
+                          int64_t num_rows, int64_t width, uint16_t* sum, float* means, float* scales, uint16_t* normed,
+                          int64_t num_threads) {
+#pragma omp parallel for num_threads(num_threads)
+  for (int64_t row = 0; row < num_rows; ++row) {
+    const uint16_t* own = x + row * width;
+    __m512 total = _mm512_setzero_ps(), squares = _mm512_setzero_ps();
+    for (int64_t d = 0; d < width; d += 16) {
+      __m512 value = load_bf16(own + d);
+      if (y != nullptr) {
+        store_bf16(sum + row * width + d, _mm512_add_ps(value, load_bf16(y + row * width + d)));
+        value = load_bf16(sum + row * width + d);
+      }
+      total = _mm512_add_ps(total, value);
+    }
+    if (y != nullptr) own = sum + row * width;
+    const __m512 mean = _mm512_set1_ps(_mm512_reduce_add_ps(total) / float(width));
+    for (int64_t d = 0; d < width; d += 16) {
+      const __m512 off = _mm512_sub_ps(load_bf16(own + d), mean);
+      squares = _mm512_fmadd_ps(off, off, squares);
+    }
+    const __m512 scale = _mm512_set1_ps(1.0f / std::sqrt(_mm512_reduce_add_ps(squares) / float(width) + epsilon));
+    for (int64_t d = 0; d < width; d += 16) {
+      const __m512 unit = _mm512_mul_ps(_mm512_sub_ps(load_bf16(own + d), mean), scale);
+      store_bf16(normed + row * width + d, _mm512_fmadd_ps(unit, _mm512_loadu_ps(weight + d), _mm512_loadu_ps(bias + d)));
+    }
+    means[row] = _mm512_cvtss_f32(mean);
+    scales[row] = _mm512_cvtss_f32(scale);
+  }
+}
+
+// From the gradient of what `normalize` made of `x` that of `x`, with what comes to it on other ways, if anything does; and of
+// each part of the rows what its weight and bias get.
+extern "C" void differentiate_norm(const uint16_t* grad, const uint16_t* others, const uint16_t* x, const float* means,
+                                   const float* scales, const float* weight, int64_t num_rows, int64_t width, int64_t part,
+                                   uint16_t* found, float* weight_sums, float* bias_sums, int64_t num_threads) {
+#pragma omp parallel for num_threads(num_threads)
+  for (int64_t first = 0; first < num_rows; first += part) {
+    float *of_weight = weight_sums + first / part * width, *of_bias = bias_sums + first / part * width;
+    std::fill(of_weight, of_weight + width, 0.0f);
+    std::fill(of_bias, of_bias + width, 0.0f);
+    for (int64_t row = first; row < std::min(first + part, num_rows); ++row) {
+      const int64_t place = row * width;
+      const __m512 mean = _mm512_set1_ps(means[row]), scale = _mm512_set1_ps(scales[row]);
+      __m512 total = _mm512_setzero_ps(), along = _mm512_setzero_ps();
+      for (int64_t d = 0; d < width; d += 16) {
+        const __m512 g = load_bf16(grad + place + d), weighted = _mm512_mul_ps(g, _mm512_loadu_ps(weight + d));
+        const __m512 unit = _mm512_mul_ps(_mm512_sub_ps(load_bf16(x + place + d), mean), scale);
+        total = _mm512_add_ps(total, weighted);
+        along = _mm512_fmadd_ps(weighted, unit, along);
+        _mm512_storeu_ps(of_weight + d, _mm512_fmadd_ps(g, unit, _mm512_loadu_ps(of_weight + d)));
+        _mm512_storeu_ps(of_bias + d, _mm512_add_ps(g, _mm512_loadu_ps(of_bias + d)));
+      }
+      total = _mm512_set1_ps(_mm512_reduce_add_ps(total) / float(width));
+      along = _mm512_set1_ps(_mm512_reduce_add_ps(along) / float(width));
+      for (int64_t d = 0; d < width; d += 16) {
+        const __m512 weighted = _mm512_mul_ps(load_bf16(grad + place + d), _mm512_loadu_ps(weight + d));
+        const __m512 unit = _mm512_mul_ps(_mm512_sub_ps(load_bf16(x + place + d), mean), scale);
+        __m512 own = _mm512_mul_ps(_mm512_fnmadd_ps(unit, along, _mm512_sub_ps(weighted, total)), scale);
+        if (others != nullptr) own = _mm512_add_ps(own, load_bf16(others + place + d));
+        store_bf16(found + place + d, own);
+      }
+    }
+  }
+}
+
+// -ln p of byte values by their logits (N, 256), and to the base 2 the logarithms of the sums of e^logit.
+extern "C" void nll(const float* logits, const int64_t* byte_ids, float* logs, float* found, int64_t num_bytes, int64_t num_threads) {
+#pragma omp parallel for num_threads(num_threads)
+  for (int64_t i = 0; i < num_bytes; ++i) {
+    const float* row = logits + i * 16 * kValues;
+    __m512 top = _mm512_loadu_ps(row), sum = _mm512_setzero_ps();
+    for (int64_t v = 1; v < kValues; ++v) top = _mm512_max_ps(top, _mm512_loadu_ps(row + 16 * v));
+    const float highest = _mm512_reduce_max_ps(top);
+    for (int64_t v = 0; v < kValues; ++v) {
+      const __m512 below = _mm512_sub_ps(_mm512_loadu_ps(row + 16 * v), _mm512_set1_ps(highest));
+      sum = _mm512_add_ps(sum, power_of_two(_mm512_mul_ps(below, _mm512_set1_ps(kLog2E))));
+    }
+    const float log = std::log2(_mm512_reduce_add_ps(sum));
+    logs[i] = highest * kLog2E + log;
+    found[i] = highest - row[byte_ids[i]] + log / kLog2E;
+  }
+}
+
+// From the gradients (N,) of what `nll` found those of the logits.
+extern "C" void differentiate_nll(const float* logits, const int64_t* byte_ids, const float* logs, const float* grad, float* found,
+                                  int64_t num_bytes, int64_t num_threads) {
+#pragma omp parallel for num_threads(num_threads)
+  for (int64_t i = 0; i < num_bytes; ++i) {
+    const __m512 log = _mm512_set1_ps(logs[i]), scale = _mm512_set1_ps(grad[i]);
+    for (int64_t v = 0; v < kValues; ++v) {
+      const __m512 logit = _mm512_loadu_ps(logits + i * 16 * kValues + 16 * v);
+      const __m512 p = power_of_two(_mm512_fmsub_ps(logit, _mm512_set1_ps(kLog2E), log));
+      _mm512_storeu_ps(found + i * 16 * kValues + 16 * v, _mm512_mul_ps(p, scale));
+    }
+    found[i * 16 * kValues + byte_ids[i]] -= grad[i];
+  }
+}
+
+#else
+
+extern "C" int64_t training_is_supported() { return 0; }
+
+extern "C" void sum_gradients(void*, const void*, int64_t, int64_t, int64_t, int64_t, float*, int64_t) {}
+extern "C" void normalize(const void*, const void*, const void*, const void*, float, int64_t, int64_t, void*, void*, void*, void*,
+                          int64_t) {}
+extern "C" void differentiate_norm(const void*, const void*, const void*, const void*, const void*, const void*, int64_t, int64_t,
+                                   int64_t, void*, void*, void*, int64_t) {}
+extern "C" void nll(const void*, const void*, void*, void*, int64_t, int64_t) {}
+extern "C" void differentiate_nll(const void*, const void*, const void*, const void*, void*, int64_t, int64_t) {}
+
+#endif

@@ -1,0 +1,165 @@
+"""The kernels that train on a CPU: as near to float32 as torch's own under autocast, in what they make and its gradients."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from core.config import LevelConfig, MegaByteConfig
+from core.kernels import attention, training_cpu
+from core.kernels.attention import attend_to_placed
+from core.learner import MeanNll
+from core.models import MegaByte
+from core.models.layers import Rotary, rotate
+
+pytestmark = pytest.mark.skipif(
+    training_cpu.library() is None or attention.library() is None, reason="this machine cannot have the kernels"
+)
+
+LEVELS = (LevelConfig(dim=128, num_layers=2, num_heads=2, patch_size=4), LevelConfig(dim=64, num_layers=1, num_heads=1))
+PAPER = MegaByteConfig(levels=LEVELS, max_seq_len=1024, init_std=0.1)
+RECIPE = MegaByteConfig(
+    levels=LEVELS, max_seq_len=1024, init_std=0.1, positions="rotary", qk_norm=True, activation="relu2", logit_softcap=5.0
+)
+
+
+def errors(found: list[Tensor], exact: list[Tensor]) -> list[float]:
+    """Root mean squares of the differences, as parts of those of what is exact."""
+    return [float((a.float() - b).norm() / b.norm().clamp_min(1e-12)) for a, b in zip(found, exact, strict=True)]
+
+
+def random_numbers(*size: int, seed: int = 0) -> Tensor:
+    """Normally distributed, and bf16 holds them."""
+    return torch.randn(*size, generator=torch.Generator().manual_seed(seed)).bfloat16().float()
+
+
+def with_gradients(run: Callable[[Tensor], Tensor], x: Tensor, parameters: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """What `run` makes of `x` in `dtype`, and what `x` and the parameters get from random gradients of it."""
+    leaf = x.clone().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        out = run(leaf.to(dtype))
+    return [out.detach(), *torch.autograd.grad(out, [leaf, *parameters], random_numbers(*out.shape, seed=1).to(out.dtype))]
+
+
+def layers_of(name: str) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor], list[Tensor]]:
+    """The kernel, what it stands for, and the parameters of both."""
+    torch.manual_seed(0)
+    narrow, wide, norm = nn.Linear(64, 96), nn.Linear(96, 64), nn.LayerNorm(64)
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    both = [*narrow.parameters(), *wide.parameters()]
+    return {
+        "linear": (lambda x: training_cpu.linear(x, narrow), narrow, both[:2]),
+        "relu": (lambda x: training_cpu.feed_forward(x, narrow, wide, False), lambda x: wide(F.relu(narrow(x))), both),
+        "relu2": (lambda x: training_cpu.feed_forward(x, narrow, wide, True), lambda x: wide(F.relu(narrow(x)).square()), both),
+        "norm": (lambda x: training_cpu.normalized(x, norm), norm, [*norm.parameters()]),
+        "sum and norm": (
+            lambda x: torch.cat(training_cpu.add_normalized(x, x.roll(1), norm)),
+            lambda x: torch.cat((x + x.roll(1), norm(x + x.roll(1)))),
+            [*norm.parameters()],
+        ),
+        "logits": (
+            lambda x: training_cpu.logits(x, narrow.weight),
+            lambda x: F.linear(x.float(), narrow.weight),
+            both[:1],
+        ),
+    }[name]
+
+
+@pytest.mark.parametrize("num_rows", [1, 255, 513])
+@pytest.mark.parametrize("name", ["linear", "relu", "relu2", "norm", "sum and norm", "logits"])
+def test_layers_are_as_near_to_float32_as_those_of_torch(name, num_rows):
+    ours, plain, parameters = layers_of(name)
+    x = random_numbers(num_rows, 1, 64)
+    x[3:4] = 0
+    exact = with_gradients(plain, x, parameters, torch.float32)
+    off, plain_off = (errors(with_gradients(run, x, parameters, torch.bfloat16), exact) for run in (ours, plain))
+    # Gradients of logits are rounded, which torch leaves in float32.
+    assert all(own <= 1.3 * their + (4e-3 if name == "logits" else 1e-3) for own, their in zip(off, plain_off, strict=True))
+
+
+def test_the_loss_and_its_gradient_are_those_of_torch():
+    logits = (3 * random_numbers(300, 256)).requires_grad_()
+    byte_ids = torch.randint(256, (300,), generator=torch.Generator().manual_seed(0))
+    assert training_cpu.can_measure(logits)
+    ours, plain = training_cpu.nll(logits, byte_ids), F.cross_entropy(logits, byte_ids, reduction="none")
+    torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-5)
+    ours, plain = (torch.autograd.grad(nll, logits, random_numbers(300))[0] for nll in (ours, plain))
+    torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("length", [1, 8, 16, 17, 100])
+@pytest.mark.parametrize("epsilon", [0.0, 1e-2])
+@pytest.mark.parametrize("turned", [False, True])
+def test_attention_to_placed_keys_is_as_near_to_float32_as_that_of_torch(length, epsilon, turned):
+    rotation = Rotary(64, 200)(slice(30, 30 + length)) if turned else None
+
+    def plain(qkv: Tensor) -> Tensor:
+        q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))
+        q, k = (rotate(F.rms_norm(x, (64,), eps=epsilon) if epsilon else x, rotation) for x in (q, k))
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    qkv = random_numbers(3, length, 3, 2, 64)
+    exact = with_gradients(plain, qkv, [], torch.float32)
+    ours = with_gradients(lambda x: attend_to_placed(x, rotation, epsilon), qkv, [], torch.bfloat16)
+    off, plain_off = errors(ours, exact), errors(with_gradients(plain, qkv, [], torch.bfloat16), exact)
+    assert all(own <= 1.3 * their + 1e-3 for own, their in zip(off, plain_off, strict=True))
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("config", [PAPER, RECIPE], ids=["paper", "recipe"])
+def test_a_model_learns_the_same_with_them(config, recompute, monkeypatch):
+    torch.manual_seed(0)
+    model, byte_ids = MegaByte(config).train(), torch.randint(256, (2, 900))
+
+    def loss_and_gradients(precision: str) -> list[Tensor]:
+        loss = MeanNll(model, precision, recompute)(byte_ids)
+        return [loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))]
+
+    exact = loss_and_gradients("fp32")
+    calls: list[str] = []
+    for name in ("linear", "feed_forward", "add_normalized", "normalized", "logits", "nll"):
+        kernel = getattr(training_cpu, name)
+        monkeypatch.setattr(training_cpu, name, lambda *args, name=name, kernel=kernel: calls.append(name) or kernel(*args))
+    ours = errors(loss_and_gradients("bf16"), exact)
+    assert set(calls) == {"linear", "feed_forward", "add_normalized", "normalized", "logits", "nll"}
+    monkeypatch.setattr(attention, "library", lambda: None)
+    monkeypatch.setattr(training_cpu, "library", lambda: None)
+    for module in model.modules():
+        module.has_kernels = False
+    plain = errors(loss_and_gradients("bf16"), exact)
+    assert all(own <= 1.3 * their + 5e-3 for own, their in zip(ours, plain, strict=True))
+    assert max(plain) < 0.2
+
+
+def test_the_number_of_threads_changes_no_bit_of_them():
+    ours, _, parameters = layers_of("norm")
+    x, before, found = random_numbers(700, 1, 64), torch.get_num_threads(), []
+    sums = random_numbers(700, 64).bfloat16()
+    try:
+        for num_threads in (1, 3):
+            torch.set_num_threads(num_threads)
+            found.append([*with_gradients(ours, x, parameters, torch.bfloat16), training_cpu._sums(sums)])
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(one, three) for one, three in zip(*found, strict=True))
+
+
+def test_what_is_not_a_number_stays_so():
+    ours, _, parameters = layers_of("relu")
+    with torch.no_grad():
+        parameters[0][3, 5] = torch.nan
+    assert ours(random_numbers(4, 1, 64).bfloat16()).isnan().all()
+
+
+def test_widths_that_fill_no_vectors_are_left_to_torch():
+    levels = (
+        LevelConfig(dim=24, num_layers=1, num_heads=1, ffn_dim=40, patch_size=4),
+        LevelConfig(dim=8, num_layers=1, num_heads=1),
+    )
+    model = MegaByte(MegaByteConfig(levels=levels, max_seq_len=64))
+    loss = MeanNll(model, "bf16")(torch.randint(256, (3, 64)))
+    loss.backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
