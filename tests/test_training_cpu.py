@@ -21,7 +21,14 @@ pytestmark = pytest.mark.skipif(
 LEVELS = (LevelConfig(dim=128, num_layers=2, num_heads=2, patch_size=4), LevelConfig(dim=64, num_layers=1, num_heads=1))
 PAPER = MegaByteConfig(levels=LEVELS, max_seq_len=1024, init_std=0.1)
 RECIPE = MegaByteConfig(
-    levels=LEVELS, max_seq_len=1024, init_std=0.1, positions="rotary", qk_norm=True, activation="relu2", logit_softcap=5.0
+    levels=LEVELS,
+    max_seq_len=1024,
+    init_std=0.1,
+    positions="rotary",
+    qk_norm=True,
+    activation="relu2",
+    logit_softcap=5.0,
+    residual_scalars=True,
 )
 
 
@@ -131,7 +138,23 @@ def test_a_model_learns_the_same_with_them(config, recompute, monkeypatch):
         module.has_kernels = False
     plain = errors(loss_and_gradients("bf16"), exact)
     assert all(own <= 1.3 * their + 5e-3 for own, their in zip(ours, plain, strict=True))
-    assert max(plain) < 0.2
+    assert sorted(plain)[len(plain) // 2] < 0.1
+
+
+def test_a_part_of_the_numbers_is_dropped_and_of_their_gradients_the_same():
+    x = torch.ones(500, 1, 64).bfloat16().requires_grad_()
+    torch.manual_seed(3)
+    once, other = training_cpu.dropped(x, 0.25), training_cpu.dropped(x, 0.25)
+    torch.manual_seed(3)
+    assert torch.equal(once, training_cpu.dropped(x, 0.25))
+    assert once.unique().tolist() == [0, torch.tensor(1 / 0.75).bfloat16()]
+    (grad,) = torch.autograd.grad(once, x, torch.full_like(once, 3))
+    assert torch.equal(grad == 0, once == 0)
+    kept, others = (drawn.detach().flatten() > 0 for drawn in (once, other))
+    # Of 32,000 numbers; chance moves each by 0.0025. Neighbours, columns and further calls are independent.
+    assert kept.float().mean() == pytest.approx(0.75, abs=0.01)
+    for one, two in ((kept[1:], kept[:-1]), (kept[64:], kept[:-64]), (kept[4096:], kept[:-4096]), (kept, others)):
+        assert (one & two).float().mean() == pytest.approx(0.75**2, abs=0.015)
 
 
 def test_the_number_of_threads_changes_no_bit_of_them():

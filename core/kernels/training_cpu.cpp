@@ -16,9 +16,32 @@ namespace {
 constexpr int64_t kValues = 256 / 16;  // vectors of the logits of a byte
 constexpr float kLog2E = 1.44269504f;
 
+// A bijection of 32 bits that leaves no pattern of consecutive numbers (C. Wellons' "lowbias32").
+inline __m512i mixed(__m512i x) {
+  x = _mm512_mullo_epi32(_mm512_xor_si512(x, _mm512_srli_epi32(x, 16)), _mm512_set1_epi32(0x7feb352d));
+  x = _mm512_mullo_epi32(_mm512_xor_si512(x, _mm512_srli_epi32(x, 15)), _mm512_set1_epi32(int32_t(0x846ca68b)));
+  return _mm512_xor_si512(x, _mm512_srli_epi32(x, 16));
+}
+
 }  // namespace
 
 extern "C" int64_t training_is_supported() { return 1; }
+
+// Numbers are dropped where 32 bits, made of their index and a seed, are below `threshold`; the others are scaled. What is
+// dropped depends on nothing else, so that the gradient needs no memory of it.
+extern "C" void drop(const uint16_t* x, uint64_t seed, uint32_t threshold, float scale, int64_t count, uint16_t* y,
+                     int64_t num_threads) {
+  const __m512i low = _mm512_set1_epi32(int32_t(seed)), high = _mm512_set1_epi32(int32_t(seed >> 32));
+#pragma omp parallel for num_threads(num_threads)
+  for (int64_t i = 0; i < count; i += 16) {
+    const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512i index = _mm512_add_epi32(_mm512_set1_epi32(int32_t(i)), lanes);
+    // The upper half of an index matters for a tensor of more than 4 billion numbers.
+    const __m512i key = _mm512_xor_si512(high, mixed(_mm512_xor_si512(low, _mm512_set1_epi32(int32_t(i >> 32)))));
+    const __mmask16 is_kept = _mm512_cmpge_epu32_mask(mixed(_mm512_xor_si512(mixed(index), key)), _mm512_set1_epi32(int32_t(threshold)));
+    store_bf16(y + i, _mm512_maskz_mul_ps(is_kept, load_bf16(x + i), _mm512_set1_ps(scale)));
+  }
+}
 
 // `grad` and `activated`, which may be null, are (rows, width) with a width of whole vectors; `sums` is (parts, width). The
 // gradient of what came out of a ReLU, or of its square, becomes in place that of what went in.
@@ -149,6 +172,7 @@ extern "C" void differentiate_nll(const float* logits, const int64_t* byte_ids, 
 
 extern "C" int64_t training_is_supported() { return 0; }
 
+extern "C" void drop(const void*, uint64_t, uint32_t, float, int64_t, void*, int64_t) {}
 extern "C" void sum_gradients(void*, const void*, int64_t, int64_t, int64_t, int64_t, float*, int64_t) {}
 extern "C" void normalize(const void*, const void*, const void*, const void*, float, int64_t, int64_t, void*, void*, void*, void*,
                           int64_t) {}

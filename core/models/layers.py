@@ -289,14 +289,18 @@ class Block(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Reads x, or x + rest, and gives its output as such a sum: what reads it next may add it up on the way."""
         x_BKLD, normed_BKLD = _sum_and_norm(self, x_BKLD, rest_BKLD, self.attention_norm)
-        attended_BKLD = self.dropout(self.attention(normed_BKLD, rotation, cache, layer))
+        attended_BKLD = self._dropped(self.attention(normed_BKLD, rotation, cache, layer))
         x_BKLD, normed_BKLD = _sum_and_norm(self, x_BKLD, attended_BKLD, self.ffn_norm)
-        return x_BKLD, self.dropout(self._feed_forward(normed_BKLD))
+        return x_BKLD, self._dropped(self._feed_forward(normed_BKLD))
 
     def step(self, x_BD: Tensor, rotation: Rotation | None, keys: Tensor, values: Tensor, slots: Slots) -> Tensor:
         # `forward` of a module instead of a call, here and in `Attention.step`: together the calls take a tenth of a step.
         x_BD = x_BD + self.attention.step(_normalized(self.attention_norm, x_BD), rotation, keys, values, slots)
         return x_BD + self.ffn_out.forward(self.activation(self.ffn_in.forward(_normalized(self.ffn_norm, x_BD))))
+
+    def _dropped(self, x: Tensor) -> Tensor:
+        kernels = None if x.is_cuda or self.dropout.p in (0, 1) or not self.training else training_kernels(self, x)
+        return self.dropout(x) if kernels is None else kernels.dropped(x, self.dropout.p)
 
     def _feed_forward(self, x: Tensor) -> Tensor:
         kernels = training_kernels(self, x)
