@@ -87,6 +87,17 @@ def test_layers_are_as_near_to_float32_as_those_of_torch(name, num_rows):
     assert all(own <= 1.3 * their + (4e-3 if name == "logits" else 1e-3) for own, their in zip(off, plain_off, strict=True))
 
 
+@pytest.mark.parametrize("num_rows", [1, 2, 511, 1026])
+@pytest.mark.parametrize(("outputs", "inputs"), [(16, 64), (144, 320), (384, 256)])
+def test_gradients_of_weights_and_biases_are_sums_in_float32(outputs, inputs, num_rows, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 0)  # ours in any case
+    grad, x = random_numbers(num_rows, outputs, seed=1).bfloat16(), random_numbers(num_rows, inputs, seed=2).bfloat16()
+    of_weight, of_bias = training_cpu.grads_of_weight(grad, x)
+    assert of_weight.dtype == of_bias.dtype == torch.float32
+    torch.testing.assert_close(of_weight.double(), grad.double().T @ x.double(), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(of_bias.double(), grad.double().sum(0), rtol=1e-5, atol=1e-4)
+
+
 def test_the_loss_and_its_gradient_are_those_of_torch():
     logits = (3 * random_numbers(300, 256)).requires_grad_()
     byte_ids = torch.randint(256, (300,), generator=torch.Generator().manual_seed(0))
@@ -160,11 +171,12 @@ def test_a_part_of_the_numbers_is_dropped_and_of_their_gradients_the_same():
 def test_the_number_of_threads_changes_no_bit_of_them():
     ours, _, parameters = layers_of("norm")
     x, before, found = random_numbers(700, 1, 64), torch.get_num_threads(), []
-    sums = random_numbers(700, 64).bfloat16()
+    grad, inputs = (random_numbers(700, width).bfloat16() for width in (384, 320))
     try:
         for num_threads in (1, 3):
             torch.set_num_threads(num_threads)
-            found.append([*with_gradients(ours, x, parameters, torch.bfloat16), training_cpu._sums(sums)])
+            of_weight = training_cpu.grads_of_weight(grad, inputs)
+            found.append([*with_gradients(ours, x, parameters, torch.bfloat16), *of_weight])
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(one, three) for one, three in zip(*found, strict=True))

@@ -16,6 +16,87 @@ namespace {
 constexpr int64_t kValues = 256 / 16;  // vectors of the logits of a byte
 constexpr float kLog2E = 1.44269504f;
 
+constexpr int64_t kRows = 512;                        // that are summed while their pairs are in the cache
+constexpr int64_t kOutputs = 128, kInputs = 256;      // of the part of a weight that one thread takes
+constexpr int64_t kTall = 4, kWide = 4, kLanes = 16;  // outputs and vectors of inputs whose sums stay in registers
+
+struct Layer {
+  const uint16_t *grad, *x;    // (rows, outputs) and (rows, inputs)
+  float *of_weight, *of_bias;  // (outputs, inputs) and (outputs,)
+  int64_t num_rows, num_outputs, num_inputs;
+};
+
+// Pairs of rows, one or four vectors of columns after the other.
+struct Pairs {
+  alignas(64) __m512i outputs[kOutputs / kLanes][kRows / 2];
+  alignas(64) __m512i inputs[kInputs / kLanes / kWide][kRows / 2][kWide];
+};
+
+// Of 16 columns of two rows; the second one is zero behind the last.
+inline __m512i pair_of(const uint16_t* x, int64_t width, bool has_second) {
+  const auto load = [](const uint16_t* y) { return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(y))); };
+  return has_second ? _mm512_or_si512(load(x), _mm512_slli_epi32(load(x + width), 16)) : load(x);
+}
+
+// Adds what `num_pairs` pairs say of 4 outputs and 64 inputs to what is there.
+inline void add_tile(const uint32_t* outputs, const __m512i (*inputs)[kWide], int64_t num_pairs, float* found, int64_t stride) {
+  __m512 sums[kTall][kWide];
+#pragma GCC unroll 4
+  for (int64_t r = 0; r < kTall; ++r) {
+#pragma GCC unroll 4
+    for (int64_t v = 0; v < kWide; ++v) sums[r][v] = _mm512_loadu_ps(found + r * stride + v * kLanes);
+  }
+  for (int64_t i = 0; i < num_pairs; ++i) {
+#pragma GCC unroll 4
+    for (int64_t r = 0; r < kTall; ++r) {
+      const __m512bh a = (__m512bh)_mm512_set1_epi32(int32_t(outputs[i * kLanes + r]));
+#pragma GCC unroll 4
+      for (int64_t v = 0; v < kWide; ++v) sums[r][v] = _mm512_dpbf16_ps(sums[r][v], a, (__m512bh)inputs[i][v]);
+    }
+  }
+#pragma GCC unroll 4
+  for (int64_t r = 0; r < kTall; ++r) {
+#pragma GCC unroll 4
+    for (int64_t v = 0; v < kWide; ++v) _mm512_storeu_ps(found + r * stride + v * kLanes, sums[r][v]);
+  }
+}
+
+// The part of the gradients that begins with this output and input.
+void differentiate(const Layer& layer, int64_t first_output, int64_t first_input) {
+  static thread_local Pairs pairs;
+  const int64_t num_outputs = std::min(kOutputs, layer.num_outputs - first_output);
+  const int64_t num_inputs = std::min(kInputs, layer.num_inputs - first_input);
+  float* found = layer.of_weight + first_output * layer.num_inputs + first_input;
+  for (int64_t o = 0; o < num_outputs; ++o) std::fill_n(found + o * layer.num_inputs, num_inputs, 0.0f);
+  __m512 sums[kOutputs / kLanes] = {};
+  for (int64_t first = 0; first < layer.num_rows; first += kRows) {
+    const int64_t num_pairs = (std::min(kRows, layer.num_rows - first) + 1) / 2;
+    for (int64_t i = 0; i < num_pairs; ++i) {
+      const int64_t row = first + 2 * i;
+      const bool has_second = row + 1 < layer.num_rows;
+      const uint16_t* grad = layer.grad + row * layer.num_outputs + first_output;
+      for (int64_t o = 0; o < num_outputs; o += kLanes) {
+        const __m512i pair = pair_of(grad + o, layer.num_outputs, has_second);
+        const __m512 upper = (__m512)_mm512_and_si512(pair, _mm512_set1_epi32(int32_t(0xffff0000)));
+        sums[o / kLanes] = _mm512_add_ps(sums[o / kLanes], _mm512_add_ps((__m512)_mm512_slli_epi32(pair, 16), upper));
+        pairs.outputs[o / kLanes][i] = pair;
+      }
+      const uint16_t* x = layer.x + row * layer.num_inputs + first_input;
+      for (int64_t k = 0; k < num_inputs; k += kLanes) {
+        pairs.inputs[k / kLanes / kWide][i][k / kLanes % kWide] = pair_of(x + k, layer.num_inputs, has_second);
+      }
+    }
+    for (int64_t k = 0; k < num_inputs; k += kWide * kLanes) {
+      for (int64_t o = 0; o < num_outputs; o += kTall) {
+        const uint32_t* outputs = reinterpret_cast<const uint32_t*>(pairs.outputs[o / kLanes]) + o % kLanes;
+        add_tile(outputs, pairs.inputs[k / kLanes / kWide], num_pairs, found + o * layer.num_inputs + k, layer.num_inputs);
+      }
+    }
+  }
+  if (first_input > 0) return;
+  for (int64_t o = 0; o < num_outputs; o += kLanes) _mm512_storeu_ps(layer.of_bias + first_output + o, sums[o / kLanes]);
+}
+
 // A bijection of 32 bits that leaves no pattern of consecutive numbers (C. Wellons' "lowbias32").
 inline __m512i mixed(__m512i x) {
   x = _mm512_mullo_epi32(_mm512_xor_si512(x, _mm512_srli_epi32(x, 16)), _mm512_set1_epi32(0x7feb352d));
@@ -43,28 +124,24 @@ extern "C" void drop(const uint16_t* x, uint64_t seed, uint32_t threshold, float
   }
 }
 
-// `grad` and `activated`, which may be null, are (rows, width) with a width of whole vectors; `sums` is (parts, width). The
-// gradient of what came out of a ReLU, or of its square, becomes in place that of what went in.
-extern "C" void sum_gradients(uint16_t* grad, const uint16_t* activated, int64_t squares, int64_t num_rows, int64_t width,
-                              int64_t part, float* sums, int64_t num_threads) {
+// From the gradient of what came out of a ReLU, or of its square, in place that of what went in.
+extern "C" void differentiate_relu(uint16_t* grad, const uint16_t* activated, int64_t squares, int64_t count, int64_t num_threads) {
 #pragma omp parallel for num_threads(num_threads)
-  for (int64_t first = 0; first < num_rows; first += part) {
-    float* total = sums + first / part * width;
-    std::fill(total, total + width, 0.0f);
-    for (int64_t row = first; row < std::min(first + part, num_rows); ++row) {
-      for (int64_t column = 0; column < width; column += 16) {
-        uint16_t* place = grad + row * width + column;
-        __m512 x = load_bf16(place);
-        if (activated != nullptr) {
-          const __m512 y = load_bf16(activated + row * width + column);
-          x = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(y, _mm512_setzero_ps(), _CMP_NLE_UQ), x);
-          if (squares) x = _mm512_mul_ps(x, _mm512_mul_ps(_mm512_set1_ps(2.0f), _mm512_sqrt_ps(y)));
-          store_bf16(place, x);
-        }
-        _mm512_storeu_ps(total + column, _mm512_add_ps(_mm512_loadu_ps(total + column), x));
-      }
-    }
+  for (int64_t i = 0; i < count; i += 16) {
+    const __m512 y = load_bf16(activated + i);
+    __m512 x = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(y, _mm512_setzero_ps(), _CMP_NLE_UQ), load_bf16(grad + i));
+    if (squares) x = _mm512_mul_ps(x, _mm512_mul_ps(_mm512_set1_ps(2.0f), _mm512_sqrt_ps(y)));
+    store_bf16(grad + i, x);
   }
+}
+
+// The gradients of a weight, whose outputs are whole vectors and inputs fours of them, and of its bias.
+extern "C" void differentiate_weight(const uint16_t* grad, const uint16_t* x, int64_t num_rows, int64_t num_outputs,
+                                     int64_t num_inputs, float* of_weight, float* of_bias, int64_t num_threads) {
+  const Layer layer = {grad, x, of_weight, of_bias, num_rows, num_outputs, num_inputs};
+  const int64_t across = (num_inputs + kInputs - 1) / kInputs, down = (num_outputs + kOutputs - 1) / kOutputs;
+#pragma omp parallel for schedule(dynamic) num_threads(num_threads)
+  for (int64_t i = 0; i < across * down; ++i) differentiate(layer, i / across * kOutputs, i % across * kInputs);
 }
 
 // A layer norm of rows (N, width) in bf16, first adding `y` to them, if there is one, and keeping the sum; of each row its mean
@@ -173,7 +250,8 @@ extern "C" void differentiate_nll(const float* logits, const int64_t* byte_ids, 
 extern "C" int64_t training_is_supported() { return 0; }
 
 extern "C" void drop(const void*, uint64_t, uint32_t, float, int64_t, void*, int64_t) {}
-extern "C" void sum_gradients(void*, const void*, int64_t, int64_t, int64_t, int64_t, float*, int64_t) {}
+extern "C" void differentiate_relu(void*, const void*, int64_t, int64_t, int64_t) {}
+extern "C" void differentiate_weight(const void*, const void*, int64_t, int64_t, int64_t, void*, void*, int64_t) {}
 extern "C" void normalize(const void*, const void*, const void*, const void*, float, int64_t, int64_t, void*, void*, void*, void*,
                           int64_t) {}
 extern "C" void differentiate_norm(const void*, const void*, const void*, const void*, const void*, const void*, int64_t, int64_t,

@@ -1,8 +1,8 @@
 """Training on a CPU that multiplies bf16: products by oneDNN, and between them as few passes over the memory as there can be.
 
 OneDNN adds the bias and takes the ReLU on the way; torch's product adds itself to the bias, which it has written before, and
-takes a tenth longer. Backward, one pass over the gradient makes it that of what went into the ReLU, and sums up what the bias
-gets; a sum and the norm of it are one pass, and so are their gradients.
+takes a tenth longer. The gradients of a weight and its bias are one product, added up and written in float32; a sum and the norm
+of it are one pass, and so are their gradients.
 """
 
 # Shapes: N elements, D width, F inner width of the feed-forward layer.
@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from core.kernels import has_onednn, load_library, multiplies_bf16
 
 _SLOPE = 1e-30  # of a ReLU for what is negative: oneDNN's own makes 0 of what is not a number
-_PART = 256  # rows whose share of a bias is summed up by one thread
+_OUTPUTS, _INPUTS = 128, 256  # of the part of a weight whose gradient a thread makes
+_PART = 256  # rows of which a thread sums up what a norm's weight and bias get
 
 
 def can_take(x: Tensor) -> bool:
@@ -84,7 +85,7 @@ class _Linear(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor, ...]:
         x, weight = ctx.saved_tensors
         rows = _rows(grad)
-        return (rows @ weight).view(*grad.shape[:-1], -1), rows.t() @ x, _sums(rows)
+        return (rows @ weight).view(*grad.shape[:-1], -1), *grads_of_weight(rows, x)
 
 
 class _FeedForward(torch.autograd.Function):
@@ -106,9 +107,10 @@ class _FeedForward(torch.autograd.Function):
         x, in_weight, hidden, out_weight = ctx.saved_tensors
         rows = _rows(grad)
         grad_hidden = rows @ out_weight
-        grad_in_bias = _sums(grad_hidden, hidden, ctx.squares)
+        pointers = grad_hidden.data_ptr(), hidden.data_ptr()
+        library().differentiate_relu(*pointers, ctx.squares, hidden.numel(), torch.get_num_threads())
         grad_x = (grad_hidden @ in_weight).view(grad.shape)
-        return grad_x, grad_hidden.t() @ x, grad_in_bias, rows.t() @ hidden, _sums(rows), None
+        return grad_x, *grads_of_weight(grad_hidden, x), *grads_of_weight(rows, hidden), None
 
 
 class _AddNormalized(torch.autograd.Function):
@@ -117,7 +119,8 @@ class _AddNormalized(torch.autograd.Function):
         rows, others = _rows(x), None if y is None else _rows(y)
         summed, normed = None if y is None else torch.empty_like(rows), torch.empty_like(rows)
         means, scales = torch.empty(2, len(rows))
-        inputs = (_pointer(tensor) for tensor in (rows, others, weight.float(), bias.float()))
+        weight, bias = weight.float(), bias.float()
+        inputs = (_pointer(tensor) for tensor in (rows, others, weight, bias))
         found = (_pointer(tensor) for tensor in (summed, means, scales, normed))
         library().normalize(*inputs, epsilon, *rows.shape, *found, torch.get_num_threads())
         ctx.save_for_backward(rows if summed is None else summed, means, scales, weight)
@@ -193,12 +196,17 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor, activation: str = "none", 
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias.bfloat16(), activation, settings, "")
 
 
-def _sums(grad_ND: Tensor, activated_ND: Tensor | None = None, squares: bool = False) -> Tensor:
-    """The sums `(D,)` over all rows, float32; given what a ReLU made, or its square, first of what went into it, in place."""
-    sums = torch.empty(_num_parts(grad_ND), grad_ND.shape[1])
-    pointers = grad_ND.data_ptr(), _pointer(activated_ND)
-    library().sum_gradients(*pointers, squares, *grad_ND.shape, _PART, sums.data_ptr(), torch.get_num_threads())
-    return sums.sum(0)
+def grads_of_weight(grad_NO: Tensor, x_NI: Tensor) -> tuple[Tensor, Tensor]:
+    """Of a weight `(O, I)` and its bias: grad^T x and the sums of grad over the rows."""
+    (num_rows, outputs), inputs, num_threads = grad_NO.shape, x_NI.shape[1], torch.get_num_threads()
+    # Ours does both at once, and rounds nothing to bf16, but has a thread for each whole part of a weight.
+    if outputs % 16 or inputs % 64 or (outputs / _OUTPUTS) * (inputs / _INPUTS) < num_threads:
+        return grad_NO.t() @ x_NI, grad_NO.sum(0, dtype=torch.float32)
+    of_weight, of_bias = torch.empty(outputs, inputs), torch.empty(outputs)
+    pointers = (tensor.data_ptr() for tensor in (of_weight, of_bias))
+    sizes = num_rows, outputs, inputs
+    library().differentiate_weight(grad_NO.data_ptr(), x_NI.data_ptr(), *sizes, *pointers, num_threads)
+    return of_weight, of_bias
 
 
 def _drop(x: Tensor, seed: int, threshold: int, scale: float) -> Tensor:
@@ -223,13 +231,14 @@ def library() -> CDLL | None:
     found = load_library(Path(__file__).with_name("training_cpu.cpp"), "-fopenmp") if is_possible else None
     if found is None or not found.training_is_supported():
         return None
-    found.sum_gradients.argtypes = (c_void_p, c_void_p, *4 * [c_int64], c_void_p, c_int64)
+    found.differentiate_relu.argtypes = (c_void_p, c_void_p, *3 * [c_int64])
+    found.differentiate_weight.argtypes = (c_void_p, c_void_p, *3 * [c_int64], c_void_p, c_void_p, c_int64)
     found.nll.argtypes = (*4 * [c_void_p], c_int64, c_int64)
     found.differentiate_nll.argtypes = (*5 * [c_void_p], c_int64, c_int64)
     found.normalize.argtypes = (*4 * [c_void_p], c_float, c_int64, c_int64, *4 * [c_void_p], c_int64)
     found.differentiate_norm.argtypes = (*6 * [c_void_p], *3 * [c_int64], *3 * [c_void_p], c_int64)
     found.drop.argtypes = (c_void_p, c_uint64, c_uint32, c_float, c_int64, c_void_p, c_int64)
-    gradients = found.sum_gradients, found.differentiate_nll, found.differentiate_norm
+    gradients = found.differentiate_relu, found.differentiate_weight, found.differentiate_norm, found.differentiate_nll
     for kernel in (found.drop, found.nll, found.normalize, *gradients):
         kernel.restype = None
     return found
