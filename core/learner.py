@@ -14,8 +14,7 @@ from core.errors import UserError
 from core.kernels import multiplies_bf16, training_cpu
 from core.kernels.gpu import has_training_kernels
 from core.likelihood import nats_to_bits
-from core.models import MegaByte
-from core.models.layers import Attention, Block, Transformer
+from core.models.layers import Block
 from core.models.loss import nll
 from core.optim import Muon, average_decay, build_optimizers, set_learning_rate, update_average
 
@@ -45,11 +44,9 @@ class MeanNll(Nll):
 
     def __init__(self, model: nn.Module, precision: str, recompute: bool = False) -> None:
         super().__init__(model, precision, recompute)
-        device = next(model.parameters()).device
-        has_kernels = training_cpu.library() is not None if device.type == "cpu" else has_training_kernels(device)
-        if precision == "bf16" and has_kernels:
+        if precision == "bf16" and _has_training_kernels(next(model.parameters()).device):
             for module in model.modules():
-                if isinstance(module, (Attention, Block, Transformer, MegaByte)):
+                if hasattr(module, "has_kernels"):
                     module.has_kernels = True
 
     def forward(self, byte_ids_BT: Tensor) -> Tensor:
@@ -213,6 +210,10 @@ class Learner:
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 yield from ((names[parameter], optimizer, parameter) for parameter in group["params"])
+
+
+def _has_training_kernels(device: torch.device) -> bool:
+    return training_cpu.library() is not None if device.type == "cpu" else has_training_kernels(device)
 
 
 def trains_in_bf16(device: torch.device, precision: str) -> bool:

@@ -186,7 +186,7 @@ def test_layers_add_up_in_bf16_where_the_run_multiplies_in_it(monkeypatch):
     model, byte_ids = build(CASES["recipe"]), random_bytes(2, CONTEXT)
     seen, losses = [], {}
     for block in (block for level in model.levels for block in level.transformer.blocks):
-        block.register_forward_hook(lambda _, inputs, output: seen.extend(x.dtype for x in (inputs[0], *output)))
+        block.register_forward_hook(lambda _, inputs, output: seen.extend(x.dtype for x in (inputs[0], *output) if x is not None))
     for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         seen.clear()
         loss = MeanNll(model, precision)(byte_ids)

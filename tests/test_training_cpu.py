@@ -1,6 +1,7 @@
 """The kernels that train on a CPU: as near to float32 as torch's own under autocast, in what they make and its gradients."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -30,6 +31,7 @@ RECIPE = MegaByteConfig(
     logit_softcap=5.0,
     residual_scalars=True,
 )
+WITH_MEMORY = replace(RECIPE, levels=(LEVELS[0], replace(LEVELS[1], cross_patch=2)))
 
 
 def errors(found: list[Tensor], exact: list[Tensor]) -> list[float]:
@@ -101,7 +103,10 @@ def test_gradients_of_weights_and_biases_are_sums_in_float32(outputs, inputs, nu
 def test_the_loss_and_its_gradient_are_those_of_torch():
     logits = (3 * random_numbers(300, 256)).requires_grad_()
     byte_ids = torch.randint(256, (300,), generator=torch.Generator().manual_seed(0))
-    assert training_cpu.can_measure(logits)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert training_cpu.can_measure(logits, byte_ids)
+        assert not training_cpu.can_measure(logits, byte_ids.int())
+        assert not training_cpu.can_measure(logits, byte_ids[1:])
     ours, plain = training_cpu.nll(logits, byte_ids), F.cross_entropy(logits, byte_ids, reduction="none")
     torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-5)
     ours, plain = (torch.autograd.grad(nll, logits, random_numbers(300))[0] for nll in (ours, plain))
@@ -127,10 +132,14 @@ def test_attention_to_placed_keys_is_as_near_to_float32_as_that_of_torch(length,
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("config", [PAPER, RECIPE], ids=["paper", "recipe"])
-def test_a_model_learns_the_same_with_them(config, recompute, monkeypatch):
+@pytest.mark.parametrize(
+    ("config", "length"),
+    [(PAPER, 900), (RECIPE, 900), (WITH_MEMORY, 900), (WITH_MEMORY, 4), (replace(PAPER, levels=LEVELS[1:]), 200)],
+    ids=["paper", "recipe", "memory", "one row", "one level"],
+)
+def test_a_model_learns_the_same_with_them(config, length, recompute, monkeypatch):
     torch.manual_seed(0)
-    model, byte_ids = MegaByte(config).train(), torch.randint(256, (2, 900))
+    model, byte_ids = MegaByte(config).train(), torch.randint(256, (2, length))
 
     def loss_and_gradients(precision: str) -> list[Tensor]:
         loss = MeanNll(model, precision, recompute)(byte_ids)
@@ -148,7 +157,9 @@ def test_a_model_learns_the_same_with_them(config, recompute, monkeypatch):
     for module in model.modules():
         module.has_kernels = False
     plain = errors(loss_and_gradients("bf16"), exact)
-    assert all(own <= 1.3 * their + 5e-3 for own, their in zip(ours, plain, strict=True))
+    # A scalar's gradient is one sum of many numbers that are rounded and nearly cancel each other.
+    slack = [0.3 if parameter.numel() <= 4 else 5e-3 for parameter in model.parameters()]
+    assert all(own <= 1.3 * their + more for own, their, more in zip(ours, plain, [5e-3, *slack], strict=True))
     assert sorted(plain)[len(plain) // 2] < 0.1
 
 
@@ -182,11 +193,57 @@ def test_the_number_of_threads_changes_no_bit_of_them():
     assert all(torch.equal(one, three) for one, three in zip(*found, strict=True))
 
 
-def test_what_is_not_a_number_stays_so():
-    ours, _, parameters = layers_of("relu")
+@pytest.mark.parametrize("name", ["relu", "relu2"])
+def test_what_is_not_a_number_stays_so(name):
+    ours, _, parameters = layers_of(name)
     with torch.no_grad():
         parameters[0][3, 5] = torch.nan
-    assert ours(random_numbers(4, 1, 64).bfloat16()).isnan().all()
+    out = ours(random_numbers(4, 1, 64).bfloat16())
+    assert out.isnan().all()
+    assert torch.autograd.grad(out, parameters[0], torch.ones_like(out))[0][3].ne(0).any()
+
+
+@pytest.mark.parametrize("name", ["linear", "relu", "sum and norm", "logits"])
+def test_gradients_may_lie_anyhow_in_memory(name):
+    ours, _, parameters = layers_of(name)
+    x = random_numbers(6, 2, 64).bfloat16().requires_grad_()
+    out = ours(x)
+    for grad in (torch.ones(1).expand(out.shape), torch.ones(out.shape[::-1]).permute(2, 1, 0)):
+        grad = grad.to(out.dtype)
+        found = torch.autograd.grad(out, [x, *parameters], grad, retain_graph=True)
+        expected = torch.autograd.grad(out, [x, *parameters], grad.contiguous(), retain_graph=True)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_parameters_of_a_norm_may_be_of_another_type(dtype):
+    ours, plain, parameters = layers_of("norm")
+    x = random_numbers(20, 1, 64)
+    expected = with_gradients(plain, x, parameters, torch.float32)
+    plain.to(dtype)
+    found = with_gradients(ours, x, [*plain.parameters()], torch.bfloat16)
+    assert max(errors(found, expected)) < 0.02
+
+
+def test_of_a_sum_without_its_norm_the_gradient_goes_through():
+    x = random_numbers(20, 1, 64).bfloat16().requires_grad_()
+    summed, _ = training_cpu.add_normalized(x, x, nn.LayerNorm(64))
+    assert torch.autograd.grad(summed.sum(), x)[0].eq(2).all()
+
+
+def test_no_sequences_at_all_are_learned_from():
+    model = MegaByte(PAPER)
+    MeanNll(model, "bf16")  # from here on it uses the kernels
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model(torch.zeros(0, 16, dtype=torch.int64)).shape == (0, 16, 256)
+
+
+def test_values_that_are_no_bytes_have_no_loss():
+    logits = random_numbers(4, 256).requires_grad_()
+    nll = training_cpu.nll(logits, torch.tensor([0, 255, 256, -100]))
+    assert nll.isnan().tolist() == [False, False, True, True]
+    (grad,) = torch.autograd.grad(nll[:2].sum(), logits)
+    assert grad.isfinite().all()
 
 
 def test_widths_that_fill_no_vectors_are_left_to_torch():

@@ -13,8 +13,16 @@
 
 namespace {
 
-constexpr int64_t kValues = 256 / 16;  // vectors of the logits of a byte
+constexpr int64_t kValues = 256;  // of a byte
 constexpr float kLog2E = 1.44269504f;
+
+inline bool is_byte(int64_t value) { return value >= 0 && value < kValues; }
+
+// e^(logit - top) / 2^log of 16 logits.
+inline __m512 power_of_e(const float* logits, float top, float log) {
+  const __m512 below = _mm512_sub_ps(_mm512_loadu_ps(logits), _mm512_set1_ps(top));
+  return power_of_two(_mm512_fmsub_ps(below, _mm512_set1_ps(kLog2E), _mm512_set1_ps(log)));
+}
 
 constexpr int64_t kRows = 512;                        // that are summed while their pairs are in the cache
 constexpr int64_t kOutputs = 128, kInputs = 256;      // of the part of a weight that one thread takes
@@ -152,7 +160,7 @@ extern "C" void normalize(const uint16_t* x, const uint16_t* y, const float* wei
 #pragma omp parallel for num_threads(num_threads)
   for (int64_t row = 0; row < num_rows; ++row) {
     const uint16_t* own = x + row * width;
-    __m512 total = _mm512_setzero_ps(), squares = _mm512_setzero_ps();
+    __m512 total = _mm512_setzero_ps(), off_squares = _mm512_setzero_ps();
     for (int64_t d = 0; d < width; d += 16) {
       __m512 value = load_bf16(own + d);
       if (y != nullptr) {
@@ -165,9 +173,9 @@ extern "C" void normalize(const uint16_t* x, const uint16_t* y, const float* wei
     const __m512 mean = _mm512_set1_ps(_mm512_reduce_add_ps(total) / float(width));
     for (int64_t d = 0; d < width; d += 16) {
       const __m512 off = _mm512_sub_ps(load_bf16(own + d), mean);
-      squares = _mm512_fmadd_ps(off, off, squares);
+      off_squares = _mm512_fmadd_ps(off, off, off_squares);
     }
-    const __m512 scale = _mm512_set1_ps(1.0f / std::sqrt(_mm512_reduce_add_ps(squares) / float(width) + epsilon));
+    const __m512 scale = _mm512_set1_ps(1.0f / std::sqrt(_mm512_reduce_add_ps(off_squares) / float(width) + epsilon));
     for (int64_t d = 0; d < width; d += 16) {
       const __m512 unit = _mm512_mul_ps(_mm512_sub_ps(load_bf16(own + d), mean), scale);
       store_bf16(normed + row * width + d, _mm512_fmadd_ps(unit, _mm512_loadu_ps(weight + d), _mm512_loadu_ps(bias + d)));
@@ -212,36 +220,33 @@ extern "C" void differentiate_norm(const uint16_t* grad, const uint16_t* others,
   }
 }
 
-// -ln p of byte values by their logits (N, 256), and to the base 2 the logarithms of the sums of e^logit.
-extern "C" void nll(const float* logits, const int64_t* byte_ids, float* logs, float* found, int64_t num_bytes, int64_t num_threads) {
+// -ln p of byte values by their logits (N, 256), or not a number for what is no byte; of each its highest logit, and to the base 2
+// the logarithm of the sum of e^(logit - highest).
+extern "C" void nll(const float* logits, const int64_t* byte_ids, float* tops, float* logs, float* found, int64_t num_bytes,
+                    int64_t num_threads) {
 #pragma omp parallel for num_threads(num_threads)
   for (int64_t i = 0; i < num_bytes; ++i) {
-    const float* row = logits + i * 16 * kValues;
-    __m512 top = _mm512_loadu_ps(row), sum = _mm512_setzero_ps();
-    for (int64_t v = 1; v < kValues; ++v) top = _mm512_max_ps(top, _mm512_loadu_ps(row + 16 * v));
-    const float highest = _mm512_reduce_max_ps(top);
-    for (int64_t v = 0; v < kValues; ++v) {
-      const __m512 below = _mm512_sub_ps(_mm512_loadu_ps(row + 16 * v), _mm512_set1_ps(highest));
-      sum = _mm512_add_ps(sum, power_of_two(_mm512_mul_ps(below, _mm512_set1_ps(kLog2E))));
-    }
-    const float log = std::log2(_mm512_reduce_add_ps(sum));
-    logs[i] = highest * kLog2E + log;
-    found[i] = highest - row[byte_ids[i]] + log / kLog2E;
+    const float* row = logits + i * kValues;
+    __m512 highest = _mm512_loadu_ps(row), sum = _mm512_setzero_ps();
+    for (int64_t v = 16; v < kValues; v += 16) highest = _mm512_max_ps(highest, _mm512_loadu_ps(row + v));
+    tops[i] = _mm512_reduce_max_ps(highest);
+    for (int64_t v = 0; v < kValues; v += 16) sum = _mm512_add_ps(sum, power_of_e(row + v, tops[i], 0));
+    logs[i] = std::log2(_mm512_reduce_add_ps(sum));
+    found[i] = is_byte(byte_ids[i]) ? tops[i] - row[byte_ids[i]] + logs[i] / kLog2E : std::nanf("");
   }
 }
 
 // From the gradients (N,) of what `nll` found those of the logits.
-extern "C" void differentiate_nll(const float* logits, const int64_t* byte_ids, const float* logs, const float* grad, float* found,
-                                  int64_t num_bytes, int64_t num_threads) {
+extern "C" void differentiate_nll(const float* logits, const int64_t* byte_ids, const float* tops, const float* logs,
+                                  const float* grad, float* found, int64_t num_bytes, int64_t num_threads) {
 #pragma omp parallel for num_threads(num_threads)
   for (int64_t i = 0; i < num_bytes; ++i) {
-    const __m512 log = _mm512_set1_ps(logs[i]), scale = _mm512_set1_ps(grad[i]);
-    for (int64_t v = 0; v < kValues; ++v) {
-      const __m512 logit = _mm512_loadu_ps(logits + i * 16 * kValues + 16 * v);
-      const __m512 p = power_of_two(_mm512_fmsub_ps(logit, _mm512_set1_ps(kLog2E), log));
-      _mm512_storeu_ps(found + i * 16 * kValues + 16 * v, _mm512_mul_ps(p, scale));
+    const __m512 scale = _mm512_set1_ps(grad[i]);
+    for (int64_t v = 0; v < kValues; v += 16) {
+      const __m512 p = power_of_e(logits + i * kValues + v, tops[i], logs[i]);
+      _mm512_storeu_ps(found + i * kValues + v, _mm512_mul_ps(p, scale));
     }
-    found[i * 16 * kValues + byte_ids[i]] -= grad[i];
+    if (is_byte(byte_ids[i])) found[i * kValues + byte_ids[i]] -= grad[i];
   }
 }
 
@@ -256,7 +261,7 @@ extern "C" void normalize(const void*, const void*, const void*, const void*, fl
                           int64_t) {}
 extern "C" void differentiate_norm(const void*, const void*, const void*, const void*, const void*, const void*, int64_t, int64_t,
                                    int64_t, void*, void*, void*, int64_t) {}
-extern "C" void nll(const void*, const void*, void*, void*, int64_t, int64_t) {}
-extern "C" void differentiate_nll(const void*, const void*, const void*, const void*, void*, int64_t, int64_t) {}
+extern "C" void nll(const void*, const void*, void*, void*, void*, int64_t, int64_t) {}
+extern "C" void differentiate_nll(const void*, const void*, const void*, const void*, const void*, void*, int64_t, int64_t) {}
 
 #endif

@@ -17,14 +17,15 @@ from torch import Tensor, nn
 
 from core.kernels import has_onednn, load_library, multiplies_bf16
 
-_SLOPE = 1e-30  # of a ReLU for what is negative: oneDNN's own makes 0 of what is not a number
+_SLOPE = 1e-37  # of a ReLU for what is negative: oneDNN's own makes 0 of what is not a number
 _OUTPUTS, _INPUTS = 128, 256  # of the part of a weight whose gradient a thread makes
 _PART = 256  # rows of which a thread sums up what a norm's weight and bias get
 
 
 def can_take(x: Tensor) -> bool:
-    """Whether the kernels take what goes through a model: bf16 in whole vectors."""
-    return x.dtype == torch.bfloat16 and x.shape[-1] % 16 == 0 and not torch.compiler.is_compiling()
+    """Whether the kernels take what goes through a model, bf16 in whole vectors, and this machine has them."""
+    has_form = x.is_cpu and x.dtype == torch.bfloat16 and x.shape[-1] % 16 == 0
+    return has_form and not torch.compiler.is_compiling() and library() is not None
 
 
 def can_multiply(layer: nn.Linear) -> bool:
@@ -32,10 +33,11 @@ def can_multiply(layer: nn.Linear) -> bool:
     return layer.out_features % 16 == 0
 
 
-def can_measure(logits_NV: Tensor) -> bool:
-    """Whether `nll` takes them: those of 256 values that are learned from on a CPU that has the kernels."""
-    has_form = logits_NV.is_cpu and logits_NV.dtype == torch.float32 and logits_NV.shape[1] == 256
-    return has_form and logits_NV.requires_grad and not torch.compiler.is_compiling() and library() is not None
+def can_measure(logits_NV: Tensor, byte_ids_N: Tensor) -> bool:
+    """Whether `nll` takes them: float32 logits of 256 values that are learned from under autocast, and as many int64."""
+    has_form = logits_NV.is_cpu and logits_NV.dtype == torch.float32 and logits_NV.shape == (len(byte_ids_N), 256)
+    is_learning = logits_NV.requires_grad and torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling()
+    return has_form and byte_ids_N.dtype == torch.int64 and is_learning and library() is not None
 
 
 def linear(x: Tensor, layer: nn.Linear) -> Tensor:
@@ -69,7 +71,7 @@ def logits(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def nll(logits_NV: Tensor, byte_ids_N: Tensor) -> Tensor:
-    """-ln p `(N,)` of byte values from their float32 logits."""
+    """-ln p `(N,)` of byte values from their float32 logits; not a number for what is no byte."""
     return _Nll.apply(logits_NV, byte_ids_N)
 
 
@@ -78,14 +80,14 @@ class _Linear(torch.autograd.Function):
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         rows, weight = _rows(x), weight.bfloat16()
         ctx.save_for_backward(rows, weight)
-        return _product(rows, weight, bias).view(*x.shape[:-1], -1)
+        return _shaped(_product(rows, weight, bias), x.shape)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor, ...]:
         x, weight = ctx.saved_tensors
         rows = _rows(grad)
-        return (rows @ weight).view(*grad.shape[:-1], -1), *grads_of_weight(rows, x)
+        return (rows @ weight).view(*grad.shape[:-1], x.shape[1]), *grads_of_weight(rows, x)
 
 
 class _FeedForward(torch.autograd.Function):
@@ -99,7 +101,7 @@ class _FeedForward(torch.autograd.Function):
             hidden.square_()
         ctx.save_for_backward(rows, in_weight, hidden, out_weight)
         ctx.squares = squares
-        return _product(hidden, out_weight, out_bias).view(x.shape)
+        return _shaped(_product(hidden, out_weight, out_bias), x.shape)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -107,8 +109,7 @@ class _FeedForward(torch.autograd.Function):
         x, in_weight, hidden, out_weight = ctx.saved_tensors
         rows = _rows(grad)
         grad_hidden = rows @ out_weight
-        pointers = grad_hidden.data_ptr(), hidden.data_ptr()
-        library().differentiate_relu(*pointers, ctx.squares, hidden.numel(), torch.get_num_threads())
+        _run("differentiate_relu", grad_hidden, hidden, ctx.squares, hidden.numel())
         grad_x = (grad_hidden @ in_weight).view(grad.shape)
         return grad_x, *grads_of_weight(grad_hidden, x), *grads_of_weight(rows, hidden), None
 
@@ -117,27 +118,25 @@ class _AddNormalized(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, y: Tensor | None, weight: Tensor, bias: Tensor, epsilon: float) -> tuple[Tensor | None, Tensor]:
         rows, others = _rows(x), None if y is None else _rows(y)
-        summed, normed = None if y is None else torch.empty_like(rows), torch.empty_like(rows)
-        means, scales = torch.empty(2, len(rows))
-        weight, bias = weight.float(), bias.float()
-        inputs = (_pointer(tensor) for tensor in (rows, others, weight, bias))
-        found = (_pointer(tensor) for tensor in (summed, means, scales, normed))
-        library().normalize(*inputs, epsilon, *rows.shape, *found, torch.get_num_threads())
+        weight, bias = (parameter.float().contiguous() for parameter in (weight, bias))
+        summed, normed = None if y is None else _room(x), _room(x)
+        means, scales = torch.empty(2, len(rows), dtype=torch.float32)
+        _run("normalize", rows, others, weight, bias, epsilon, *rows.shape, summed, means, scales, normed)
         ctx.save_for_backward(rows if summed is None else summed, means, scales, weight)
         ctx.set_materialize_grads(False)
-        return None if summed is None else summed.view(x.shape), normed.view(x.shape)
+        return summed, normed
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_sum: Tensor | None, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx, grad_sum: Tensor | None, grad: Tensor | None) -> tuple[Tensor | None, ...]:
         x, means, scales, weight = ctx.saved_tensors
+        if grad is None:  # nothing came of the norm
+            return grad_sum, grad_sum, None, None, None
         rows, others = _rows(grad), None if grad_sum is None else _rows(grad_sum)
-        found, (of_weight, of_bias) = torch.empty_like(x), torch.empty(2, _num_parts(x), x.shape[1])
-        inputs = (_pointer(tensor) for tensor in (rows, others, x, means, scales, weight))
-        outputs = (_pointer(tensor) for tensor in (found, of_weight, of_bias))
-        library().differentiate_norm(*inputs, *x.shape, _PART, *outputs, torch.get_num_threads())
-        found = found.view(grad.shape)
-        return found, found if ctx.needs_input_grad[1] else None, of_weight.sum(0), of_bias.sum(0), None
+        num_parts = -(-len(rows) // _PART)
+        grad_x, (of_weight, of_bias) = _room(grad), torch.empty(2, num_parts, rows.shape[1], dtype=torch.float32)
+        _run("differentiate_norm", rows, others, x, means, scales, weight, *rows.shape, _PART, grad_x, of_weight, of_bias)
+        return grad_x, grad_x if ctx.needs_input_grad[1] else None, of_weight.sum(0), of_bias.sum(0), None
 
 
 class _Dropped(torch.autograd.Function):
@@ -157,39 +156,47 @@ class _Logits(torch.autograd.Function):
     def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
         rows = _rows(x)
         ctx.save_for_backward(rows, weight)
-        return torch.ops.mkldnn._linear_pointwise(rows.float(), weight, None, "none", [], "").view(*x.shape[:-1], -1)
+        found = torch.ops.mkldnn._linear_pointwise(rows.float(), weight, None, "none", [], "")
+        return found.view(*x.shape[:-1], len(weight))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor, ...]:
         x, weight = ctx.saved_tensors
         rows = _rows(grad)
-        return (rows @ weight.bfloat16()).view(*grad.shape[:-1], -1), rows.t() @ x
+        return (rows @ weight.bfloat16()).view(*grad.shape[:-1], x.shape[1]), rows.t() @ x
 
 
 class _Nll(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits_NV: Tensor, byte_ids_N: Tensor) -> Tensor:
         logits_NV, byte_ids_N = logits_NV.contiguous(), byte_ids_N.contiguous()
-        logs_N, nll_N = (torch.empty(len(logits_NV)) for _ in range(2))
-        sizes = len(logits_NV), torch.get_num_threads()
-        library().nll(*(x.data_ptr() for x in (logits_NV, byte_ids_N, logs_N, nll_N)), *sizes)
-        ctx.save_for_backward(logits_NV, byte_ids_N, logs_N)
+        tops_N, logs_N, nll_N = torch.empty(3, len(logits_NV), dtype=torch.float32)
+        _run("nll", logits_NV, byte_ids_N, tops_N, logs_N, nll_N, len(logits_NV))
+        ctx.save_for_backward(logits_NV, byte_ids_N, tops_N, logs_N)
         return nll_N
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_N: Tensor) -> tuple[Tensor, None]:
-        logits_NV, byte_ids_N, logs_N = ctx.saved_tensors
-        grad_N, found_NV = grad_N.contiguous(), torch.empty_like(logits_NV)
-        sizes = len(grad_N), torch.get_num_threads()
-        library().differentiate_nll(*(x.data_ptr() for x in (logits_NV, byte_ids_N, logs_N, grad_N, found_NV)), *sizes)
-        return found_NV, None
+        logits_NV, byte_ids_N, tops_N, logs_N = ctx.saved_tensors
+        grad_logits_NV = torch.empty_like(logits_NV)
+        _run("differentiate_nll", logits_NV, byte_ids_N, tops_N, logs_N, grad_N.contiguous(), grad_logits_NV, len(logits_NV))
+        return grad_logits_NV, None
 
 
 def _rows(x: Tensor) -> Tensor:
     """(N, D) in bf16."""
     return x.flatten(0, -2).bfloat16().contiguous()
+
+
+def _shaped(rows: Tensor, shape: torch.Size) -> Tensor:
+    """(..., D), which is no view: FSDP warns of a layer that returns one."""
+    return torch.ops.aten._unsafe_view(rows, (*shape[:-1], rows.shape[1]))
+
+
+def _room(x: Tensor) -> Tensor:
+    return torch.empty(x.shape, dtype=torch.bfloat16)
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor, activation: str = "none", settings: Sequence[float] = ()) -> Tensor:
@@ -198,30 +205,26 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor, activation: str = "none", 
 
 def grads_of_weight(grad_NO: Tensor, x_NI: Tensor) -> tuple[Tensor, Tensor]:
     """Of a weight `(O, I)` and its bias: grad^T x and the sums of grad over the rows."""
-    (num_rows, outputs), inputs, num_threads = grad_NO.shape, x_NI.shape[1], torch.get_num_threads()
+    (num_rows, outputs), inputs = grad_NO.shape, x_NI.shape[1]
     # Ours does both at once, and rounds nothing to bf16, but has a thread for each whole part of a weight.
-    if outputs % 16 or inputs % 64 or (outputs / _OUTPUTS) * (inputs / _INPUTS) < num_threads:
+    if outputs % 16 or inputs % 64 or (outputs / _OUTPUTS) * (inputs / _INPUTS) < torch.get_num_threads():
         return grad_NO.t() @ x_NI, grad_NO.sum(0, dtype=torch.float32)
-    of_weight, of_bias = torch.empty(outputs, inputs), torch.empty(outputs)
-    pointers = (tensor.data_ptr() for tensor in (of_weight, of_bias))
-    sizes = num_rows, outputs, inputs
-    library().differentiate_weight(grad_NO.data_ptr(), x_NI.data_ptr(), *sizes, *pointers, num_threads)
+    of_weight, of_bias = (torch.empty(size, dtype=torch.float32) for size in ((outputs, inputs), outputs))
+    _run("differentiate_weight", grad_NO, x_NI, num_rows, outputs, inputs, of_weight, of_bias)
     return of_weight, of_bias
 
 
 def _drop(x: Tensor, seed: int, threshold: int, scale: float) -> Tensor:
     x = x.bfloat16().contiguous()
     y = torch.empty_like(x)
-    library().drop(x.data_ptr(), seed, threshold, scale, x.numel(), y.data_ptr(), torch.get_num_threads())
+    _run("drop", x, seed, threshold, scale, x.numel(), y)
     return y
 
 
-def _num_parts(rows: Tensor) -> int:
-    return -(-len(rows) // _PART)
-
-
-def _pointer(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
+def _run(kernel: str, *arguments: Tensor | float | None) -> None:
+    """A kernel on the memory of contiguous tensors, which are held for so long."""
+    values = (argument.data_ptr() if isinstance(argument, Tensor) else argument for argument in arguments)
+    getattr(library(), kernel)(*values, torch.get_num_threads())
 
 
 @cache
@@ -231,14 +234,17 @@ def library() -> CDLL | None:
     found = load_library(Path(__file__).with_name("training_cpu.cpp"), "-fopenmp") if is_possible else None
     if found is None or not found.training_is_supported():
         return None
-    found.differentiate_relu.argtypes = (c_void_p, c_void_p, *3 * [c_int64])
-    found.differentiate_weight.argtypes = (c_void_p, c_void_p, *3 * [c_int64], c_void_p, c_void_p, c_int64)
-    found.nll.argtypes = (*4 * [c_void_p], c_int64, c_int64)
-    found.differentiate_nll.argtypes = (*5 * [c_void_p], c_int64, c_int64)
-    found.normalize.argtypes = (*4 * [c_void_p], c_float, c_int64, c_int64, *4 * [c_void_p], c_int64)
-    found.differentiate_norm.argtypes = (*6 * [c_void_p], *3 * [c_int64], *3 * [c_void_p], c_int64)
-    found.drop.argtypes = (c_void_p, c_uint64, c_uint32, c_float, c_int64, c_void_p, c_int64)
-    gradients = found.differentiate_relu, found.differentiate_weight, found.differentiate_norm, found.differentiate_nll
-    for kernel in (found.drop, found.nll, found.normalize, *gradients):
-        kernel.restype = None
+    pointer, count = c_void_p, c_int64
+    signatures = {
+        "drop": (pointer, c_uint64, c_uint32, c_float, count, pointer),
+        "differentiate_relu": (*2 * [pointer], count, count),
+        "differentiate_weight": (*2 * [pointer], *3 * [count], *2 * [pointer]),
+        "normalize": (*4 * [pointer], c_float, count, count, *4 * [pointer]),
+        "differentiate_norm": (*6 * [pointer], *3 * [count], *3 * [pointer]),
+        "nll": (*5 * [pointer], count),
+        "differentiate_nll": (*6 * [pointer], count),
+    }
+    for name, arguments in signatures.items():
+        kernel = getattr(found, name)
+        kernel.argtypes, kernel.restype = (*arguments, count), None
     return found

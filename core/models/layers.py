@@ -286,12 +286,13 @@ class Block(nn.Module):
         rotation: Rotation | None,
         cache: LevelCache | None = None,
         layer: int = 0,
-    ) -> tuple[Tensor, Tensor]:
-        """Reads x, or x + rest, and gives its output as such a sum: what reads it next may add it up on the way."""
+    ) -> tuple[Tensor, Tensor | None]:
+        """Reads x, or x + rest, and gives its output as such a sum where a kernel that reads it next adds it up on the way."""
         x_BKLD, normed_BKLD = _sum_and_norm(self, x_BKLD, rest_BKLD, self.attention_norm)
         attended_BKLD = self._dropped(self.attention(normed_BKLD, rotation, cache, layer))
         x_BKLD, normed_BKLD = _sum_and_norm(self, x_BKLD, attended_BKLD, self.ffn_norm)
-        return x_BKLD, self._dropped(self._feed_forward(normed_BKLD))
+        rest_BKLD = self._dropped(self._feed_forward(normed_BKLD))
+        return (x_BKLD + rest_BKLD, None) if _passes(self, x_BKLD) is None else (x_BKLD, rest_BKLD)
 
     def step(self, x_BD: Tensor, rotation: Rotation | None, keys: Tensor, values: Tensor, slots: Slots) -> Tensor:
         # `forward` of a module instead of a call, here and in `Attention.step`: together the calls take a tenth of a step.
@@ -299,7 +300,7 @@ class Block(nn.Module):
         return x_BD + self.ffn_out.forward(self.activation(self.ffn_in.forward(_normalized(self.ffn_norm, x_BD))))
 
     def _dropped(self, x: Tensor) -> Tensor:
-        kernels = None if x.is_cuda or self.dropout.p in (0, 1) or not self.training else training_kernels(self, x)
+        kernels = _passes(self, x) if self.training and 0 < self.dropout.p < 1 else None
         return self.dropout(x) if kernels is None else kernels.dropped(x, self.dropout.p)
 
     def _feed_forward(self, x: Tensor) -> Tensor:
@@ -310,9 +311,14 @@ class Block(nn.Module):
         return self.ffn_out(self.activation(self.ffn_in(x.flatten(0, -2)))).view(x.shape)
 
 
+def _passes(module: nn.Module, x: Tensor) -> ModuleType | None:
+    """What makes sums, norms and dropout in this pass, if it is not torch: on a GPU a compiler joins those better."""
+    return None if x.is_cuda else training_kernels(module, x)
+
+
 def _sum_and_norm(module: nn.Module, x: Tensor, rest: Tensor | None, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
     """x + rest, or x, and the norm of it."""
-    kernels = None if x.is_cuda else training_kernels(module, x)
+    kernels = _passes(module, x)
     if kernels is not None:
         return (x, kernels.normalized(x, norm)) if rest is None else kernels.add_normalized(x, rest, norm)
     x = x if rest is None else x + rest
@@ -357,8 +363,9 @@ class Transformer(nn.Module):
             if look_up is not None:
                 look_up()
             run = partial(checkpoint, block, use_reentrant=False) if recompute else block
-            if self.residual_scalars is not None:
-                x_BKLD, rest_BKLD = self._mixed(x_BKLD if rest_BKLD is None else x_BKLD + rest_BKLD, input_BKLD, layer), None
+            if rest_BKLD is not None and (recompute or self.residual_scalars is not None):
+                x_BKLD, rest_BKLD = x_BKLD + rest_BKLD, None  # one tensor to keep, or to scale
+            x_BKLD = self._mixed(x_BKLD, input_BKLD, layer)
             x_BKLD, rest_BKLD = run(x_BKLD, rest_BKLD, rotation, cache, layer)
         return _sum_and_norm(self, x_BKLD, rest_BKLD, self.norm)[1]
 

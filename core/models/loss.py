@@ -42,7 +42,7 @@ def nll(model: "ByteModel", byte_ids_BT: Tensor, recompute: bool = False) -> Ten
 def nll_of_logits(logits_BSV: Tensor, byte_ids_BS: Tensor) -> Tensor:
     """-ln p of every byte `(B, S)`, float32, from its logits."""
     logits_NV, byte_ids_N = logits_BSV.flatten(0, 1).float(), byte_ids_BS.flatten()
-    if training_cpu.can_measure(logits_NV):
+    if training_cpu.can_measure(logits_NV, byte_ids_N):
         return training_cpu.nll(logits_NV, byte_ids_N).view_as(byte_ids_BS)
     return F.cross_entropy(logits_NV, byte_ids_N, reduction="none").view_as(byte_ids_BS)
 
