@@ -12,7 +12,7 @@ from core.kernels import load_library, multiplies_bf16
 
 _CHANNELS = 64  # of a head, which the kernel is made for
 _BLOCK = 64  # keys that are packed together
-_SHORT_ROW = 16  # up to which nothing is packed
+_SHORT_ROW = 16  # up to which nothing is packed: `kShort` of attention.cpp
 
 Rotation = tuple[Tensor, Tensor]  # cosines and signed sines of the slots, float32 (L, C)
 

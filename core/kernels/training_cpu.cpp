@@ -127,7 +127,8 @@ extern "C" void drop(const uint16_t* x, uint64_t seed, uint32_t threshold, float
     const __m512i index = _mm512_add_epi32(_mm512_set1_epi32(int32_t(i)), lanes);
     // The upper half of an index matters for a tensor of more than 4 billion numbers.
     const __m512i key = _mm512_xor_si512(high, mixed(_mm512_xor_si512(low, _mm512_set1_epi32(int32_t(i >> 32)))));
-    const __mmask16 is_kept = _mm512_cmpge_epu32_mask(mixed(_mm512_xor_si512(mixed(index), key)), _mm512_set1_epi32(int32_t(threshold)));
+    const __m512i bits = mixed(_mm512_xor_si512(mixed(index), key));
+    const __mmask16 is_kept = _mm512_cmpge_epu32_mask(bits, _mm512_set1_epi32(int32_t(threshold)));
     store_bf16(y + i, _mm512_maskz_mul_ps(is_kept, load_bf16(x + i), _mm512_set1_ps(scale)));
   }
 }
