@@ -20,7 +20,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from core import bench
-from core.allocator import keep_freed_memory
 from core.bench import Work, engine_of_samples, flat_counterpart, random_model, random_stream, widened
 from core.likelihood import score, scoring_engine
 from core.limits import timed
@@ -164,7 +163,6 @@ def main() -> None:
     options = parser.parse_args()
     if unknown := set(options.parts) - PARTS.keys():
         parser.error(f"{', '.join(sorted(unknown))}: choose from {', '.join(PARTS)}")
-    keep_freed_memory()  # as `python -m app` does
     for name in options.parts or PARTS:
         found = PARTS[name]().measure(options.rounds)
         if options.json:
