@@ -171,7 +171,7 @@ def _placed(x_BKHLC: Tensor, norm: nn.Module, rotation: Rotation | None) -> Tens
     return rotate(norm(x_BKHLC), rotation)
 
 
-def training_kernels(module: nn.Module, x: Tensor) -> ModuleType | None:
+def _training_kernels(module: nn.Module, x: Tensor) -> ModuleType | None:
     """What multiplies and is differentiated in this pass, if it is not the layers themselves."""
     if not (module.has_kernels and torch.is_grad_enabled() and torch.is_autocast_enabled(x.device.type)):
         return None
@@ -242,14 +242,14 @@ class Attention(nn.Module):
         return self.out.forward(out.flatten(1))
 
     def _product(self, x: Tensor, layer: nn.Linear) -> Tensor:
-        kernels = training_kernels(self, x)
+        kernels = _training_kernels(self, x)
         return layer(x) if kernels is None else kernels.linear(x, layer)
 
     def _placing_kernels(self, x_BKLD: Tensor, rotation: Rotation | None) -> ModuleType | None:
         """What makes queries, keys and values of long rows in this pass, if it is not the layers themselves."""
         if not x_BKLD.is_cuda or rotation is None or not self.has_qk_norm or x_BKLD.shape[2] <= _SHORT_ROW:
             return None
-        kernels = training_kernels(self, x_BKLD)
+        kernels = _training_kernels(self, x_BKLD)
         return kernels if kernels is not None and kernels.can_place(self.qkv.in_features // self.num_heads) else None
 
     def _with_row_before(self, x_BKHLC: Tensor) -> Tensor:
@@ -292,7 +292,7 @@ class Block(nn.Module):
         attended_BKLD = self._dropped(self.attention(normed_BKLD, rotation, cache, layer))
         x_BKLD, normed_BKLD = _sum_and_norm(self, x_BKLD, attended_BKLD, self.ffn_norm)
         rest_BKLD = self._dropped(self._feed_forward(normed_BKLD))
-        return (x_BKLD + rest_BKLD, None) if _passes(self, x_BKLD) is None else (x_BKLD, rest_BKLD)
+        return (x_BKLD + rest_BKLD, None) if cpu_kernels(self, x_BKLD) is None else (x_BKLD, rest_BKLD)
 
     def step(self, x_BD: Tensor, rotation: Rotation | None, keys: Tensor, values: Tensor, slots: Slots) -> Tensor:
         # `forward` of a module instead of a call, here and in `Attention.step`: together the calls take a tenth of a step.
@@ -300,25 +300,25 @@ class Block(nn.Module):
         return x_BD + self.ffn_out.forward(self.activation(self.ffn_in.forward(_normalized(self.ffn_norm, x_BD))))
 
     def _dropped(self, x: Tensor) -> Tensor:
-        kernels = _passes(self, x) if self.training and 0 < self.dropout.p < 1 else None
+        kernels = cpu_kernels(self, x) if self.training and 0 < self.dropout.p < 1 else None
         return self.dropout(x) if kernels is None else kernels.dropped(x, self.dropout.p)
 
     def _feed_forward(self, x: Tensor) -> Tensor:
-        kernels = training_kernels(self, x)
+        kernels = _training_kernels(self, x)
         if kernels is not None and kernels.can_multiply(self.ffn_in):
             return kernels.feed_forward(x, self.ffn_in, self.ffn_out, self.squares)
         # As one matrix of rows: products of more dimensions are views, and what is done to those in place is copied to be undone.
         return self.ffn_out(self.activation(self.ffn_in(x.flatten(0, -2)))).view(x.shape)
 
 
-def _passes(module: nn.Module, x: Tensor) -> ModuleType | None:
-    """What makes sums, norms and dropout in this pass, if it is not torch: on a GPU a compiler joins those better."""
-    return None if x.is_cuda else training_kernels(module, x)
+def cpu_kernels(module: nn.Module, x: Tensor) -> ModuleType | None:
+    """What makes sums, norms, dropout and logits in this pass, if it is not torch: on a GPU a compiler joins those better."""
+    return None if x.is_cuda else _training_kernels(module, x)
 
 
 def _sum_and_norm(module: nn.Module, x: Tensor, rest: Tensor | None, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
     """x + rest, or x, and the norm of it."""
-    kernels = _passes(module, x)
+    kernels = cpu_kernels(module, x)
     if kernels is not None:
         return (x, kernels.normalized(x, norm)) if rest is None else kernels.add_normalized(x, rest, norm)
     x = x if rest is None else x + rest

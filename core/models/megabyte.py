@@ -34,7 +34,7 @@ from torch.utils.checkpoint import checkpoint
 from core.arena import zeros
 from core.cache import Cache, LevelCache
 from core.config import NUM_BYTE_VALUES, CodecConfig, LevelConfig, MegaByteConfig
-from core.models.layers import CausalConv, Slots, Transformer, init_matrices, training_kernels, truncated_normal
+from core.models.layers import CausalConv, Slots, Transformer, cpu_kernels, init_matrices, truncated_normal
 from core.models.loss import Chunk, Measure, chunk_bytes, plan_chunks
 
 
@@ -407,7 +407,7 @@ class MegaByte(nn.Module):
         """Eq. 6: the output matrix is the last level's byte embedding."""
         # fp32: bf16 keeps 8 significant bits, too few for a per-byte likelihood that is summed over a whole file.
         is_mixed = torch.is_autocast_enabled(h.device.type)  # entering it for nothing takes as long as a layer's norm
-        kernels = None if h.is_cuda else training_kernels(self, h)
+        kernels = cpu_kernels(self, h)
         with torch.autocast(h.device.type, enabled=False) if is_mixed else nullcontext():
             weight = self.levels[-1].embedder.embedding.weight.float()
             logits = F.linear(h.float(), weight) if kernels is None else kernels.logits(h, weight)
