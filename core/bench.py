@@ -20,8 +20,8 @@ from core.checkpoint import load_model
 from core.config import LevelConfig, MegaByteConfig
 from core.distributed import usable_device
 from core.errors import UserError
-from core.learner import MeanNll, learning_precision
-from core.likelihood import score, scoring_engine
+from core.learner import MeanNll, learning_precision, trains_in_bf16
+from core.likelihood import engine_name, score, scoring_engine
 from core.limits import PeakMemory, matmul_rate, seconds_to_read, timed
 from core.models import MegaByte
 from core.presets import preset
@@ -282,8 +282,8 @@ def training(
                 model.zero_grad(set_to_none=True)
                 objective(byte_ids).backward()
 
-    engine = f"{'torch' if device.type == 'cpu' else device.type}-{precision}"
     num_bytes = num_passes * byte_ids.numel()
+    engine = engine_name(device, trains_in_bf16(device, precision))
     return Case("train", name, model, engine, batch_size, length, lambda: (num_bytes, timed(passes, device)))
 
 

@@ -21,6 +21,7 @@ from torch import nn
 
 from core import bench
 from core.bench import Work, engine_of_samples, flat_counterpart, random_model, random_stream, widened
+from core.learner import learning_precision, trains_in_bf16
 from core.likelihood import score, scoring_engine
 from core.limits import timed
 from core.presets import preset
@@ -127,7 +128,7 @@ def scoring() -> Part:
 
 
 def training() -> Part:
-    """Forward and backward of 8192 bytes under bf16 autocast, as 8 x 1024 and as one sequence."""
+    """Forward and backward of 8192 bytes, as 8 x 1024 and as one sequence; under bf16 autocast if the processor multiplies bf16."""
     config = widened(replace(preset("bench-tiny").model, dropout=0.0), 8192)
     own, flat = random_model(config, CPU).train(), random_model(flat_counterpart(config), CPU).train()
     works: dict[str, Work] = {}
@@ -136,7 +137,7 @@ def training() -> Part:
         works[f"ours, T = {length}"] = bench.training("", own, 0, length).run
         works[f"flat, T = {length}"] = bench.training("", flat, 0, length).run
     ratios = [(f"ours, T = {length}", f"{name}, T = {length}") for length in (1024, 8192) for name in ("peer", "flat")]
-    return Part("train, bf16 autocast", works, ratios)
+    return Part(f"train, {'bf16 autocast' if trains_in_bf16(CPU, 'bf16') else 'fp32'}", works, ratios)
 
 
 def _peer_step(model: nn.Module, length: int) -> Work:
@@ -145,7 +146,7 @@ def _peer_step(model: nn.Module, length: int) -> Work:
 
     def step() -> None:
         model.zero_grad(set_to_none=True)
-        with torch.autocast("cpu", torch.bfloat16):
+        with learning_precision(CPU, "bf16"):
             loss = model(byte_ids, return_loss=True)
         loss.backward()
 
