@@ -15,10 +15,11 @@ from core.models.layers import Rotary, attend, rotate
 
 
 @pytest.fixture
-def kernel():
-    """Skips where there is no compiler, or no processor that multiplies bf16."""
+def kernel(monkeypatch):
+    """Skips where there is no compiler, or no processor that multiplies bf16; without tiles."""
     if attention.library() is None:
         pytest.skip("this machine cannot have the kernel")
+    monkeypatch.setattr(attention, "multiplies_tiles", lambda: False)
 
 
 def queries_keys_values(num_sequences: int, num_heads: int, length: int, scale: float = 1.0) -> list[torch.Tensor]:
@@ -104,6 +105,17 @@ def test_layers_use_it_for_long_rows_of_whole_heads(monkeypatch):
     attend(q.detach().float(), k.float(), v.float(), None)
     attend(*(x.detach()[..., :32] for x in (q, k, v)), None)
     assert len(calls) == 2
+
+
+@pytest.mark.usefixtures("kernel")
+def test_where_there_are_tiles_torch_takes_long_rows(monkeypatch):
+    monkeypatch.setattr(attention, "multiplies_tiles", lambda: True)
+    taken = {}
+    for length in (1, 16, 64, 127, 128, 400, 511, 512, 2000):
+        q = queries_keys_values(1, 1, length)[0]
+        taken[length] = can_attend(q), can_attend(q.requires_grad_())
+    assert [length for length, (scoring, _) in taken.items() if scoring] == [1, 16, 64, 127]
+    assert [length for length, (_, training) in taken.items() if training] == [1, 16, 400, 511]
 
 
 def test_without_the_kernel_torch_attends(monkeypatch):

@@ -93,6 +93,7 @@ def test_layers_are_as_near_to_float32_as_those_of_torch(name, num_rows):
 @pytest.mark.parametrize(("outputs", "inputs"), [(16, 64), (144, 320), (384, 256)])
 def test_gradients_of_weights_and_biases_are_sums_in_float32(outputs, inputs, num_rows, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 0)  # ours in any case
+    monkeypatch.setattr(training_cpu, "multiplies_tiles", lambda: False)
     grad, x = random_numbers(num_rows, outputs, seed=1).bfloat16(), random_numbers(num_rows, inputs, seed=2).bfloat16()
     of_weight, of_bias = training_cpu.grads_of_weight(grad, x)
     assert of_weight.dtype == of_bias.dtype == torch.float32
@@ -179,7 +180,8 @@ def test_a_part_of_the_numbers_is_dropped_and_of_their_gradients_the_same():
         assert (one & two).float().mean() == pytest.approx(0.75**2, abs=0.015)
 
 
-def test_the_number_of_threads_changes_no_bit_of_them():
+def test_the_number_of_threads_changes_no_bit_of_them(monkeypatch):
+    monkeypatch.setattr(training_cpu, "multiplies_tiles", lambda: False)
     ours, _, parameters = layers_of("norm")
     x, before, found = random_numbers(700, 1, 64), torch.get_num_threads(), []
     grad, inputs = (random_numbers(700, width).bfloat16() for width in (384, 320))

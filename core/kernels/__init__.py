@@ -33,6 +33,12 @@ def multiplies_bf16() -> bool:
 
 
 @cache
+def multiplies_tiles() -> bool:
+    """Whether it multiplies whole tiles of bf16 (AMX), as libraries then do: several times as fast as our kernels' vectors."""
+    return torch.cpu._is_amx_tile_supported()
+
+
+@cache
 def has_onednn() -> bool:
     """Whether this processor multiplies bf16 by oneDNN."""
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()

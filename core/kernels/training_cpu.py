@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from core.kernels import has_onednn, load_library, multiplies_bf16
+from core.kernels import has_onednn, load_library, multiplies_bf16, multiplies_tiles
 
 _SLOPE = 1e-37  # of a ReLU for what is negative: oneDNN's own makes 0 of what is not a number
 _OUTPUTS, _INPUTS = 128, 256  # of the part of a weight whose gradient a thread makes
@@ -206,8 +206,9 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor, activation: str = "none", 
 def grads_of_weight(grad_NO: Tensor, x_NI: Tensor) -> tuple[Tensor, Tensor]:
     """Of a weight `(O, I)` and its bias: grad^T x and the sums of grad over the rows."""
     (num_rows, outputs), inputs = grad_NO.shape, x_NI.shape[1]
-    # Ours does both at once, and rounds nothing to bf16, but has a thread for each whole part of a weight.
-    if outputs % 16 or inputs % 64 or (outputs / _OUTPUTS) * (inputs / _INPUTS) < torch.get_num_threads():
+    # Ours does both at once, and rounds nothing to bf16, but has a thread for each whole part of a weight and knows no tiles.
+    has_parts = (outputs / _OUTPUTS) * (inputs / _INPUTS) >= torch.get_num_threads()
+    if outputs % 16 or inputs % 64 or not has_parts or multiplies_tiles():
         return grad_NO.t() @ x_NI, grad_NO.sum(0, dtype=torch.float32)
     of_weight, of_bias = (torch.empty(size, dtype=torch.float32) for size in ((outputs, inputs), outputs))
     _run("differentiate_weight", grad_NO, x_NI, num_rows, outputs, inputs, of_weight, of_bias)
