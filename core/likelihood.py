@@ -137,9 +137,8 @@ def score(
     only_equal_lengths = model.config.num_predicted(window) < window
     device = next(model.parameters()).device
     measured = measures_of if detailed else _bits_alone
-    products: AbstractContextManager = nullcontext()
+    products: AbstractContextManager = PackedProducts() if device.type == "cpu" else nullcontext()
     if device.type == "cpu" and scores_in_bf16(model):
-        products = PackedProducts()
         for _ in in_background(attention.library):  # the building of the kernel, once
             if progress is not None:
                 progress(0)

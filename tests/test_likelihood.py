@@ -209,7 +209,7 @@ _SLOW = [pytest.param(sample, marks=pytest.mark.slow) for sample in ("lake.png",
 
 
 @pytest.mark.parametrize("sample", ["lamp.txt", *_SLOW])
-def test_bf16_moves_the_bits_of_the_shipped_models_by_far_less_than_a_thousandth(sample, monkeypatch):
+def test_bf16_moves_the_bits_of_the_shipped_models_by_less_than_a_thousandth(sample, monkeypatch):
     service, path = Service(), Path(__file__).parents[1] / "app/samples" / sample
     rates = {}
     for multiplies_bf16 in (False, True):
@@ -218,7 +218,8 @@ def test_bf16_moves_the_bits_of_the_shipped_models_by_far_less_than_a_thousandth
         result = service.score_file(path)
         rates[result.engine] = result.bits_per_byte
     assert rates.keys() == {"torch-fp32", "torch-bf16"}
-    assert rates["torch-bf16"] == pytest.approx(rates["torch-fp32"], rel=5e-4)
+    # On 776 bytes: 1 to 5 parts in 10,000, by the processor's order of summation.
+    assert rates["torch-bf16"] == pytest.approx(rates["torch-fp32"], rel=1e-3)
 
 
 def test_the_engine_follows_from_processor_width_and_setting(monkeypatch):
@@ -234,15 +235,17 @@ def test_the_engine_follows_from_processor_width_and_setting(monkeypatch):
     assert score(wide, b"ab").engine == "torch-fp32"
 
 
-@pytest.mark.skipif(not has_onednn(), reason="this processor does not multiply bf16")
-def test_a_long_score_lays_its_weights_out_once(monkeypatch):
+@pytest.mark.parametrize("multiplies_bf16", [False, True])
+def test_a_long_score_lays_its_weights_out_once(multiplies_bf16, monkeypatch):
+    if not has_onednn(torch.bfloat16 if multiplies_bf16 else torch.float32):
+        pytest.skip("oneDNN has no such products on this processor")
     model = build(MegaByteConfig(levels=(LevelConfig(dim=64, num_layers=1, num_heads=1, ffn_dim=256),), max_seq_len=8))
     monkeypatch.delenv("MEGABYTE_ENGINE", raising=False)
-    monkeypatch.setattr(likelihood, "multiplies_bf16", lambda: True)
+    monkeypatch.setattr(likelihood, "multiplies_bf16", lambda: multiplies_bf16)
     made = []
     monkeypatch.setattr(likelihood, "PackedProducts", lambda: made.append(PackedProducts()) or made[-1])
     packed = score(model, stream_of(10_000)).bits
-    assert [len(products._packed) for products in made] == [4]
+    assert [len(products._packed) for products in made] == [5]
     monkeypatch.setattr(likelihood, "PackedProducts", nullcontext)
     np.testing.assert_allclose(score(model, stream_of(10_000)).bits, packed, atol=1e-3)
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from core.config import LevelConfig, MegaByteConfig
 from core.errors import UserError
@@ -137,12 +138,14 @@ def test_without_the_kernel_onednn_multiplies(monkeypatch):
     assert (found - expected).square().mean().sqrt() < 0.05 * expected.std()
 
 
-@pytest.mark.skipif(not has_onednn(), reason="this processor does not multiply bf16")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("bias", [True, False])
-def test_many_rows_are_multiplied_by_weights_that_are_laid_out_once(bias):
+def test_many_rows_are_multiplied_by_weights_that_are_laid_out_once(dtype, bias):
+    if not has_onednn(dtype):
+        pytest.skip("oneDNN has no such products on this processor")
     layer, x = torch.nn.Linear(96, 80, bias=bias), torch.randn(2, 96, 700).transpose(1, 2)
-    products = PackedProducts()
-    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+    products, tolerance = PackedProducts(), {torch.bfloat16: 2**-7, torch.float32: 1e-5}[dtype]
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
         plain = layer(x)
         with products:
             assert torch.equal(layer(x[:, :10]), plain[:, :10])
@@ -150,10 +153,12 @@ def test_many_rows_are_multiplied_by_weights_that_are_laid_out_once(bias):
         for _ in range(2):
             with products:
                 found = layer(x)
-            torch.testing.assert_close(found, plain, rtol=2**-7, atol=1e-3)
-            assert list(products._packed) == [layer.weight]
-    with torch.inference_mode(), products:
-        assert layer(x).dtype == torch.float32
+            assert found.dtype == dtype
+            torch.testing.assert_close(found, plain, rtol=tolerance, atol=0.1 * tolerance)
+            assert list(products._packed) == [(layer.weight, dtype)]
+        with products:
+            torch.testing.assert_close(F.linear(x, 2 * layer.weight), 2 * F.linear(x, layer.weight), rtol=tolerance, atol=tolerance)
+        assert len(products._packed) == 1
 
 
 @pytest.mark.parametrize("reason", [ModuleNotFoundError("no triton"), RuntimeError("Failed to find C compiler")])

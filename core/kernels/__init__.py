@@ -39,9 +39,13 @@ def multiplies_tiles() -> bool:
 
 
 @cache
-def has_onednn() -> bool:
-    """Whether this processor multiplies bf16 by oneDNN."""
-    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+def has_onednn(dtype: torch.dtype = torch.bfloat16) -> bool:
+    """Whether oneDNN multiplies bf16 on this processor, or float32, where it has been tried."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    if dtype == torch.float32:
+        return platform.machine().lower() in ("x86_64", "amd64")
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def load_library(source: Path, *flags: str) -> ctypes.CDLL | None:

@@ -261,26 +261,30 @@ class PackedLinear(nn.Module):
 
 
 class PackedProducts(TorchFunctionMode):
-    """Inside, linear layers under autocast on a CPU multiply many rows by weights that oneDNN has laid out once.
+    """Inside, linear layers on a CPU multiply many rows by weights that oneDNN has laid out once, without gradients.
 
     Otherwise it lays them out for each product anew, and torch writes the bias as the sums that the product is added to.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self._packed: dict[Tensor, Tensor] = {}  # by the parameter
+        self._packed: dict[tuple[Tensor, torch.dtype], Tensor] = {}  # by the parameter and what it is rounded to
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        is_large = function is F.linear and args[0].numel() >= _MANY_ROWS * args[0].shape[-1]
-        if is_large and torch.is_autocast_enabled("cpu") and has_onednn():
-            return self._linear(*args, **(kwargs or {}))
+        if function is F.linear and args[0].numel() >= _MANY_ROWS * args[0].shape[-1] and isinstance(args[1], nn.Parameter):
+            dtype = torch.bfloat16 if torch.is_autocast_enabled("cpu") else args[0].dtype
+            if dtype in (torch.bfloat16, torch.float32) and has_onednn(dtype):
+                return self._linear(dtype, *args, **(kwargs or {}))
         return function(*args, **(kwargs or {}))
 
-    def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        if weight not in self._packed:
-            self._packed[weight] = torch.ops.mkldnn._reorder_linear_weight(weight.bfloat16(), _MANY_ROWS)
-        bias = None if bias is None else bias.bfloat16()
-        return torch.ops.mkldnn._linear_pointwise(x.bfloat16().contiguous(), self._packed[weight], bias, "none", [], "")
+    def _linear(self, dtype: torch.dtype, x: Tensor, weight: nn.Parameter, bias: Tensor | None = None) -> Tensor:
+        key = weight, dtype
+        if key not in self._packed:
+            self._packed[key] = weight.detach().to(dtype)  # a layout is worth making for what comes again
+        elif not self._packed[key].is_mkldnn:
+            self._packed[key] = torch.ops.mkldnn._reorder_linear_weight(self._packed[key], _MANY_ROWS)
+        bias = None if bias is None else bias.to(dtype)
+        return torch.ops.mkldnn._linear_pointwise(x.to(dtype).contiguous(), self._packed[key], bias, "none", [], "")
 
 
 def fused(model: MegaByte) -> MegaByte:
