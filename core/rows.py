@@ -1,11 +1,12 @@
-"""Single sequences being continued: the native decoder's on a CPU, or torch's for every model on every device.
+"""Sequences being continued: the native decoder's on a CPU, or torch's for every model on every device.
 
-A row is decoded at batch size 1, so no neighbour and no batch size can change a byte of it.
+No neighbour can change a byte of a row: torch decodes it at batch size 1, and the native decoder, which reads the weights once
+for several rows, computes each as if it were alone.
 """
 
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Protocol
@@ -19,7 +20,7 @@ from core.arena import Arena
 from core.cache import Cache
 from core.law import Chunk, SampleConfig, draw, sampling_law, surprisal
 from core.models import ByteModel, MegaByte
-from core.native import NativeDecoder
+from core.native import NativeDecoder, NativeSequence, Part, Team
 
 _laid_out: WeakKeyDictionary[ByteModel, list[int]] = WeakKeyDictionary()  # where the matrices of laid out models are
 _setting = threading.Lock()  # the number of threads of torch
@@ -35,17 +36,17 @@ class Row(Protocol):
     def copy(self) -> "Row":
         """Another sequence that goes on from here."""
 
-    def draw(self, uniforms: np.ndarray, config: SampleConfig) -> Chunk:
-        """Appends one byte for each number, float64 in [0, 1); there must be room for them."""
+
+Draw = tuple[Row, np.ndarray, SampleConfig]  # a row, and one number, float64 in [0, 1), for each byte that is appended to it
 
 
 class NativeRow:
-    """A row of the native decoder; `alone` says that no other one is drawn from at the same time."""
+    """A row of the native decoder."""
 
-    def __init__(self, model: MegaByte, decoder: NativeDecoder, cache_len: int, alone: bool) -> None:
-        self._made_of = model, decoder, cache_len, alone
+    def __init__(self, model: MegaByte, decoder: NativeDecoder, cache_len: int) -> None:
+        self._made_of = model, decoder, cache_len
         self._cache = model.new_cache(1, cache_len)
-        self._sequence = decoder.sequence(self._cache, alone=alone)
+        self._sequence = NativeSequence(decoder, self._cache)
         self._unread = np.zeros(0, dtype=np.uint8)  # the bytes after the last whole patch, which the kernel reads itself
 
     def read(self, history: np.ndarray) -> None:
@@ -60,12 +61,18 @@ class NativeRow:
         other._unread = self._unread
         return other
 
-    def draw(self, uniforms: np.ndarray, config: SampleConfig) -> Chunk:
-        byte_values, bits = self._sequence.draw(
-            self._unread, uniforms, temperature=config.temperature, top_k=config.top_k, top_p=config.top_p
-        )
-        num_given, self._unread = len(self._unread), self._unread[:0]
-        return Chunk(byte_values[num_given:], bits[num_given:])
+    @staticmethod
+    def draw(team: Team, draws: Sequence[Draw]) -> list[Chunk]:
+        """Appends bytes to rows of one decoder, for which there must be room."""
+        parts = [
+            Part(row._sequence, row._unread, numbers, temperature=law.temperature, top_k=law.top_k, top_p=law.top_p)
+            for row, numbers, law in draws
+        ]
+        chunks = []
+        for (row, *_), (byte_values, bits) in zip(draws, team.draw(parts), strict=True):
+            num_given, row._unread = len(row._unread), row._unread[:0]
+            chunks.append(Chunk(byte_values[num_given:], bits[num_given:]))
+        return chunks
 
 
 class TorchRow:
@@ -90,7 +97,12 @@ class TorchRow:
         other.logits_V, other._drawn = self.logits_V, self._drawn
         return other
 
-    def draw(self, uniforms: np.ndarray, config: SampleConfig) -> Chunk:
+    @staticmethod
+    def draw(draws: Sequence[Draw]) -> list[Chunk]:
+        """Appends bytes to one row after another, for which there must be room."""
+        return [row._draw(numbers, law) for row, numbers, law in draws]
+
+    def _draw(self, uniforms: np.ndarray, config: SampleConfig) -> Chunk:
         byte_values, bits = np.empty(len(uniforms), dtype=np.uint8), np.empty(len(uniforms), dtype=np.float32)
         with torch.inference_mode(), _one_thread():
             for t, uniform in enumerate(uniforms):

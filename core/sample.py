@@ -3,7 +3,7 @@
 A sample is a function of the model, its prefix, its settings, (seed, sample number) and the engine alone: no neighbour
 and no batch size can change a byte of it. The engine follows from model, machine and `MEGABYTE_ENGINE`:
 
-    native-bf16   on a CPU with a compiler, for models that `core.native` takes; samples share the cores
+    native-bf16   on a CPU with a compiler, for models that `core.native` takes; several samples share one walk through the weights
     native-int8   the same with MEGABYTE_ENGINE=native-int8: faster, and its law is not quite the model's
     torch-fp32    on a CPU otherwise, or with MEGABYTE_ENGINE=torch (cuda-fp32 on a GPU)
     torch-bf16    on a CPU with MEGABYTE_ENGINE=torch-bf16: 16 samples in lockstep, whose rows fill up with the next ones;
@@ -18,10 +18,10 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import closing
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 
@@ -34,7 +34,7 @@ from core.law import Chunk, SampleConfig, sampling_law, uniforms
 from core.likelihood import as_stream, engine_name
 from core.lockstep import Job, borrowed_lockstep
 from core.models import ByteModel, MegaByte
-from core.rows import NativeRow, Row, TorchRow
+from core.rows import Draw, NativeRow, Row, TorchRow
 
 __all__ = ["Chunk", "Request", "SampleConfig", "Sampler", "generate", "next_byte_law", "num_at_once", "prepare", "stream_batch"]
 
@@ -44,6 +44,10 @@ MAX_SAMPLES = 1 << 16  # of one prefix
 # Bytes of the first chunk and of the longest, rounded up to whole patches: handing it over should cost little beside making it.
 _CHUNK_BYTES = 16, 64
 _CHUNK_S = 0.02  # chunks grow while they take less, and shrink: somebody waits for the bytes, or for the work to stop
+
+# Rows for which a team of threads reads the weights once, and the memory of their keys and values, in bytes.
+_ROWS_OF_TEAM = 8
+_BYTES_OF_TEAM = 1 << 28
 
 _NATIVE = (native.ENGINE_NAME, native.INT8_ENGINE_NAME)
 
@@ -94,8 +98,8 @@ class Sampler:
                 f"ask for at most {max(context - len(self.prefix), 0)}"
             )
         patch_size = model.config.patch_size
-        self._cache_len = min(context, -(-(len(self.prefix) + num_bytes) // patch_size) * patch_size)
-        self._after_prefix: dict[bool, Row] = {}
+        self.cache_len = min(context, -(-(len(self.prefix) + num_bytes) // patch_size) * patch_size)
+        self._after_prefix: Row | None = None
         self._reading = threading.Lock()  # samples made side by side share it
 
     @cached_property
@@ -103,45 +107,60 @@ class Sampler:
         """What makes the bytes; looked for at first use, which may take the seconds of `prepare`."""
         return _choose_engine(self.model)
 
-    def stream(self, sample_number: int = 0, *, alone: bool = True) -> Iterator[Chunk]:
-        """The new bytes of one sample, in chunks that end with the model's patches. Closing it ends the work.
-
-        Not `alone`, it leaves the other cores to samples that are made at the same time; the bytes are the same.
-        """
+    def stream(self, sample_number: int = 0) -> Iterator[Chunk]:
+        """The new bytes of one sample, in chunks that end with the model's patches. Closing it ends the work."""
         if self.engine in _LOCKSTEP:
             request = Request(self.prefix, self.num_bytes, self.config, sample_number)
-            yield from (chunk for _, chunk in _in_lockstep(self.model, self.engine, [request]))
-            return
-        noise = uniforms(self.config.seed, sample_number)
-        history = np.concatenate((self.prefix, np.zeros(self.num_bytes, dtype=np.uint8)))
-        row, position = self._start(alone)
-        done = len(self.prefix)
-        size = _CHUNK_BYTES[0]
-        while done < len(history):
-            if position == self._cache_len:
-                position = self._read(history[:done], row)
-            num_drawn = min(_chunk_end(self.model, position, size), self._cache_len) - position
-            started = time.perf_counter()
-            chunk = row.draw(noise.random(min(num_drawn, len(history) - done)), self.config)
-            history[done : done + len(chunk.byte_values)] = chunk.byte_values
-            done, position = done + len(chunk.byte_values), position + len(chunk.byte_values)
-            size = _next_size(size, time.perf_counter() - started)
-            yield chunk
+            chunks = _in_lockstep(self.model, self.engine, [request])
+        else:
+            chunks = _in_groups(self.engine, deque([_Making(self, sample_number, 0)]), num_rows=1)
+        with closing(chunks):
+            yield from (chunk for _, chunk in chunks)
 
-    def _start(self, alone: bool) -> tuple[Row, int]:
+    def start(self) -> tuple[Row, int]:
         """A row of one sample's own that has read the prefix, and its position."""
-        start = _context_of(self.prefix, self._cache_len, self.model)
+        start = _context_of(self.prefix, self.cache_len, self.model)
         with self._reading:
-            if alone not in self._after_prefix:
-                row = _new_row(self.model, self.engine, self._cache_len, alone)
+            if self._after_prefix is None:
+                row = _new_row(self.model, self.engine, self.cache_len)
                 row.read(start)
-                self._after_prefix[alone] = row
-        return self._after_prefix[alone].copy(), len(start)
+                self._after_prefix = row
+        return self._after_prefix.copy(), len(start)
 
-    def _read(self, history: np.ndarray, row: Row) -> int:
-        context = _context_of(history, self._cache_len, self.model)
-        row.read(context)
-        return len(context)
+
+class _Making:
+    """A sample that is being made; `index` is that of its request."""
+
+    def __init__(self, sampler: Sampler, sample_number: int, index: int) -> None:
+        self._sampler, self._sample_number = sampler, sample_number
+        self.index = index
+        self._done = len(sampler.prefix)
+
+    @property
+    def is_done(self) -> bool:
+        return self._done == len(self._sampler.prefix) + self._sampler.num_bytes
+
+    def begin(self) -> None:
+        """Reads the prefix, or takes over what was read of it."""
+        sampler = self._sampler
+        self._noise = uniforms(sampler.config.seed, self._sample_number)
+        self._history = np.concatenate((sampler.prefix, np.zeros(sampler.num_bytes, dtype=np.uint8)))
+        self._row, self._position = sampler.start()
+
+    def next_draw(self, size: int) -> Draw:
+        """What is drawn to go on by about `size` bytes; a full context is read again from its last half."""
+        model, cache_len = self._sampler.model, self._sampler.cache_len
+        if self._position == cache_len:
+            context = _context_of(self._history[: self._done], cache_len, model)
+            self._row.read(context)
+            self._position = len(context)
+        count = min(_chunk_end(model, self._position, size), cache_len) - self._position
+        return self._row, self._noise.random(min(count, len(self._history) - self._done)), self._sampler.config
+
+    def take(self, chunk: Chunk) -> None:
+        count = len(chunk.byte_values)
+        self._history[self._done : self._done + count] = chunk.byte_values
+        self._done, self._position = self._done + count, self._position + count
 
 
 def stream_batch(model: ByteModel, requests: Sequence[Request]) -> Iterator[tuple[int, Chunk]]:
@@ -154,17 +173,16 @@ def stream_batch(model: ByteModel, requests: Sequence[Request]) -> Iterator[tupl
         UserError: as `Sampler`, before anything is made.
     """
     samplers: dict[tuple, Sampler] = {}
-    streams = []
-    for request in requests:
+    makings: deque[_Making] = deque()
+    for index, request in enumerate(requests):
         key = as_stream(request.prefix).tobytes(), request.num_bytes, request.config
         if key not in samplers:
             samplers[key] = Sampler(model, request.prefix, request.num_bytes, request.config)
-        streams.append((samplers[key], request.sample_number))
+        makings.append(_Making(samplers[key], request.sample_number, index))
     engine = _choose_engine(model)
     if engine in _LOCKSTEP:
         return _in_lockstep(model, engine, requests)
-    num_workers = min(num_at_once(model), len(streams))
-    return _side_by_side([sampler.stream(number, alone=num_workers == 1) for sampler, number in streams], num_workers)
+    return _in_groups(engine, makings, num_at_once(model))
 
 
 def num_at_once(model: ByteModel) -> int:
@@ -172,8 +190,8 @@ def num_at_once(model: ByteModel) -> int:
     engine = _choose_engine(model)
     if engine in _LOCKSTEP:
         return _LOCKSTEP[engine][1]
-    # Only the native engine's rows gain from working side by side: torch shares its matrix products itself.
-    return native.num_cores() if engine in _NATIVE else 1
+    # Torch shares its matrix products itself and gains nothing from rows side by side.
+    return len(_teams()) * _rows_of_team(model) if engine in _NATIVE else 1
 
 
 def generate(
@@ -254,10 +272,25 @@ def _choose_engine(model: ByteModel) -> str:
     return engine_name(device, is_bf16=False)
 
 
-def _new_row(model: ByteModel, engine: str, cache_len: int, alone: bool) -> Row:
+def _new_row(model: ByteModel, engine: str, cache_len: int) -> Row:
     if engine in _NATIVE:
-        return NativeRow(model, native.compile_model(model, engine), cache_len, alone)
+        return NativeRow(model, native.compile_model(model, engine), cache_len)
     return TorchRow(model, cache_len)
+
+
+def _teams() -> list[bool]:
+    """The native engine's groups of threads that fill the cores: whether each has a second thread."""
+    num_cores = native.num_cores()
+    return [first + 1 < num_cores for first in range(0, num_cores, 2)]
+
+
+def _rows_of_team(model: MegaByte) -> int:
+    """How many rows share one walk through the weights; fewer of long ones, whose keys take longer to read than weights."""
+    num_bytes = sum(
+        2 * 4 * level.config.num_layers * level.config.dim * (level.config.cross_patch + level.row_length)
+        for level in model.levels
+    )
+    return max(1, min(_ROWS_OF_TEAM, _BYTES_OF_TEAM // max(num_bytes, 1)))
 
 
 def _context_of(history: np.ndarray, cache_len: int, model: ByteModel) -> np.ndarray:
@@ -269,10 +302,9 @@ def _context_of(history: np.ndarray, cache_len: int, model: ByteModel) -> np.nda
 
 
 def _chunk_end(model: ByteModel, position: int, size: int) -> int:
-    """Where the chunk that begins at a position ends, unless the sample does before."""
+    """Where the chunk that begins at a position ends, unless the sample does before: after as many patches from anywhere."""
     patch_size = model.config.patch_size
-    size = -(-size // patch_size) * patch_size
-    return (position // size + 1) * size
+    return position - position % patch_size + -(-size // patch_size) * patch_size
 
 
 def _next_size(size: int, seconds: float) -> int:
@@ -283,24 +315,58 @@ def _next_size(size: int, seconds: float) -> int:
     return max(size // 2, first) if seconds > 2 * _CHUNK_S else size
 
 
-def _side_by_side(streams: Sequence[Iterator[Chunk]], num_workers: int) -> Iterator[tuple[int, Chunk]]:
-    """The chunks of several streams, `num_workers` of which are worked on at a time, first come first served."""
-    if num_workers == 1:  # a thread more would take time from those that make the bytes
-        for index, stream in enumerate(streams):
-            yield from ((index, chunk) for chunk in stream)
+def _in_groups(engine: str, waiting: deque[_Making], num_rows: int) -> Iterator[tuple[int, Chunk]]:
+    """The chunks of samples of which up to `num_rows` are worked on at a time, first come first served.
+
+    Each team of threads works on a group of rows.
+    """
+    teams = _teams()[: min(num_rows, len(waiting))] if engine in _NATIVE else [False]
+    rows_each = -(-min(num_rows, len(waiting)) // max(len(teams), 1))
+    groups = [_in_group(engine, waiting, rows_each, has_helper) for has_helper in teams]
+    if len(groups) == 1:  # a thread more would take time from those that make the bytes
+        for chunks in groups[0]:
+            yield from chunks
         return
-    waiting = deque(enumerate(streams))
-    running: dict[Future, tuple[int, Iterator[Chunk]]] = {}
-    with ThreadPoolExecutor(num_workers) as pool:
-        while waiting or running:
-            while waiting and len(running) < num_workers:
-                index, stream = waiting.popleft()
-                running[pool.submit(next, stream, None)] = index, stream
+    with ThreadPoolExecutor(max(len(groups), 1)) as pool:
+        running = {pool.submit(next, group, None): group for group in groups}
+        while running:
             for future in wait(running, return_when=FIRST_COMPLETED).done:
-                index, stream = running.pop(future)
-                if (chunk := future.result()) is not None:
-                    running[pool.submit(next, stream, None)] = index, stream
-                    yield index, chunk
+                group = running.pop(future)
+                if (chunks := future.result()) is not None:
+                    running[pool.submit(next, group, None)] = group
+                    yield from chunks
+
+
+def _in_group(
+    engine: str, waiting: deque[_Making], num_rows: int, has_helper: bool
+) -> Iterator[list[tuple[int, Chunk]]]:
+    """The next chunk of each of up to `num_rows` samples; one that has ended makes room for the next that waits."""
+    draw = partial(NativeRow.draw, native.Team(has_helper)) if engine in _NATIVE else TorchRow.draw
+    group: list[_Making] = []
+    size = _CHUNK_BYTES[0]
+    while True:
+        started = time.perf_counter()
+        # Whoever looks at the others waits meanwhile, so not for several prefixes.
+        while len(group) < num_rows and time.perf_counter() - started < _CHUNK_S and (making := _next_of(waiting)):
+            making.begin()
+            group.append(making)
+        if not group:
+            return
+        draws = [making.next_draw(size) for making in group]
+        started = time.perf_counter()
+        chunks = draw(draws)
+        size = _next_size(size, time.perf_counter() - started)
+        for making, chunk in zip(group, chunks, strict=True):
+            making.take(chunk)
+        yield [(making.index, chunk) for making, chunk in zip(group, chunks, strict=True)]
+        group = [making for making in group if not making.is_done]
+
+
+def _next_of(waiting: deque[_Making]) -> _Making | None:
+    try:
+        return waiting.popleft()
+    except IndexError:  # another group was faster
+        return None
 
 
 def _in_lockstep(model: MegaByte, engine: str, requests: Sequence[Request]) -> Iterator[tuple[int, Chunk]]:

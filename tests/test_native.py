@@ -1,6 +1,8 @@
 """The native engine: torch's logits, and torch itself wherever the engine cannot run."""
 
+import contextlib
 import functools
+import gc
 import os
 import platform
 import resource
@@ -8,6 +10,8 @@ import shutil
 import stat
 import subprocess
 import sys
+import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,19 +19,20 @@ import numpy as np
 import pytest
 import torch
 
-from core import kernels, native
+from core import kernels, native, sample
 from core.config import LevelConfig, MegaByteConfig
 from core.errors import UserError
 from core.law import draw, sampling_law, surprisal, uniforms
 from core.likelihood import score
 from core.models import MegaByte
-from core.rows import lay_out
-from core.sample import SampleConfig, Sampler, generate
+from core.rows import NativeRow, lay_out
+from core.sample import Request, SampleConfig, Sampler, generate, num_at_once, stream_batch
 from tests.model_cases import CASES, CONTEXT, RECIPE, build, random_bytes, two_level
 
 # Sums in another order, and an exponential of its own.
 LOGITS = {"rtol": 0.0, "atol": 1e-4}
 MAX_KL = 1e-9  # nats
+NOTHING = np.zeros(0, dtype=np.uint8)
 
 SUPPORTED = {
     name: config
@@ -120,7 +125,7 @@ def test_logits_equal_torch_s_after_any_prompt(name):
         slow, fast = model.new_cache(1, context), model.new_cache(1, context)
         model.prefill(byte_ids[None, :num_prompt], slow)
         fast.copy_from(slow)
-        sequence = decoder.sequence(fast)
+        sequence = native.NativeSequence(decoder, fast)
         end = context - 1 if num_prompt % patch_size == 1 else num_prompt + patch_size + 1
         for t in range(num_prompt, min(end, context - 1)):
             expected.append(model.step(byte_ids[t : t + 1], slow)[0].numpy())
@@ -141,7 +146,7 @@ def test_logits_equal_torch_s_however_many_hidden_values_are_zero(shift):
     byte_ids = random_bytes(model.config.max_seq_len)
     cache = model.new_cache(1, model.config.max_seq_len)
     model.prefill(byte_ids[None, :0], cache)
-    sequence = native.compile_model(model).sequence(cache)
+    sequence = native.NativeSequence(native.compile_model(model), cache)
     got = [sequence.step(byte).copy() for byte in byte_ids[:-1].tolist()]
     np.testing.assert_allclose(got, model(byte_ids[None])[0, 1:].detach().numpy(), **LOGITS)
 
@@ -152,7 +157,7 @@ def test_a_full_cache_takes_no_byte():
     cache = model.new_cache(1, CONTEXT)
     model.prefill(random_bytes(1, CONTEXT - 1), cache)
     with pytest.raises(ValueError, match=f"holds {CONTEXT} bytes"):
-        native.compile_model(model).sequence(cache).step(0)
+        native.NativeSequence(native.compile_model(model), cache).step(0)
 
 
 @pytest.mark.usefixtures("engine")
@@ -164,7 +169,7 @@ def test_torch_may_take_any_step_of_a_native_sequence(name):
     expected = model(byte_ids[None])[0].detach().numpy()
     cache = model.new_cache(1, context)
     model.prefill(byte_ids[None, :0], cache)
-    sequence = native.compile_model(model).sequence(cache)
+    sequence = native.NativeSequence(native.compile_model(model), cache)
     for t in range(context - 1):
         by_torch = t % 3 == 1
         logits = model.step(byte_ids[t : t + 1], cache)[0].numpy() if by_torch else sequence.step(int(byte_ids[t]))
@@ -181,7 +186,7 @@ def test_sequences_stepped_in_parallel_give_the_same_bits_every_time(name):
     def run(_) -> np.ndarray:
         cache = model.new_cache(1, model.config.max_seq_len)
         model.prefill(torch.zeros(1, 0, dtype=torch.int64), cache)
-        sequence = decoder.sequence(cache)
+        sequence = native.NativeSequence(decoder, cache)
         return np.stack([sequence.step(byte).copy() for byte in byte_ids])
 
     alone = run(0)
@@ -197,7 +202,7 @@ def test_sequences_stepped_in_turn_do_not_disturb_each_other():
     def sequence():
         cache = model.new_cache(1, CONTEXT)
         model.prefill(torch.zeros(1, 0, dtype=torch.int64), cache)
-        return native.compile_model(model).sequence(cache)
+        return native.NativeSequence(native.compile_model(model), cache)
 
     first, second = sequence(), sequence()
     in_turn = [(first.step(a).copy(), second.step(b).copy()) for a, b in zip(*byte_ids, strict=True)]
@@ -282,12 +287,14 @@ def test_drawn_bytes_are_those_of_the_python_law(name):
         stepped, drawn = model.new_cache(1, context), model.new_cache(1, context)
         logits = model.prefill(prefix[None], stepped)[0].numpy()
         model.read_patches(prefix[None], drawn)
-        sequence, step = decoder.sequence(drawn), decoder.sequence(stepped).step
+        sequence, step = native.NativeSequence(decoder, drawn), native.NativeSequence(decoder, stepped).step
         law = {"temperature": config.temperature, "top_k": config.top_k, "top_p": config.top_p}
+        team = native.Team(has_helper=False)
         # In parts, none of which begins or ends with a patch, and the first byte of all given.
         parts = np.split(noise[1:], [2, 3, 10])
-        made = [sequence.draw(np.array([7], dtype=np.uint8), parts[0], **law)]
-        made += [sequence.draw(np.zeros(0, dtype=np.uint8), part, **law) for part in parts[1:]]
+        made = team.draw([native.Part(sequence, np.array([7], dtype=np.uint8), parts[0], **law)])
+        for part in parts[1:]:
+            made += team.draw([native.Part(sequence, NOTHING, part, **law)])
         byte_values, bits = (np.concatenate(arrays) for arrays in zip(*made, strict=True))
         assert byte_values[0] == 7
         for t, byte_value in enumerate(byte_values.tolist()):
@@ -310,11 +317,11 @@ def test_bytes_may_be_drawn_where_one_was_predicted_already(name, stepped):
     caches = [model.new_cache(1, context) for _ in range(2)]
     model.read_patches(prefix[None], caches[0])
     model.prefill(prefix[None, : len(prefix) - stepped], caches[1])
-    sequences = [decoder.sequence(cache) for cache in caches]
+    sequences = [native.NativeSequence(decoder, cache) for cache in caches]
     if stepped:
         sequences[1].step(int(prefix[-1]))
-    nothing = np.zeros(0, dtype=np.uint8)
-    wanted, found = (sequence.draw(nothing, noise, temperature=1.0, top_k=None, top_p=1.0) for sequence in sequences)
+    team = native.Team(has_helper=False)
+    wanted, found = (team.draw([native.Part(sequence, NOTHING, noise)])[0] for sequence in sequences)
     assert np.array_equal(found[0], wanted[0])
     np.testing.assert_allclose(found[1], wanted[1], **LOGITS)
 
@@ -331,15 +338,157 @@ def test_a_second_thread_changes_no_bit():
 
     def run(has_helper: bool) -> tuple[np.ndarray, np.ndarray]:
         cache = model.new_cache(1, 512)
-        sequence = native.NativeSequence(decoder, cache, has_helper=has_helper)
-        nothing = np.zeros(0, dtype=np.uint8)
-        made = [sequence.draw(nothing, part, temperature=1.0, top_k=None, top_p=1.0) for part in np.split(noise, 64)]
+        sequence, team = native.NativeSequence(decoder, cache), native.Team(has_helper)
+        made = [team.draw([native.Part(sequence, NOTHING, part)])[0] for part in np.split(noise, 64)]
         return tuple(np.concatenate(arrays) for arrays in zip(*made, strict=True))
 
     expected = run(False)
     with ThreadPoolExecutor(3) as threads:
         for made in threads.map(run, [True] * 12):
             assert all(np.array_equal(mine, theirs) for mine, theirs in zip(made, expected, strict=True))
+
+
+# What rows that step together have of their own: bytes read before, given ones, drawn ones for each of two calls, the law.
+GROUP = [
+    (0, 0, (9, 14), {}),
+    (1, 3, (2, 1), {"temperature": 0.0}),
+    (5, 0, (0, 3), {"temperature": 0.7, "top_k": 20}),
+    (13, 1, (6, 0), {"top_p": 0.8}),
+    (12, 0, (12, 2), {"temperature": 1.3, "top_k": 50, "top_p": 0.9}),
+]
+
+
+def drawn(decoder: native.NativeDecoder, model: MegaByte, members: list, team: native.Team, together: bool) -> list[np.ndarray]:
+    """Bytes and surprisals of each member and call."""
+    rows, made = [], [[] for _ in members]
+    for number, (num_read, *_) in enumerate(members):
+        cache = model.new_cache(1, model.config.max_seq_len)
+        model.prefill(random_bytes(1, num_read, seed=number), cache)
+        rows.append((native.NativeSequence(decoder, cache), uniforms(3, number)))
+    for call in range(2):
+        parts = []
+        for number, ((sequence, noise), (_, num_given, num_drawn, law)) in enumerate(zip(rows, members, strict=True)):
+            given = random_bytes(num_given, seed=100 * call + number).numpy().astype(np.uint8)
+            parts.append(native.Part(sequence, given, noise.random(num_drawn[call]), **law))
+        results = team.draw(parts) if together else [team.draw([part])[0] for part in parts]
+        for each, result in zip(made, results, strict=True):
+            each.extend(result)
+    return [array for each in made for array in each]
+
+
+@pytest.mark.usefixtures("engine")
+@pytest.mark.parametrize("kind", [native.ENGINE_NAME, native.INT8_ENGINE_NAME])
+@pytest.mark.parametrize("name", SUPPORTED)
+def test_rows_that_step_together_have_the_bits_of_each_alone(name, kind):
+    model = rounded(SUPPORTED[name])
+    decoder, team = native.compile_model(model, kind), native.Team(has_helper=True)
+    alone = drawn(decoder, model, GROUP, team, together=False)
+    for members in (GROUP[:2], GROUP[:3], GROUP):
+        for mine, theirs in zip(drawn(decoder, model, members, team, together=True), alone, strict=False):
+            assert np.array_equal(mine, theirs)
+
+
+@pytest.mark.usefixtures("engine")
+@pytest.mark.parametrize("num_rows", [2, 3, 4, 7, 40])
+def test_as_many_rows_as_there_are_step_together(num_rows):
+    # Wide enough for several blocks of columns, and for every part of a step to be shared.
+    levels = (
+        LevelConfig(dim=260, num_layers=2, num_heads=5, patch_size=4),
+        LevelConfig(dim=204, num_layers=1, num_heads=3, cross_patch=4),
+    )
+    model = rounded(MegaByteConfig(levels=levels, max_seq_len=64, init_std=0.1, positions="learned", activation="relu2"))
+    # Some of the rows have fewer channels left than are worth walking past, others have more.
+    with torch.no_grad():
+        for level in model.levels:
+            for block in level.transformer.blocks:
+                block.ffn_in.bias.sub_(0.5).copy_(block.ffn_in.bias.bfloat16())
+    decoder = native.compile_model(model)
+    members = [(number % 7, 0, (5 + number % 3, 8), {}) for number in range(num_rows)]
+    alone = drawn(decoder, model, members, native.Team(has_helper=False), together=False)
+    together = drawn(decoder, model, members, native.Team(has_helper=True), together=True)
+    assert all(np.array_equal(mine, theirs) for mine, theirs in zip(together, alone, strict=True))
+
+
+@pytest.mark.usefixtures("engine")
+@pytest.mark.parametrize(("cores", "rows_of_team"), [(1, 1), (1, 3), (2, 4), (5, 2), (8, 8)])
+def test_samples_of_a_group_are_those_made_alone(cores, rows_of_team, monkeypatch):
+    monkeypatch.setattr(native, "num_cores", lambda: cores)
+    monkeypatch.setattr(sample, "_ROWS_OF_TEAM", rows_of_team)
+    model = rounded(SUPPORTED["all_supported"])
+    assert num_at_once(model) == -(-cores // 2) * rows_of_team
+    configs = [SampleConfig(seed=5), SampleConfig(seed=6, temperature=0.6, top_k=30)]
+    kinds = [(b"", 2 * CONTEXT), (b"ab", 7), (b"abcdefghi", 30), (bytes(range(90)), 12)]
+    requests = [
+        Request(prefix, num_bytes, config, number)
+        for number in range(3)
+        for prefix, num_bytes in kinds
+        for config in configs
+    ]
+    made = [[] for _ in requests]
+    for index, chunk in stream_batch(model, requests):
+        made[index].append(chunk)
+    for request, chunks in zip(requests, made, strict=True):
+        sampler = Sampler(model, request.prefix, request.num_bytes, request.config)
+        expected = list(sampler.stream(request.sample_number))
+        for mine, theirs in ((chunks, expected),):
+            assert np.array_equal(*(np.concatenate([chunk.byte_values for chunk in each]) for each in (mine, theirs)))
+            assert np.array_equal(*(np.concatenate([chunk.bits for chunk in each]) for each in (mine, theirs)))
+
+
+@pytest.mark.usefixtures("engine")
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="the system does not list the threads of a process")
+@pytest.mark.parametrize("cores", [2, 6])
+def test_closing_a_batch_ends_its_threads_and_frees_its_rows(cores, monkeypatch):
+    monkeypatch.setattr(native, "num_cores", lambda: cores)
+    model = rounded(SUPPORTED["exact"])
+    generate(model, b"", 1)
+    tasks = Path("/proc/self/task")
+    before, rows = len(list(tasks.iterdir())), []
+    new_row = sample._new_row
+    monkeypatch.setattr(sample, "_new_row", lambda *made_of: rows.append(weakref.ref(row := new_row(*made_of))) or row)
+    chunks = stream_batch(model, [Request(b"abc", 1000, SampleConfig(), number) for number in range(30)])
+    for _ in range(12):
+        next(chunks)
+    assert len(list(tasks.iterdir())) > before
+    chunks.close()
+    del chunks
+    gc.collect()
+    assert len(list(tasks.iterdir())) == before
+    assert rows
+    assert not any(row() for row in rows)
+
+
+@pytest.mark.usefixtures("engine")
+def test_memory_of_a_group_is_bounded(monkeypatch):
+    monkeypatch.setattr(native, "num_cores", lambda: 2)
+    model = rounded(SUPPORTED["exact"])
+    cache = model.new_cache(1, CONTEXT)
+    num_bytes = sum(tensor.nbytes for level in cache.levels for tensor in (level.keys, level.values))
+    monkeypatch.setattr(sample, "_BYTES_OF_TEAM", 3 * num_bytes)
+    assert num_at_once(model) == 3
+    monkeypatch.setattr(sample, "_BYTES_OF_TEAM", num_bytes - 1)
+    assert num_at_once(model) == 1
+    assert len(generate(model, b"ab", 9, num_samples=3)) == 3
+
+
+@pytest.mark.usefixtures("engine")
+def test_the_first_chunk_does_not_wait_for_every_prefix(monkeypatch):
+    monkeypatch.setattr(native, "num_cores", lambda: 1)
+    model = rounded(SUPPORTED["exact"])
+    read = NativeRow.read
+    num_read = []
+
+    def read_slowly(row: NativeRow, history: np.ndarray) -> None:
+        num_read.append(len(history))
+        time.sleep(1.1 * sample._CHUNK_S)
+        read(row, history)
+
+    monkeypatch.setattr(NativeRow, "read", read_slowly)
+    requests = [Request(bytes(range(length)), 60, SampleConfig()) for length in (1, 2, 3, 4)]
+    with contextlib.closing(stream_batch(model, requests)) as chunks:
+        assert next(chunks)[0] == 0
+        assert num_read == [1]
+        assert {next(chunks)[0] for _ in range(6)} >= {0, 1, 2}
 
 
 @pytest.mark.usefixtures("engine")
@@ -357,7 +506,7 @@ def test_int8_logits_are_torch_s_of_the_quantized_matrices(name):
     byte_ids = random_bytes(model.config.max_seq_len)
     cache = model.new_cache(1, model.config.max_seq_len)
     model.prefill(byte_ids[None, :0], cache)
-    sequence = decoder.sequence(cache)
+    sequence = native.NativeSequence(decoder, cache)
     got = [sequence.step(byte).copy() for byte in byte_ids[:-1].tolist()]
     np.testing.assert_allclose(got, model(byte_ids[None])[0, 1:].detach().numpy(), **LOGITS)
 
@@ -461,25 +610,24 @@ from tests.model_cases import random_bytes
 from tests.test_native import SUPPORTED, rounded
 
 model = rounded(SUPPORTED["flat"])
-byte_ids = random_bytes(8).tolist()
+given = random_bytes(8).numpy().astype(np.uint8)
 
 
-def logits(alone):
+def bits(has_helper):
     cache = model.new_cache(1, 32)
     model.prefill(random_bytes(1, 0), cache)
-    sequence = native.compile_model(model).sequence(cache, alone=alone)
-    return np.stack([sequence.step(byte).copy() for byte in byte_ids])
+    sequence = native.NativeSequence(native.compile_model(model), cache)
+    return native.Team(has_helper).draw([native.Part(sequence, given, np.zeros(0))])[0][1]
 
 
-native.num_cores = lambda: 2
-expected = logits(alone=False)
+expected = bits(False)
 taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 limit = taken + (1 << 22)  # a new thread's stack is larger
 resource.setrlimit(resource.RLIMIT_AS, (limit, resource.getrlimit(resource.RLIMIT_AS)[1]))
-print(np.array_equal(logits(alone=True), expected), len(list(Path("/proc/self/task").iterdir())))
+print(np.array_equal(bits(True), expected), len(list(Path("/proc/self/task").iterdir())))
 native.compile_model(model).structure.levels[0].ffn_dim = 1 << 24
 try:
-    logits(alone=False)
+    bits(False)
 except MemoryError as error:
     print(error)
 """

@@ -6,7 +6,6 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from itertools import chain
 from types import SimpleNamespace
 
 import numpy as np
@@ -138,11 +137,16 @@ def test_chunks_end_with_the_model_s_patches():
 def test_chunks_grow_while_they_are_quick_and_shrink_when_they_are_slow(monkeypatch):
     model, config = build(replace(CASES["exact"], max_seq_len=512)), SampleConfig(seed=1)
     expected = generate(model, b"abcde", 251, seed=1)[0]
-    # What the clock shows when a chunk begins and when it ends.
-    clock = chain.from_iterable((0.0, seconds) for seconds in (0.01, 0.01, 0.01, 0.03, 0.05, 0.05, 0.05, 0.05))
-    monkeypatch.setattr(sample, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    now, seconds, draw_chunk = [0.0], iter((0.01, 0.01, 0.03, 0.05, 0.05, 0.05, 0.05, 0.05)), rows.TorchRow.draw
+
+    def draw_slowly(draws: list) -> list:
+        now[0] += next(seconds)
+        return draw_chunk(draws)
+
+    monkeypatch.setattr(sample, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(rows.TorchRow, "draw", draw_slowly)
     chunks = [chunk.byte_values for chunk in Sampler(model, b"abcde", 251, config).stream()]
-    assert [len(chunk) for chunk in chunks] == [11, 16, 32, 64, 64, 32, 16, 16]
+    assert [len(chunk) for chunk in chunks] == [15, 32, 64, 64, 32, 16, 16, 12]
     np.testing.assert_array_equal(np.concatenate(chunks), expected)
 
 
@@ -242,7 +246,7 @@ def test_samples_side_by_side_wait_until_their_prefix_is_read(monkeypatch):
 
     monkeypatch.setattr(sample, "_new_row", slow_row)
     with ThreadPoolExecutor(2) as pool:
-        streams = [pool.submit(lambda n=n: [chunk.byte_values for chunk in slow.stream(n, alone=False)]) for n in range(2)]
+        streams = [pool.submit(lambda n=n: [chunk.byte_values for chunk in slow.stream(n)]) for n in range(2)]
     for stream, expected in zip(streams, alone, strict=True):
         np.testing.assert_array_equal(np.concatenate(stream.result()), expected)
 

@@ -14,6 +14,7 @@ import ctypes
 import os
 from collections.abc import Iterator, Sequence
 from ctypes import POINTER, Structure, byref, c_double, c_int64, c_void_p
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from weakref import WeakKeyDictionary
@@ -69,10 +70,6 @@ class NativeDecoder:
         most_padding = 2 * _PANEL_VECTORS * self._lanes
         self._arena = Arena(sum(2 * (matrix.shape[0] + most_padding) * matrix.shape[1] for matrix in matrices))
         self.structure = self._model(model)
-
-    def sequence(self, cache: Cache, *, alone: bool = True) -> "NativeSequence":
-        """Bytes on a prefilled cache of one row, in place; `alone` on the machine, it uses a second core."""
-        return NativeSequence(self, cache, has_helper=alone and num_cores() > 1)
 
     def _model(self, model: MegaByte) -> "_Model":
         levels, config = list(model.levels), model.config
@@ -173,12 +170,17 @@ class NativeDecoder:
 
 
 class NativeSequence:
-    """One cache being filled. Prefilling the cache again is allowed at any time."""
+    """One cache of one row being filled, in place. Prefilling the cache again is allowed at any time.
 
-    def __init__(self, decoder: NativeDecoder, cache: Cache, has_helper: bool) -> None:
+    Raises:
+        ValueError: if the cache has more rows.
+        MemoryError: if there is no memory for what is computed with.
+    """
+
+    def __init__(self, decoder: NativeDecoder, cache: Cache) -> None:
         if cache.batch_size != 1:
             raise ValueError(f"a native sequence has one row, the cache has {cache.batch_size}")
-        self._decoder, self._cache = decoder, cache  # their memory is used by every step
+        self.decoder, self._cache = decoder, cache  # their memory is used by every step
         self._logits_V = np.zeros(NUM_BYTE_VALUES, dtype=np.float32)
         self._position = cache.positions_B.numpy()
         self._last = cache.max_seq_len - 1
@@ -194,12 +196,12 @@ class NativeSequence:
             logits=self._logits_V.ctypes.data,
         )
         self._library = library
-        self._handle = library.sequence_open(byref(decoder.structure), byref(state), has_helper)
-        if not self._handle:
+        self.handle = library.sequence_open(byref(decoder.structure), byref(state))
+        if not self.handle:
             raise MemoryError("out of memory for what a sequence is computed with; make fewer at once")
 
     def __del__(self) -> None:
-        if handle := self.__dict__.pop("_handle", None):
+        if handle := self.__dict__.pop("handle", None):
             self._library.sequence_close(handle)
 
     def step(self, byte_value: int) -> np.ndarray:
@@ -210,34 +212,86 @@ class NativeSequence:
         """
         if self._position[0] >= self._last:
             raise ValueError(f"the cache holds {self._last + 1} bytes and no byte can follow the last; start a new one")
-        self._library.sequence_step(self._handle, byte_value)
+        self._library.sequence_step(self.handle, byte_value)
         return self._logits_V
 
-    def draw(
-        self, forced: np.ndarray, uniforms: np.ndarray, *, temperature: float, top_k: int | None, top_p: float
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Appends bytes; they, uint8 `(n,)`, and their surprisals in bits, float32 `(n,)`.
-
-        What `prefill` or `step` predicted before is predicted again here.
-
-        Args:
-            forced: the first bytes, taken as given, uint8.
-            uniforms: float64, one for each further byte, which is drawn as `core.law.draw` does.
+    def require_room(self, num_bytes: int) -> None:
+        """Refuses more bytes than the cache has room for.
 
         Raises:
-            ValueError: if the cache has no room for them.
+            ValueError: if there are.
         """
-        count = len(forced) + len(uniforms)
-        if self._position[0] + count > self._last + 1:
-            raise ValueError(f"the cache holds {self._last + 1} bytes and has no room for {count} more; start a new one")
-        byte_values, bits = np.zeros(count, dtype=np.int64), np.empty(count, dtype=np.float32)
-        byte_values[: len(forced)] = forced
-        noise = np.concatenate((np.zeros(len(forced)), uniforms))
-        law = _Law(temperature, NUM_BYTE_VALUES if top_k is None else top_k, top_p)
-        self._library.sequence_draw(
-            self._handle, count, len(forced), byref(law), noise.ctypes.data, byte_values.ctypes.data, bits.ctypes.data
-        )
-        return byte_values.astype(np.uint8), bits
+        if self._position[0] + num_bytes > self._last + 1:
+            raise ValueError(
+                f"the cache holds {self._last + 1} bytes and has no room for {num_bytes} more; start a new one"
+            )
+
+
+@dataclass(frozen=True)
+class Part:
+    """What is to be made of a sequence at a time.
+
+    Attributes:
+        forced: the first bytes, taken as given, uint8.
+        uniforms: float64, one for each further byte, which is drawn as `core.law.draw` does.
+    """
+
+    sequence: NativeSequence
+    forced: np.ndarray
+    uniforms: np.ndarray
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float = 1.0
+
+    def __len__(self) -> int:
+        return len(self.forced) + len(self.uniforms)
+
+
+class Team:
+    """The threads that work on some sequences, one call at a time: that of the caller and, if it `has_helper`, another.
+
+    The other one sleeps between the calls, and its part is the caller's if it has none of the machine's time.
+    """
+
+    def __init__(self, has_helper: bool) -> None:
+        self._library = library()
+        self._handle = self._library.team_open(has_helper)
+        if not self._handle:
+            raise MemoryError("out of memory for the threads that make bytes; make fewer at once")
+
+    def __del__(self) -> None:
+        if handle := self.__dict__.pop("_handle", None):
+            self._library.team_close(handle)
+
+    def draw(self, parts: Sequence[Part]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Appends bytes to different sequences of one decoder; of each they, uint8 `(n,)`, and their surprisals, float32 bits.
+
+        What `prefill` or `step` predicted before is predicted again here. Nothing of a sequence depends on the others.
+
+        Raises:
+            ValueError: if a cache has no room for them.
+        """
+        assert len({id(part.sequence) for part in parts}) == len(parts)
+        assert len({id(part.sequence.decoder) for part in parts}) <= 1
+        made = []
+        most = self._library.most_parts()
+        for first in range(0, len(parts), most):
+            made += self._draw(parts[first : first + most])
+        return made
+
+    def _draw(self, parts: Sequence[Part]) -> list[tuple[np.ndarray, np.ndarray]]:
+        made, structures = [], (_Part * len(parts))()
+        noises = [np.concatenate((np.zeros(len(part.forced)), part.uniforms)) for part in parts]
+        for structure, part, noise in zip(structures, parts, noises, strict=True):
+            part.sequence.require_room(len(part))
+            byte_values, bits = np.zeros(len(part), dtype=np.int64), np.empty(len(part), dtype=np.float32)
+            byte_values[: len(part.forced)] = part.forced
+            made.append((byte_values, bits))
+            structure.sequence, structure.count, structure.num_forced = part.sequence.handle, len(part), len(part.forced)
+            structure.law = _Law(part.temperature, NUM_BYTE_VALUES if part.top_k is None else part.top_k, part.top_p)
+            structure.uniforms, structure.bytes, structure.bits = (each.ctypes.data for each in (noise, byte_values, bits))
+        self._library.team_draw(self._handle, structures, len(parts))
+        return [(byte_values.astype(np.uint8), bits) for byte_values, bits in made]
 
 
 def can_draw() -> bool:
@@ -349,16 +403,21 @@ def library() -> ctypes.CDLL | None:
     found = load_library(_SOURCE)
     if found is None or not found.num_lanes():
         return None
-    found.sequence_open.argtypes = (POINTER(_Model), POINTER(_State), c_int64)
+    found.sequence_open.argtypes = (POINTER(_Model), POINTER(_State))
     found.sequence_open.restype = c_void_p
+    found.team_open.argtypes = (c_int64,)
+    found.team_open.restype = c_void_p
     found.sequence_step.argtypes = (c_void_p, c_int64)
     found.sequence_step.restype = None
-    found.sequence_draw.argtypes = (c_void_p, c_int64, c_int64, POINTER(_Law), c_void_p, c_void_p, c_void_p)
-    found.sequence_draw.restype = None
+    found.team_draw.argtypes = (c_void_p, POINTER(_Part), c_int64)
+    found.team_draw.restype = None
+    found.most_parts.restype = c_int64
     found.draw_rows.argtypes = (c_int64, *(c_void_p for _ in range(7)))
     found.draw_rows.restype = None
     found.sequence_close.argtypes = (c_void_p,)
     found.sequence_close.restype = None
+    found.team_close.argtypes = (c_void_p,)
+    found.team_close.restype = None
     return found
 
 
@@ -369,7 +428,7 @@ def _pointer(tensor: Tensor | None) -> int | None:
     return tensor.data_ptr()
 
 
-# The structures of model.h and law.h, field by field.
+# The structures of model.h, law.h and decode.cpp, field by field.
 
 
 class _Matrix(Structure):
@@ -430,3 +489,13 @@ class _State(Structure):
 
 class _Law(Structure):
     _fields_ = [("temperature", c_double), ("top_k", c_int64), ("top_p", c_double)]
+
+
+class _Part(Structure):
+    _fields_ = [
+        ("sequence", c_void_p),
+        ("count", c_int64),
+        ("num_forced", c_int64),
+        ("law", _Law),
+        *((name, c_void_p) for name in ("uniforms", "bytes", "bits")),
+    ]

@@ -1,12 +1,13 @@
-// The bytes of one row of a MegaByte: what `MegaByte.step` and the sampler do, without an operator call per matrix; and what
-// many rows draw from logits made elsewhere.
+// The bytes of one or several rows of a MegaByte: what `MegaByte.step` and the sampler do, without an operator call per matrix;
+// and what many rows draw from logits made elsewhere.
 //
 // With one row every weight is read once per byte and used once, so the time is the time to read the weights. They are
-// bf16 here (the exported models are, so nothing is lost) or int8; everything that is computed is float32.
+// bf16 here (the exported models are, so nothing is lost) or int8; everything that is computed is float32. Several rows
+// step together: a weight comes from memory once for all of them, and every row has the bits that it has alone.
 //
 // The decoding state is the caller's `core.cache.Cache`, read and written in place: Python may run any step instead.
-// Halves of a block, and panels of the other matrices, are shared between two threads (team.h). Several sequences may be worked
-// on in parallel.
+// Halves of a block, and panels of the other matrices, are shared between two threads (team.h). Several groups of rows may be
+// worked on in parallel.
 
 #include <algorithm>
 #include <cmath>
@@ -30,6 +31,20 @@ constexpr int64_t kSparse = 3;
 // After a stall the helper is left out until the end of the round.
 constexpr int64_t kRoundBytes = 16;
 
+// Chosen like reading so many bytes: what sharing it between the threads is measured by.
+constexpr int64_t kWorkOfDrawing = 1 << 14;
+
+// At most as many as are worked on together.
+template <class T>
+struct Some {
+  int64_t count = 0;
+  T each[kMostOperands];
+
+  void add(T one) { each[count++] = one; }
+  const T* begin() const { return each; }
+  const T* end() const { return each + count; }
+};
+
 // Where a step writes its key and value, and from which slot on it reads.
 struct Slots {
   int64_t first, own;
@@ -40,13 +55,14 @@ struct Scratch {
   std::vector<int32_t> active;
 };
 
+// What is done for one row alone.
 struct Sequence {
   const Model& model;
   State state;
   Scratch scratch;
-  Team team;
+  Slots slots = {};  // of the element that is being run
 
-  Sequence(const Model& model, const State& state, bool has_helper) : model(model), state(state), team(has_helper) {
+  Sequence(const Model& model, const State& state) : model(model), state(state) {
     int64_t dim = 0, ffn_dim = 0, scores = 0, inputs = 0;
     for (int64_t i = 0; i < model.num_levels; ++i) {
       const Level& level = model.levels[i];
@@ -67,81 +83,34 @@ struct Sequence {
     scratch.words.resize(inputs);
   }
 
-  // Takes the first `num_forced` of the bytes as given and draws the others; `bits` is the surprisal of each.
-  void draw_bytes(int64_t count, int64_t num_forced, const Law& law, const double* uniforms, int64_t* bytes, float* bits) {
-    for (int64_t i = 0; i < count; ++i) {
-      if (i % kRoundBytes == 0) team.begin_round();
-      predict();
-      if (i >= num_forced) bytes[i] = -1;
-      bits[i] = choose(state.logits, law, uniforms[i], bytes[i]);
-      append(bytes[i]);
-      if (i % kRoundBytes == kRoundBytes - 1 || i == count - 1) team.end_round();
-    }
-  }
+  bool begins_patch() const { return *state.position % model.patch_size == 0; }
 
   void append(int64_t byte) {
     state.patch_bytes[*state.position % model.patch_size] = byte;
     ++*state.position;
   }
 
-  // The logits of the next byte.
-  void predict() {
-    if (*state.position % model.patch_size == 0) step_level(0);
-    if (model.num_levels == 2) step_level(1);
-    *state.woken = *state.position;
-    float* logits = state.logits;
-    product(model.head, scratch.normed.data(), [=](int64_t row, float value) { logits[row] = value; });
-    cap_softly(logits, kNumByteValues, float(model.logit_softcap));
-  }
-
-  // W x by both threads.
-  template <class Emit>
-  void product(const Matrix& matrix, const float* x, Emit emit) {
-    team.share(num_panels(matrix), num_bytes(matrix), [&](int64_t begin, int64_t end) {
-      multiply(matrix, begin, end, x, AllColumns{matrix.columns}, emit);
-    });
-  }
-
-  // x += what the halves of a block make of it, each by its own thread.
-  template <class Work>
-  void add_halves(const Block& block, int64_t dim, int64_t num_bytes, Work work) {
-    team.share(2, num_bytes, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) work(block.halves[i], scratch.terms[i].data());
-    });
-    for (int64_t c = 0; c < dim; ++c) scratch.x[c] += scratch.terms[0][c] + scratch.terms[1][c];
-  }
-
-  // Runs the element of a level that begins at the position; leaves its output in `normed` and tells its children.
-  void step_level(int64_t index) {
+  // Wakes the element of a level that begins at the position; x = what the level has read before it, the previous element
+  // or the pad. False if x is still to be projected from `words`.
+  bool enter(int64_t index) {
     const Level& level = model.levels[index];
-    const LevelState& kept = state.levels[index];
     const bool is_top = index == 0;
-    const int64_t in_row = *state.position / level.span % level.row_length;
-    if (!is_top && in_row == 0 && *state.position > 0 && *state.woken != *state.position) begin_row(level, kept);
-    embed(level, is_top, in_row);
-    add(level.row_positions, in_row, level.dim);
-    add(kept.from_parent, in_row, level.dim);
+    const int64_t in_row = this->in_row(level);
+    if (!is_top && in_row == 0 && *state.position > 0 && *state.woken != *state.position) begin_row(level, state.levels[index]);
     const bool has_memory = *state.position >= level.span * level.row_length;
-    const Slots slots = {is_top || has_memory ? 0 : level.memory, level.memory + in_row};
-    scratch.input = scratch.x;
-    for (int64_t layer = 0; layer < level.num_layers; ++layer) {
-      mix_in_input(level, layer);
-      attend(level, level.blocks[layer], kept, layer, slots);
-      feed_forward(level, level.blocks[layer]);
+    slots = {is_top || has_memory ? 0 : level.memory, level.memory + in_row};
+    if (*state.position == 0 || (!is_top && in_row == 0 && !model.real_previous)) {
+      std::memcpy(scratch.x.data(), level.pad, level.dim * sizeof(float));
+      return true;
     }
-    normalize(level.norm, scratch.x.data(), scratch.normed.data(), level.dim);
-    if (index + 1 < model.num_levels) tell_children();
+    const bool is_whole = level.project.panels == nullptr;
+    embed(level, is_whole ? scratch.x.data() : scratch.words.data());
+    return is_whole;
   }
 
-  // x = what the level has read before this element: the previous element, or the pad.
-  void embed(const Level& level, bool is_top, int64_t in_row) {
-    float* x = scratch.x.data();
-    if (*state.position == 0 || (!is_top && in_row == 0 && !model.real_previous)) {
-      std::memcpy(x, level.pad, level.dim * sizeof(float));
-      return;
-    }
-    const int64_t first = *state.position - level.span;  // of the bytes of the previous element
-    float* words = level.project.panels == nullptr ? x : scratch.words.data();
+  // The bytes of the previous element.
+  void embed(const Level& level, float* words) {
+    const int64_t first = *state.position - level.span;
     for (int64_t i = 0; i < level.span; ++i) {
       const int64_t byte = state.patch_bytes[(first + i) % model.patch_size];
       float* word = words + i * level.byte_dim;
@@ -150,10 +119,17 @@ struct Sequence {
       const float* position = level.byte_positions + (first + i) * level.byte_dim;
       for (int64_t c = 0; c < level.byte_dim; ++c) word[c] += position[c];
     }
-    if (level.project.panels != nullptr) {
-      product(level.project, words, [=](int64_t row, float value) { x[row] = value; });
-    }
   }
+
+  // x += where the element is, and what its parent says.
+  void place(int64_t index) {
+    const Level& level = model.levels[index];
+    add(level.row_positions, in_row(level), level.dim);
+    add(state.levels[index].from_parent, in_row(level), level.dim);
+    scratch.input = scratch.x;
+  }
+
+  int64_t in_row(const Level& level) const { return *state.position / level.span % level.row_length; }
 
   void add(const float* rows, int64_t row, int64_t dim) {
     if (rows == nullptr) return;
@@ -166,24 +142,14 @@ struct Sequence {
     for (int64_t i = 0; i < level.dim; ++i) scratch.x[i] = a * scratch.x[i] + b * scratch.input[i];
   }
 
-  // x += attention(norm(x))
-  void attend(const Level& level, const Block& block, const LevelState& kept, int64_t layer, Slots slots) {
-    normalize(block.attention_norm, scratch.x.data(), scratch.normed.data(), level.dim);
-    const int64_t num_read = num_bytes(block.halves[0].qkv) + num_bytes(block.halves[0].out);
-    add_halves(block, level.dim, 2 * num_read, [&](const Half& half, float* term) {
-      const int64_t C = level.head_dim, width = half.num_heads * C;
-      float *qkv = scratch.qkv.data() + 3 * half.first_head * C, *attended = scratch.attended.data() + half.first_head * C;
-      multiply(half.qkv, scratch.normed.data(), [=](int64_t row, float value) { qkv[row] = value; });
-      for (int64_t i = 0; i < half.num_heads; ++i) {
-        float* query = qkv + i * C;
-        attend_head(level, kept, layer, half.first_head + i, slots, query, query + width, query + 2 * width);
-      }
-      multiply(half.out, attended, [=](int64_t row, float value) { term[row] = value; });
-    });
+  void add_terms(int64_t dim) {
+    for (int64_t c = 0; c < dim; ++c) scratch.x[c] += scratch.terms[0][c] + scratch.terms[1][c];
   }
 
-  void attend_head(const Level& level, const LevelState& kept, int64_t layer, int64_t head, Slots slots, float* query,
-                   float* key, const float* value) {
+  void normalize_x(const Norm& norm, int64_t dim) { normalize(norm, scratch.x.data(), scratch.normed.data(), dim); }
+
+  void attend_head(const Level& level, const LevelState& kept, int64_t layer, int64_t head, float* query, float* key,
+                   const float* value) {
     const int64_t C = level.head_dim, num_slots = slots.own + 1 - slots.first;
     const int64_t offset = (layer * level.num_heads + head) * kept.num_slots * C;
     const float* keys = kept.keys + offset + slots.first * C;
@@ -213,28 +179,6 @@ struct Sequence {
     }
   }
 
-  // x += ffn_out(activation(ffn_in(norm(x))))
-  void feed_forward(const Level& level, const Block& block) {
-    normalize(block.ffn_norm, scratch.x.data(), scratch.normed.data(), level.dim);
-    const int64_t num_read = num_bytes(block.halves[0].ffn_in) + num_bytes(block.halves[0].ffn_out);
-    add_halves(block, level.dim, 2 * num_read, [&](const Half& half, float* term) {
-      float* hidden = scratch.hidden.data() + half.first_channel;
-      const bool relu_squared = model.relu_squared;
-      multiply(half.ffn_in, scratch.normed.data(), [=](int64_t row, float value) {
-        const float positive = value > 0.0f ? value : 0.0f;
-        hidden[row] = relu_squared ? positive * positive : positive;
-      });
-      const auto set_term = [=](int64_t row, float value) { term[row] = value; };
-      int32_t* active = scratch.active.data() + half.first_channel;
-      const int64_t num_channels = half.ffn_in.rows, num_active = note_active(hidden, num_channels, active);
-      if (num_active * kSparse < num_channels) {
-        multiply(half.ffn_out, 0, num_panels(half.ffn_out), hidden, SomeColumns{num_active, active}, set_term);
-      } else {
-        multiply(half.ffn_out, hidden, set_term);
-      }
-    });
-  }
-
   // Lists the hidden values that are not zero; their number.
   static int64_t note_active(const float* hidden, int64_t num_channels, int32_t* active) {
     int64_t n = 0;
@@ -243,20 +187,6 @@ struct Sequence {
       n += hidden[i] != 0.0f;
     }
     return n;
-  }
-
-  void tell_children() {
-    const Level& child = model.levels[1];
-    const Matrix& matrix = model.unembedder;
-    float* words = state.levels[1].from_parent;
-    const int64_t times = model.slices ? child.row_length : 1;
-    team.share(num_panels(matrix), times * num_bytes(matrix), [&](int64_t begin, int64_t end) {
-      for (int64_t i = 0; i < times; ++i) {
-        float* word = words + i * child.dim;
-        const auto set_word = [=](int64_t row, float value) { word[row] = value; };
-        multiply(matrix, begin, end, scratch.normed.data() + i * matrix.columns, AllColumns{matrix.columns}, set_word);
-      }
-    });
   }
 
   // Moves the last elements of the finished row into the memory slots, with keys turned back by the row's length.
@@ -283,6 +213,200 @@ struct Sequence {
   }
 };
 
+// What is to be made of one sequence: the first `num_forced` of the bytes are given, the others are drawn. Mirrored field by
+// field in __init__.py.
+struct Part {
+  Sequence* sequence;
+  int64_t count, num_forced;
+  Law law;
+  const double* uniforms;  // (count)
+  int64_t* bytes;          // (count)
+  float* bits;             // (count), the surprisal of each byte
+};
+
+using Rows = Some<Sequence*>;
+
+float* normed(Sequence& row) { return row.scratch.normed.data(); }
+
+template <class In>
+Operands operands(const Matrix& matrix, const Rows& rows, In x_of) {
+  Operands operands;
+  for (Sequence* row : rows) operands.add(matrix, x_of(*row));
+  return operands;
+}
+
+// Where the products go.
+template <class Out>
+auto into(const Rows& rows, Out y_of) {
+  return [&rows, y_of](int64_t n, int64_t first, const float* values, int64_t count) {
+    std::memcpy(y_of(*rows.each[n]) + first, values, count * sizeof(float));
+  };
+}
+
+// Some rows of one model, and the threads that work on them. Elements of several rows are run together: every product walks
+// through its matrix once for all rows.
+class Group {
+ public:
+  Group(Team& team, const Model& model) : team_(team), model_(model) {}
+
+  void draw(Part* parts, int64_t count) {
+    int64_t done[kMostOperands] = {};
+    for (int64_t step = 0;; ++step) {
+      Some<int64_t> moving = next_to_move(parts, done, count);
+      if (moving.count == 0) break;
+      if (step % kRoundBytes == 0) team_.begin_round();
+      Rows rows;
+      for (int64_t n : moving) rows.add(parts[n].sequence);
+      predict(rows);
+      const int64_t work = moving.count * kWorkOfDrawing;
+      team_.share(moving.count, work, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) draw_byte(parts[moving.each[i]], done[moving.each[i]]);
+      });
+      for (int64_t n : moving) ++done[n];
+      if (step % kRoundBytes == kRoundBytes - 1) team_.end_round();
+    }
+    team_.end_round();
+  }
+
+  // The logits of the next byte of each row.
+  void predict(const Rows& rows) {
+    Rows beginning;
+    for (Sequence* row : rows) {
+      if (row->begins_patch()) beginning.add(row);
+    }
+    if (beginning.count > 0) step_level(0, beginning);
+    if (model_.num_levels == 2) step_level(1, rows);
+    for (Sequence* row : rows) *row->state.woken = *row->state.position;
+    product(model_.head, rows, normed, [](Sequence& row) { return row.state.logits; });
+    for (Sequence* row : rows) cap_softly(row->state.logits, kNumByteValues, float(model_.logit_softcap));
+  }
+
+ private:
+  // The rows that stand inside a patch go first, until all can begin a patch together.
+  static Some<int64_t> next_to_move(const Part* parts, const int64_t* done, int64_t count) {
+    Some<int64_t> inside, all;
+    for (int64_t n = 0; n < count; ++n) {
+      if (done[n] == parts[n].count) continue;
+      all.add(n);
+      if (!parts[n].sequence->begins_patch()) inside.add(n);
+    }
+    return inside.count > 0 ? inside : all;
+  }
+
+  static void draw_byte(Part& part, int64_t i) {
+    Sequence& row = *part.sequence;
+    if (i >= part.num_forced) part.bytes[i] = -1;
+    part.bits[i] = choose(row.state.logits, part.law, part.uniforms[i], part.bytes[i]);
+    row.append(part.bytes[i]);
+  }
+
+  // Runs the element of a level that begins at each row's position; leaves its output in `normed` and tells its children.
+  void step_level(int64_t index, const Rows& rows) {
+    const Level& level = model_.levels[index];
+    Rows to_project;
+    for (Sequence* row : rows) {
+      if (!row->enter(index)) to_project.add(row);
+    }
+    if (to_project.count > 0) {
+      product(level.project, to_project, [](Sequence& row) { return row.scratch.words.data(); },
+              [](Sequence& row) { return row.scratch.x.data(); });
+    }
+    for (Sequence* row : rows) row->place(index);
+    for (int64_t layer = 0; layer < level.num_layers; ++layer) {
+      for (Sequence* row : rows) row->mix_in_input(level, layer);
+      attend(index, layer, rows);
+      feed_forward(level, level.blocks[layer], rows);
+    }
+    for (Sequence* row : rows) row->normalize_x(level.norm, level.dim);
+    if (index + 1 < model_.num_levels) tell_children(rows);
+  }
+
+  // y = W x of every row, by both threads.
+  template <class In, class Out>
+  void product(const Matrix& matrix, const Rows& rows, In x_of, Out y_of) {
+    team_.share(num_panels(matrix), rows.count * num_bytes(matrix), [&](int64_t begin, int64_t end) {
+      multiply(matrix, begin, end, operands(matrix, rows, x_of), into(rows, y_of));
+    });
+  }
+
+  // x += what the halves of a block make of it, each by its own thread.
+  template <class Work>
+  void add_halves(const Level& level, const Block& block, const Rows& rows, int64_t num_bytes, Work work) {
+    team_.share(2, rows.count * num_bytes, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        work(block.halves[i], [i](Sequence& row) { return row.scratch.terms[i].data(); });
+      }
+    });
+    for (Sequence* row : rows) row->add_terms(level.dim);
+  }
+
+  // x += attention(norm(x))
+  void attend(int64_t index, int64_t layer, const Rows& rows) {
+    const Level& level = model_.levels[index];
+    const Block& block = level.blocks[layer];
+    for (Sequence* row : rows) row->normalize_x(block.attention_norm, level.dim);
+    const int64_t num_read = num_bytes(block.halves[0].qkv) + num_bytes(block.halves[0].out);
+    add_halves(level, block, rows, 2 * num_read, [&](const Half& half, auto term_of) {
+      const int64_t C = level.head_dim, width = half.num_heads * C;
+      const auto qkv_of = [&](Sequence& row) { return row.scratch.qkv.data() + 3 * half.first_head * C; };
+      const auto attended_of = [&](Sequence& row) { return row.scratch.attended.data() + half.first_head * C; };
+      multiply(half.qkv, operands(half.qkv, rows, normed), into(rows, qkv_of));
+      for (Sequence* row : rows) {
+        for (int64_t i = 0; i < half.num_heads; ++i) {
+          float* query = qkv_of(*row) + i * C;
+          row->attend_head(level, row->state.levels[index], layer, half.first_head + i, query, query + width, query + 2 * width);
+        }
+      }
+      multiply(half.out, operands(half.out, rows, attended_of), into(rows, term_of));
+    });
+  }
+
+  // x += ffn_out(activation(ffn_in(norm(x))))
+  void feed_forward(const Level& level, const Block& block, const Rows& rows) {
+    for (Sequence* row : rows) row->normalize_x(block.ffn_norm, level.dim);
+    const int64_t num_read = num_bytes(block.halves[0].ffn_in) + num_bytes(block.halves[0].ffn_out);
+    add_halves(level, block, rows, 2 * num_read, [&](const Half& half, auto term_of) {
+      const bool relu_squared = model_.relu_squared;
+      const auto hidden_of = [&](Sequence& row) { return row.scratch.hidden.data() + half.first_channel; };
+      multiply(half.ffn_in, operands(half.ffn_in, rows, normed), [&](int64_t n, int64_t first, const float* values, int64_t count) {
+        float* hidden = hidden_of(*rows.each[n]) + first;
+        for (int64_t i = 0; i < count; ++i) {
+          const float positive = values[i] > 0.0f ? values[i] : 0.0f;
+          hidden[i] = relu_squared ? positive * positive : positive;
+        }
+      });
+      Operands activated;
+      for (Sequence* row : rows) {
+        float* hidden = hidden_of(*row);
+        int32_t* active = row->scratch.active.data() + half.first_channel;
+        const int64_t num_channels = half.ffn_in.rows, num_active = Sequence::note_active(hidden, num_channels, active);
+        if (num_active * kSparse < num_channels) {
+          activated.add(half.ffn_out, hidden, num_active, active);
+        } else {
+          activated.add(half.ffn_out, hidden);
+        }
+      }
+      multiply(half.ffn_out, activated, into(rows, term_of));
+    });
+  }
+
+  void tell_children(const Rows& rows) {
+    const Level& child = model_.levels[1];
+    const Matrix& matrix = model_.unembedder;
+    const int64_t times = model_.slices ? child.row_length : 1;
+    team_.share(num_panels(matrix), times * rows.count * num_bytes(matrix), [&](int64_t begin, int64_t end) {
+      for (int64_t i = 0; i < times; ++i) {
+        const auto slice_of = [&](Sequence& row) { return normed(row) + i * matrix.columns; };
+        const auto word_of = [&](Sequence& row) { return row.state.levels[1].from_parent + i * child.dim; };
+        multiply(matrix, begin, end, operands(matrix, rows, slice_of), into(rows, word_of));
+      }
+    });
+  }
+
+  Team& team_;
+  const Model& model_;
+};
+
 }  // namespace
 
 extern "C" {
@@ -297,9 +421,9 @@ int64_t num_lanes() {
 }
 
 // Null if there is no memory for it.
-Sequence* sequence_open(const Model* model, const State* state, int64_t has_helper) {
+Sequence* sequence_open(const Model* model, const State* state) {
   try {
-    return new Sequence(*model, *state, has_helper != 0);
+    return new Sequence(*model, *state);
   } catch (const std::bad_alloc&) {
     return nullptr;
   }
@@ -307,15 +431,30 @@ Sequence* sequence_open(const Model* model, const State* state, int64_t has_help
 
 void sequence_close(Sequence* sequence) { delete sequence; }
 
+// Appends a byte and predicts the next, by this thread alone.
 void sequence_step(Sequence* sequence, int64_t byte) {
+  Team alone(false);
+  Rows row;
+  row.add(sequence);
   sequence->append(byte);
-  sequence->predict();
+  Group(alone, sequence->model).predict(row);
 }
 
-void sequence_draw(Sequence* sequence, int64_t count, int64_t num_forced, const Law* law, const double* uniforms,
-                   int64_t* bytes, float* bits) {
-  sequence->draw_bytes(count, num_forced, *law, uniforms, bytes, bits);
+// Null if there is no memory for it; without a helper if the system gives no thread.
+Team* team_open(int64_t has_helper) {
+  try {
+    return new Team(has_helper != 0);
+  } catch (const std::bad_alloc&) {
+    return nullptr;
+  }
 }
+
+void team_close(Team* team) { delete team; }
+
+// Draws bytes of up to `most_parts()` different sequences of one model together.
+void team_draw(Team* team, Part* parts, int64_t count) { Group(*team, parts[0].sequence->model).draw(parts, count); }
+
+int64_t most_parts() { return kMostOperands; }
 
 // One byte of each row from its logits, by its own law; bytes that are not negative are taken as given.
 void draw_rows(int64_t num_rows, const float* logits, const double* temperatures, const int64_t* top_ks, const double* top_ps,

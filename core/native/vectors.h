@@ -1,5 +1,7 @@
 // Products of packed matrices with vectors, and the other arithmetic of a layer, in float32.
 //
+// A matrix is multiplied with one vector or, read once, with several; each product has the bits that it has alone.
+//
 // Vectors are those of GCC and Clang, which lower them to whatever the processor has.
 //
 // Layout of a matrix. R rows (outputs) and C columns (inputs) are cut into panels of four vectors of rows, of L floats each,
@@ -29,6 +31,24 @@ constexpr int64_t kLanes = 8;
 constexpr int64_t kLanes = 16;
 #endif
 constexpr int64_t kPanelRows = 4 * kLanes;
+constexpr int64_t kSums = kPanelRows / kLanes;
+
+// The most vectors that a matrix is multiplied with at once.
+constexpr int64_t kMostOperands = 16;
+
+// So many of them share a weight that was made a float: their sums, of half a panel each, have to stay in registers.
+#if defined(__AVX512F__)
+constexpr int64_t kTogether = 4;
+#elif defined(__x86_64__)
+constexpr int64_t kTogether = 2;
+#else
+constexpr int64_t kTogether = 1;
+#endif
+
+// Columns of a panel that all of them are through with before the next, so that only the first of them waits for the memory.
+constexpr int64_t kBlockColumns = 64;
+constexpr int64_t kBlocksAhead = 2;  // fetched meanwhile
+constexpr int64_t kCacheLine = 64;   // bytes
 
 using Floats = float __attribute__((vector_size(4 * kLanes)));
 using Words = uint32_t __attribute__((vector_size(4 * kLanes)));
@@ -58,26 +78,24 @@ struct SomeColumns {
   int64_t operator[](int64_t i) const { return columns[i]; }
 };
 
-// Adds one column times x to the sums of a panel's rows.
+// One column of a panel: half of its rows as floats, in two vectors.
 struct Bf16Column {
   static constexpr int64_t kVectors = kPanelRows / (2 * kLanes);
-  static void add(const Words* column, float x, Floats* sums) {
-    for (int64_t v = 0; v < kVectors; ++v) {
-      sums[2 * v] += low_halves(column[v]) * x;
-      sums[2 * v + 1] += high_halves(column[v]) * x;
-    }
+  template <int64_t kHalf>
+  static void widen(const Words* column, Floats* weights) {
+    weights[0] = low_halves(column[kHalf]);
+    weights[1] = high_halves(column[kHalf]);
   }
 };
 
 struct Int8Column {
   static constexpr int64_t kVectors = kPanelRows / (4 * kLanes);
-  static void add(const Words* column, float x, Floats* sums) {
+  template <int64_t kHalf>
+  static void widen(const Words* column, Floats* weights) {
     constexpr uint32_t kByte = 0xffu << 15, kOne = 0x3f800000u;
     const Words word = *column;
-    sums[0] += (Floats)(((word << 15) & kByte) | kOne) * x;
-    sums[1] += (Floats)(((word << 7) & kByte) | kOne) * x;
-    sums[2] += (Floats)(((word >> 1) & kByte) | kOne) * x;
-    sums[3] += (Floats)(((word >> 9) & kByte) | kOne) * x;
+    weights[0] = (Floats)(((kHalf == 0 ? word << 15 : word >> 1) & kByte) | kOne);
+    weights[1] = (Floats)(((kHalf == 0 ? word << 7 : word >> 9) & kByte) | kOne);
   }
 };
 
@@ -88,48 +106,172 @@ inline float sum_of(const float* x, int64_t n) {
   return sum;
 }
 
-// One panel of W x, as emit(row, value) for each of its rows; only the given columns are read. `sum` is that of x.
-template <class Column, class Columns, class Emit>
-inline void multiply_panel(const Matrix& matrix, int64_t panel, const float* x, float sum, Columns columns, Emit emit) {
-  const Words* words = panel_words(matrix, panel, Column::kVectors);
-  constexpr int64_t kSums = kPanelRows / kLanes;
-  // Two columns at a time, summed apart: an addition has to wait for the one before it.
-  Floats sums[2][kSums] = {};
-  int64_t i = 0;
-  for (; i + 2 <= columns.count; i += 2) {
-    Column::add(words + columns[i] * Column::kVectors, x[columns[i]], sums[0]);
-    Column::add(words + columns[i + 1] * Column::kVectors, x[columns[i + 1]], sums[1]);
-  }
-  if (i < columns.count) Column::add(words + columns[i] * Column::kVectors, x[columns[i]], sums[0]);
+// One of the vectors that a matrix is multiplied with.
+struct Operand {
+  const float* x;
+  int64_t num_columns;     // that are read
+  const int32_t* columns;  // null for all
+  float sum;               // of x; int8 needs it
+};
 
-  alignas(64) float values[kPanelRows];
-  for (int64_t v = 0; v < kSums; ++v) reinterpret_cast<Floats*>(values)[v] = sums[0][v] + sums[1][v];
-  const int64_t first = panel * kPanelRows, count = std::min(kPanelRows, matrix.rows - first);
-  if (matrix.scales != nullptr) {
-    for (int64_t r = 0; r < count; ++r) values[r] = matrix.scales[first + r] * (256.0f * values[r] - 384.0f * sum);
+struct Operands {
+  int64_t count = 0;
+  Operand each[kMostOperands];
+
+  void add(const Matrix& matrix, const float* x, int64_t num_columns, const int32_t* columns) {
+    each[count++] = {x, num_columns, columns, matrix.scales == nullptr ? 0.0f : sum_of(x, matrix.columns)};
   }
-  if (matrix.bias != nullptr) {
-    for (int64_t r = 0; r < count; ++r) values[r] += matrix.bias[first + r];
-  }
-  for (int64_t r = 0; r < count; ++r) emit(first + r, values[r]);
+
+  void add(const Matrix& matrix, const float* x) { add(matrix, x, matrix.columns, nullptr); }
+};
+
+// Of a panel's rows, even and odd columns apart: an addition has to wait for the one before it.
+struct PanelSums {
+  Floats of[2][kSums];
+};
+
+// Adds one column times x.
+template <class Column>
+inline void add_column(const Words* column, float x, Floats* sums) {
+  Floats low[2], high[2];
+  Column::template widen<0>(column, low);
+  Column::template widen<1>(column, high);
+  for (int64_t k = 0; k < 2; ++k) sums[k] += low[k] * x;
+  for (int64_t k = 0; k < 2; ++k) sums[2 + k] += high[k] * x;
 }
 
-// The panels [begin, end) of W x.
-template <class Columns, class Emit>
-void multiply(const Matrix& matrix, int64_t begin, int64_t end, const float* x, Columns columns, Emit emit) {
-  const float sum = matrix.scales == nullptr ? 0.0f : sum_of(x, matrix.columns);
-  for (int64_t panel = begin; panel < end; ++panel) {
-    if (matrix.scales == nullptr) {
-      multiply_panel<Bf16Column>(matrix, panel, x, sum, columns, emit);
-    } else {
-      multiply_panel<Int8Column>(matrix, panel, x, sum, columns, emit);
+template <class Column, class Columns>
+inline PanelSums sum_columns(const Words* words, const float* x, Columns columns) {
+  PanelSums sums = {};
+  int64_t i = 0;
+  for (; i + 2 <= columns.count; i += 2) {
+    add_column<Column>(words + columns[i] * Column::kVectors, x[columns[i]], sums.of[0]);
+    add_column<Column>(words + columns[i + 1] * Column::kVectors, x[columns[i + 1]], sums.of[1]);
+  }
+  if (i < columns.count) add_column<Column>(words + columns[i] * Column::kVectors, x[columns[i]], sums.of[0]);
+  return sums;
+}
+
+// Adds the columns [begin, end), from an even one on, to half of the rows of some products.
+template <class Column, int64_t kHalf, int64_t kCount>
+inline void add_block(const Words* words, int64_t begin, int64_t end, const float* const* xs, PanelSums* sums) {
+  Floats block[kCount][2][2], weights[2];
+  const float* x[kCount];
+  for (int64_t n = 0; n < kCount; ++n) {
+    x[n] = xs[n];
+    for (int64_t parity = 0; parity < 2; ++parity) {
+      for (int64_t k = 0; k < 2; ++k) block[n][parity][k] = sums[n].of[parity][2 * kHalf + k];
+    }
+  }
+  int64_t i = begin;
+  for (; i + 2 <= end; i += 2) {
+    for (int64_t parity = 0; parity < 2; ++parity) {
+      Column::template widen<kHalf>(words + (i + parity) * Column::kVectors, weights);
+      for (int64_t n = 0; n < kCount; ++n) {
+        for (int64_t k = 0; k < 2; ++k) block[n][parity][k] += weights[k] * x[n][i + parity];
+      }
+    }
+  }
+  if (i < end) {
+    Column::template widen<kHalf>(words + i * Column::kVectors, weights);
+    for (int64_t n = 0; n < kCount; ++n) {
+      for (int64_t k = 0; k < 2; ++k) block[n][0][k] += weights[k] * x[n][i];
+    }
+  }
+  for (int64_t n = 0; n < kCount; ++n) {
+    for (int64_t parity = 0; parity < 2; ++parity) {
+      for (int64_t k = 0; k < 2; ++k) sums[n].of[parity][2 * kHalf + k] = block[n][parity][k];
     }
   }
 }
 
+// What `sum_columns` makes of all columns, for several x.
+template <class Column>
+inline void sum_together(const Words* words, int64_t num_columns, const float* const* xs, int64_t count, PanelSums* sums) {
+  std::memset(sums, 0, count * sizeof *sums);
+  const int64_t num_calls = 2 * (count / kTogether + count % kTogether);
+  const int64_t lines_of_block = kBlockColumns * Column::kVectors * sizeof(Words) / kCacheLine;
+  const int64_t lines_of_call = (lines_of_block + num_calls - 1) / num_calls;
+  for (int64_t begin = 0; begin < num_columns; begin += kBlockColumns) {
+    const int64_t end = std::min(begin + kBlockColumns, num_columns);
+    const char* ahead = reinterpret_cast<const char*>(words + (begin + kBlocksAhead * kBlockColumns) * Column::kVectors);
+    const auto fetch = [&] {
+      for (int64_t line = 0; line < lines_of_call; ++line, ahead += kCacheLine) __builtin_prefetch(ahead);
+    };
+    int64_t n = 0;
+    for (; n + kTogether <= count; n += kTogether) {
+      fetch();
+      add_block<Column, 0, kTogether>(words, begin, end, xs + n, sums + n);
+      fetch();
+      add_block<Column, 1, kTogether>(words, begin, end, xs + n, sums + n);
+    }
+    for (; n < count; ++n) {
+      fetch();
+      add_block<Column, 0, 1>(words, begin, end, xs + n, sums + n);
+      fetch();
+      add_block<Column, 1, 1>(words, begin, end, xs + n, sums + n);
+    }
+  }
+}
+
+// A panel's rows of a product. Compiled once: products that are made together must be rounded as one that is made alone.
+__attribute__((noinline)) inline void finish_panel(const Matrix& matrix, int64_t first, int64_t count, const PanelSums& sums,
+                                                   float sum_of_x, float* values) {
+  for (int64_t v = 0; v < kSums; ++v) reinterpret_cast<Floats*>(values)[v] = sums.of[0][v] + sums.of[1][v];
+  if (matrix.scales != nullptr) {
+    for (int64_t r = 0; r < count; ++r) values[r] = matrix.scales[first + r] * (256.0f * values[r] - 384.0f * sum_of_x);
+  }
+  if (matrix.bias != nullptr) {
+    for (int64_t r = 0; r < count; ++r) values[r] += matrix.bias[first + r];
+  }
+}
+
+template <class Column, class Emit>
+void multiply_panels(const Matrix& matrix, int64_t begin, int64_t end, const Operands& operands, Emit emit) {
+  const float* xs[kMostOperands];  // of those that read all columns
+  int64_t whole[kMostOperands], num_whole = 0;
+  for (int64_t n = 0; n < operands.count; ++n) {
+    if (operands.each[n].columns != nullptr) continue;
+    whole[num_whole] = n;
+    xs[num_whole++] = operands.each[n].x;
+  }
+  PanelSums together[kMostOperands];
+  for (int64_t panel = begin; panel < end; ++panel) {
+    const Words* words = panel_words(matrix, panel, Column::kVectors);
+    const int64_t first = panel * kPanelRows, count = std::min(kPanelRows, matrix.rows - first);
+    const auto finish = [&](int64_t n, const PanelSums& sums) {
+      alignas(64) float values[kPanelRows];
+      finish_panel(matrix, first, count, sums, operands.each[n].sum, values);
+      emit(n, first, values, count);
+    };
+    if (num_whole == 1) {
+      finish(whole[0], sum_columns<Column>(words, xs[0], AllColumns{matrix.columns}));
+    } else if (num_whole > 1) {
+      sum_together<Column>(words, matrix.columns, xs, num_whole, together);
+      for (int64_t i = 0; i < num_whole; ++i) finish(whole[i], together[i]);
+    }
+    if (num_whole == operands.count) continue;
+    for (int64_t n = 0; n < operands.count; ++n) {
+      const Operand& operand = operands.each[n];
+      if (operand.columns == nullptr) continue;
+      finish(n, sum_columns<Column>(words, operand.x, SomeColumns{operand.num_columns, operand.columns}));
+    }
+  }
+}
+
+// The panels [begin, end) of each W x, as emit(which x, first row, values, count).
 template <class Emit>
-void multiply(const Matrix& matrix, const float* x, Emit emit) {
-  multiply(matrix, 0, num_panels(matrix), x, AllColumns{matrix.columns}, emit);
+void multiply(const Matrix& matrix, int64_t begin, int64_t end, const Operands& operands, Emit emit) {
+  if (matrix.scales == nullptr) {
+    multiply_panels<Bf16Column>(matrix, begin, end, operands, emit);
+  } else {
+    multiply_panels<Int8Column>(matrix, begin, end, operands, emit);
+  }
+}
+
+template <class Emit>
+void multiply(const Matrix& matrix, const Operands& operands, Emit emit) {
+  multiply(matrix, 0, num_panels(matrix), operands, emit);
 }
 
 // The lower and the upper half of a vector added.
