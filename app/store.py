@@ -69,37 +69,52 @@ class LoadedModel:
 
         The pace is measured at first and then follows the work that is done; other work on the machine is in it.
         """
-        at_once, num_rounds = self._rounds(num_samples)
-        if at_once not in self._paces:
-            self._paces[at_once] = self._measure_pace(at_once)
-        return num_rounds * num_bytes * self._paces[at_once] * (1 + self.lock.num_parties)
+        return num_bytes * self._seconds_of_byte(num_samples) * (1 + self.lock.num_parties)
 
     def note_seconds(self, num_samples: int, num_bytes: int, seconds: float) -> None:
         """Notes how long samples took that had this model for themselves."""
-        if seconds >= SPEED_TEST_S:
-            at_once, num_rounds = self._rounds(num_samples)
+        if seconds < SPEED_TEST_S:
+            return
+        rounds = self._rounds(num_samples)
+        if len(rounds) == 1:
+            [(at_once, num_rounds)] = rounds
             self._paces[at_once] = seconds / (num_rounds * num_bytes)
+        elif all(at_once in self._paces for at_once, _ in rounds):  # else nothing says which of them took how much
+            ratio = seconds / (num_bytes * self._seconds_of_byte(num_samples))
+            for at_once, _ in rounds:
+                self._paces[at_once] *= ratio
 
-    def _rounds(self, num_samples: int) -> tuple[int, int]:
-        """How many samples are made at once, and how many times that is done."""
-        at_once = min(num_at_once(self.model), num_samples)
-        return at_once, -(-num_samples // at_once)
+    def _seconds_of_byte(self, num_samples: int) -> float:
+        """How long one byte of each of the samples takes."""
+        rounds = self._rounds(num_samples)
+        for at_once, _ in rounds:
+            if at_once not in self._paces:
+                self._paces[at_once] = self._measure_pace(at_once)
+        return sum(num_rounds * self._paces[at_once] for at_once, num_rounds in rounds)
+
+    def _rounds(self, num_samples: int) -> list[tuple[int, int]]:
+        """(samples that are made at once, how many times that is done): as many as there can be, then the rest."""
+        most = num_at_once(self.model)
+        rounds = [(most, num_samples // most), (num_samples % most, 1)]
+        return [(at_once, num_rounds) for at_once, num_rounds in rounds if at_once and num_rounds]
 
     def _measure_pace(self, at_once: int) -> float:
         """Makes a few bytes in the middle of the context, where a byte costs about what it does on average."""
         half = self.info.max_seq_len // 2 // self.info.patch_size * self.info.patch_size
         requests = [Request(bytes(half), self.info.max_seq_len - half, SampleConfig(), number) for number in range(at_once)]
-        begun, started, num_made = set(), 0.0, 0
+        begun, started, ended, num_made = set(), 0.0, 0.0, 0
         with closing(stream_batch(self.model, requests)) as chunks:
             for index, chunk in chunks:
+                now = time.perf_counter()
                 if len(begun) < at_once:  # the first bytes of each wait for what is read before them
                     begun.add(index)
-                    started = time.perf_counter()
+                    started = now
                     continue
-                num_made += len(chunk.byte_values)
-                if time.perf_counter() - started > SPEED_TEST_S:
+                # Of bytes that are made together the first chunk comes when all are there: all count, or none.
+                if num_made and now - started > SPEED_TEST_S:
                     break
-        return (time.perf_counter() - started) * at_once / max(1, num_made)
+                num_made, ended = num_made + len(chunk.byte_values), now
+        return (ended - started) * at_once / max(1, num_made)
 
 
 class ModelStore:

@@ -45,9 +45,11 @@ MAX_SAMPLES = 1 << 16  # of one prefix
 _CHUNK_BYTES = 16, 64
 _CHUNK_S = 0.02  # chunks grow while they take less, and shrink: somebody waits for the bytes, or for the work to stop
 
-# Rows for which a team of threads reads the weights once, and the memory of their keys and values, in bytes.
+# Rows for which a team of threads reads the weights once, at most, and bytes of their keys and values; and how many rows one
+# thread takes as long to compute as to read the weights for.
 _ROWS_OF_TEAM = 8
 _BYTES_OF_TEAM = 1 << 28
+_ROWS_OF_THREAD = 4
 
 _NATIVE = (native.ENGINE_NAME, native.INT8_ENGINE_NAME)
 
@@ -113,7 +115,7 @@ class Sampler:
             request = Request(self.prefix, self.num_bytes, self.config, sample_number)
             chunks = _in_lockstep(self.model, self.engine, [request])
         else:
-            chunks = _in_groups(self.engine, deque([_Making(self, sample_number, 0)]), num_rows=1)
+            chunks = _in_groups(self.engine, deque([_Making(self, sample_number, 0)]), most_rows=1)
         with closing(chunks):
             yield from (chunk for _, chunk in chunks)
 
@@ -182,7 +184,7 @@ def stream_batch(model: ByteModel, requests: Sequence[Request]) -> Iterator[tupl
     engine = _choose_engine(model)
     if engine in _LOCKSTEP:
         return _in_lockstep(model, engine, requests)
-    return _in_groups(engine, makings, num_at_once(model))
+    return _in_groups(engine, makings, _rows_of_team(model, engine))
 
 
 def num_at_once(model: ByteModel) -> int:
@@ -190,8 +192,7 @@ def num_at_once(model: ByteModel) -> int:
     engine = _choose_engine(model)
     if engine in _LOCKSTEP:
         return _LOCKSTEP[engine][1]
-    # Torch shares its matrix products itself and gains nothing from rows side by side.
-    return len(_teams()) * _rows_of_team(model) if engine in _NATIVE else 1
+    return _rows_of_team(model, engine) * (native.num_cores() if engine in _NATIVE else 1)
 
 
 def generate(
@@ -278,19 +279,26 @@ def _new_row(model: ByteModel, engine: str, cache_len: int) -> Row:
     return TorchRow(model, cache_len)
 
 
-def _teams() -> list[bool]:
-    """The native engine's groups of threads that fill the cores: whether each has a second thread."""
-    num_cores = native.num_cores()
-    return [first + 1 < num_cores for first in range(0, num_cores, 2)]
-
-
-def _rows_of_team(model: MegaByte) -> int:
-    """How many rows share one walk through the weights; fewer of long ones, whose keys take longer to read than weights."""
-    num_bytes = sum(
-        2 * 4 * level.config.num_layers * level.config.dim * (level.config.cross_patch + level.row_length)
-        for level in model.levels
-    )
+def _rows_of_team(model: ByteModel, engine: str) -> int:
+    """How many rows share one walk through the weights; fewer of long ones, whose keys and values take much memory."""
+    if engine not in _NATIVE:  # torch steps at batch size 1 and shares its products itself
+        return 1
+    slots = ((level.config, level.config.cross_patch + level.row_length) for level in model.levels)
+    num_bytes = sum(8 * config.num_layers * config.dim * num_slots for config, num_slots in slots)  # keys and values, float32
     return max(1, min(_ROWS_OF_TEAM, _BYTES_OF_TEAM // max(num_bytes, 1)))
+
+
+def _teams(num_samples: int, most_rows: int) -> list[bool]:
+    """The teams of threads that make samples together, one for each group of rows: whether a team has a second thread.
+
+    Two threads read the weights once for both. With rows enough that computing takes longer than reading, a thread of its
+    own for each group does not have to wait for another.
+    """
+    num_cores = native.num_cores()
+    pairs = [core + 1 < num_cores for core in range(0, num_cores, 2)]
+    if num_samples >= _ROWS_OF_THREAD * num_cores or num_samples > most_rows * len(pairs):
+        return [False] * num_cores
+    return pairs[:num_samples]
 
 
 def _context_of(history: np.ndarray, cache_len: int, model: ByteModel) -> np.ndarray:
@@ -315,14 +323,11 @@ def _next_size(size: int, seconds: float) -> int:
     return max(size // 2, first) if seconds > 2 * _CHUNK_S else size
 
 
-def _in_groups(engine: str, waiting: deque[_Making], num_rows: int) -> Iterator[tuple[int, Chunk]]:
-    """The chunks of samples of which up to `num_rows` are worked on at a time, first come first served.
-
-    Each team of threads works on a group of rows.
-    """
-    teams = _teams()[: min(num_rows, len(waiting))] if engine in _NATIVE else [False]
-    rows_each = -(-min(num_rows, len(waiting)) // max(len(teams), 1))
-    groups = [_in_group(engine, waiting, rows_each, has_helper) for has_helper in teams]
+def _in_groups(engine: str, waiting: deque[_Making], most_rows: int) -> Iterator[tuple[int, Chunk]]:
+    """The chunks of samples that are worked on in groups of up to `most_rows`, first come first served."""
+    teams = _teams(len(waiting), most_rows) if engine in _NATIVE else [False]
+    num_rows = min(most_rows, -(-len(waiting) // max(len(teams), 1)))
+    groups = [_in_group(engine, waiting, num_rows, has_helper) for has_helper in teams]
     if len(groups) == 1:  # a thread more would take time from those that make the bytes
         for chunks in groups[0]:
             yield from chunks

@@ -47,7 +47,7 @@ class Team {
     if (is_wanted_.exchange(false) && next_rest_ > 1) --next_rest_;
   }
 
-  // Runs work(begin, end) over all of [0, count); `num_bytes` is what the whole of it reads.
+  // Runs work(begin, end) over all of [0, count); `num_bytes` is what the whole of it reads, for each row again.
   template <class Work>
   void share(int64_t count, int64_t num_bytes, Work work) {
     if (count < 2 || num_bytes < kWorthSharing || !is_spinning_.load(std::memory_order_acquire)) {
@@ -63,7 +63,7 @@ class Team {
     work(int64_t(0), half);
     if (claim(kDone)) {
       work(half, count);
-    } else if (!spin_until([this] { return job_.load(std::memory_order_acquire) == kDone; }, kStall)) {
+    } else if (!spin_until([this] { return job_.load(std::memory_order_acquire) == kDone; }, longest_wait(num_bytes))) {
       sit_out_a_stall();
     }
   }
@@ -73,7 +73,8 @@ class Team {
   enum { kDone, kOpen, kTaken };
 
   static constexpr int64_t kWorthSharing = 1 << 14;  // bytes; handing over takes as long as reading this much
-  static constexpr Microseconds kStall{200};         // no job takes so long unless its thread was put aside
+  static constexpr Microseconds kStall{200};         // no small job takes so long unless its thread was put aside
+  static constexpr int64_t kBytesOfMicrosecond = 1 << 14;  // a thread is through with more of a large one in this time
   static constexpr Microseconds kLinger{100};        // between two rounds; waking up takes longer
   static constexpr int64_t kLongestRest = 1024;      // rounds
 
@@ -100,6 +101,8 @@ class Team {
     run_(context_, begin_, end_);
     job_.store(kDone, std::memory_order_release);
   }
+
+  static Microseconds longest_wait(int64_t num_bytes) { return kStall + Microseconds(num_bytes / 2 / kBytesOfMicrosecond); }
 
   // Only one side gets an open job.
   bool claim(int mine) {
