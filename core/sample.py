@@ -3,7 +3,7 @@
 A sample is a function of the model, its prefix, its settings, (seed, sample number) and the engine alone: no neighbour
 and no batch size can change a byte of it. The engine follows from model, machine and `MEGABYTE_ENGINE`:
 
-    native-bf16   on a CPU with a compiler, for models that `core.native` takes; several samples share one walk through the weights
+    native-bf16   on a CPU with a compiler, for models that `core.native` takes; several samples read the weights once
     native-int8   the same with MEGABYTE_ENGINE=native-int8: faster, and its law is not quite the model's
     torch-fp32    on a CPU otherwise, or with MEGABYTE_ENGINE=torch (cuda-fp32 on a GPU)
     torch-bf16    on a CPU with MEGABYTE_ENGINE=torch-bf16: 16 samples in lockstep, whose rows fill up with the next ones;
@@ -48,7 +48,7 @@ _CHUNK_S = 0.02  # chunks grow while they take less, and shrink: somebody waits 
 # Rows for which a team of threads reads the weights once, at most, and bytes of their keys and values; and how many rows one
 # thread takes as long to compute as to read the weights for.
 _ROWS_OF_TEAM = 8
-_BYTES_OF_TEAM = 1 << 28
+_BYTES_OF_TEAM = 400_000_000
 _ROWS_OF_THREAD = 4
 
 _NATIVE = (native.ENGINE_NAME, native.INT8_ENGINE_NAME)
@@ -342,9 +342,7 @@ def _in_groups(engine: str, waiting: deque[_Making], most_rows: int) -> Iterator
                     yield from chunks
 
 
-def _in_group(
-    engine: str, waiting: deque[_Making], num_rows: int, has_helper: bool
-) -> Iterator[list[tuple[int, Chunk]]]:
+def _in_group(engine: str, waiting: deque[_Making], num_rows: int, has_helper: bool) -> Iterator[list[tuple[int, Chunk]]]:
     """The next chunk of each of up to `num_rows` samples; one that has ended makes room for the next that waits."""
     draw = partial(NativeRow.draw, native.Team(has_helper)) if engine in _NATIVE else TorchRow.draw
     group: list[_Making] = []

@@ -1,6 +1,7 @@
-"""Native decoding on a CPU: whole patches of one row of a MegaByte in one call of C++, several times as fast as torch.
+"""Native decoding on a CPU: whole patches of rows of a MegaByte in one call of C++, several times as fast as torch.
 
-Every weight is read once per byte, so a byte costs what reading the weights costs. `decode.cpp` reads them as bf16 and
+Every weight is read once per byte, so a byte of one row costs what reading the weights costs, and those of several rows
+that are made together little more: each has the bits that it has alone. `decode.cpp` reads the weights as bf16 and
 computes in float32; only models whose matrices are exactly representable in bf16 are taken, which exported models are,
 so its logits differ from torch's by the order of summation alone. The bytes are drawn there as well, and so
 are those of many rows whose logits torch makes (`draw_rows`).
@@ -222,9 +223,7 @@ class NativeSequence:
             ValueError: if there are.
         """
         if self._position[0] + num_bytes > self._last + 1:
-            raise ValueError(
-                f"the cache holds {self._last + 1} bytes and has no room for {num_bytes} more; start a new one"
-            )
+            raise ValueError(f"the cache holds {self._last + 1} bytes and has no room for {num_bytes} more; start a new one")
 
 
 @dataclass(frozen=True)

@@ -34,9 +34,9 @@ constexpr int64_t kRoundBytes = 16;
 // Chosen like reading so many bytes: what sharing it between the threads is measured by.
 constexpr int64_t kWorkOfDrawing = 1 << 14;
 
-// At most as many as are worked on together.
+// At most as many as are worked on together. In cache lines of its own: one thread reads it while the other writes beside it.
 template <class T>
-struct Some {
+struct alignas(64) Some {
   int64_t count = 0;
   T each[kMostOperands];
 
@@ -230,16 +230,23 @@ float* normed(Sequence& row) { return row.scratch.normed.data(); }
 
 template <class In>
 Operands operands(const Matrix& matrix, const Rows& rows, In x_of) {
-  Operands operands;
-  for (Sequence* row : rows) operands.add(matrix, x_of(*row));
-  return operands;
+  Operands xs;
+  for (Sequence* row : rows) xs.add(matrix, x_of(*row));
+  return xs;
 }
 
-// Where the products go.
+template <class Out>
+Some<float*> outputs(const Rows& rows, Out y_of) {
+  Some<float*> ys;
+  for (Sequence* row : rows) ys.add(y_of(*row));
+  return ys;
+}
+
+// Keeps the products.
 template <class Out>
 auto into(const Rows& rows, Out y_of) {
-  return [&rows, y_of](int64_t n, int64_t first, const float* values, int64_t count) {
-    std::memcpy(y_of(*rows.each[n]) + first, values, count * sizeof(float));
+  return [ys = outputs(rows, y_of)](int64_t n, int64_t first, const float* values, int64_t count) {
+    std::memcpy(ys.each[n] + first, values, count * sizeof(float));
   };
 }
 
@@ -346,7 +353,7 @@ class Group {
     const Block& block = level.blocks[layer];
     for (Sequence* row : rows) row->normalize_x(block.attention_norm, level.dim);
     const int64_t num_read = num_bytes(block.halves[0].qkv) + num_bytes(block.halves[0].out);
-    add_halves(level, block, rows, 2 * num_read, [&](const Half& half, auto term_of) {
+    add_halves(level, block, rows, 2 * num_read, [&, index, layer](const Half& half, auto term_of) {
       const int64_t C = level.head_dim, width = half.num_heads * C;
       const auto qkv_of = [&](Sequence& row) { return row.scratch.qkv.data() + 3 * half.first_head * C; };
       const auto attended_of = [&](Sequence& row) { return row.scratch.attended.data() + half.first_head * C; };
@@ -368,16 +375,18 @@ class Group {
     add_halves(level, block, rows, 2 * num_read, [&](const Half& half, auto term_of) {
       const bool relu_squared = model_.relu_squared;
       const auto hidden_of = [&](Sequence& row) { return row.scratch.hidden.data() + half.first_channel; };
-      multiply(half.ffn_in, operands(half.ffn_in, rows, normed), [&](int64_t n, int64_t first, const float* values, int64_t count) {
-        float* hidden = hidden_of(*rows.each[n]) + first;
+      const Some<float*> hiddens = outputs(rows, hidden_of);
+      const auto activate = [&](int64_t n, int64_t first, const float* values, int64_t count) {
+        float* hidden = hiddens.each[n] + first;
         for (int64_t i = 0; i < count; ++i) {
           const float positive = values[i] > 0.0f ? values[i] : 0.0f;
           hidden[i] = relu_squared ? positive * positive : positive;
         }
-      });
+      };
+      multiply(half.ffn_in, operands(half.ffn_in, rows, normed), activate);
       Operands activated;
       for (Sequence* row : rows) {
-        float* hidden = hidden_of(*row);
+        const float* hidden = hidden_of(*row);
         int32_t* active = row->scratch.active.data() + half.first_channel;
         const int64_t num_channels = half.ffn_in.rows, num_active = Sequence::note_active(hidden, num_channels, active);
         if (num_active * kSparse < num_channels) {

@@ -227,7 +227,7 @@ __attribute__((noinline)) inline void finish_panel(const Matrix& matrix, int64_t
 }
 
 template <class Column, class Emit>
-void multiply_panels(const Matrix& matrix, int64_t begin, int64_t end, const Operands& operands, Emit emit) {
+void multiply_panels(const Matrix& matrix, int64_t begin, int64_t end, const Operands& operands, const Emit& emit) {
   const float* xs[kMostOperands];  // of those that read all columns
   int64_t whole[kMostOperands], num_whole = 0;
   for (int64_t n = 0; n < operands.count; ++n) {
@@ -261,7 +261,7 @@ void multiply_panels(const Matrix& matrix, int64_t begin, int64_t end, const Ope
 
 // The panels [begin, end) of each W x, as emit(which x, first row, values, count).
 template <class Emit>
-void multiply(const Matrix& matrix, int64_t begin, int64_t end, const Operands& operands, Emit emit) {
+void multiply(const Matrix& matrix, int64_t begin, int64_t end, const Operands& operands, const Emit& emit) {
   if (matrix.scales == nullptr) {
     multiply_panels<Bf16Column>(matrix, begin, end, operands, emit);
   } else {
@@ -270,7 +270,7 @@ void multiply(const Matrix& matrix, int64_t begin, int64_t end, const Operands& 
 }
 
 template <class Emit>
-void multiply(const Matrix& matrix, const Operands& operands, Emit emit) {
+void multiply(const Matrix& matrix, const Operands& operands, const Emit& emit) {
   multiply(matrix, 0, num_panels(matrix), operands, emit);
 }
 
