@@ -171,7 +171,7 @@ def _bench(name: str, patch_size: int, max_seq_len: int) -> Config:
 _PRESETS: dict[str, Callable[[str], Config]] = {
     "text": _text,
     "image32": lambda name: _image(name, side=32, batch_size=80, num_steps=11847, dropout=0.05),
-    "image64": lambda name: _image(name, side=64, batch_size=20, num_steps=3881, dropout=0.05),
+    "image64": lambda name: _image(name, side=64, batch_size=20, num_steps=8500, dropout=0.1),
     "audio": lambda name: _audio(name, "mulaw8", widths=(448, 320), num_steps=729, dropout=0.1),
     "audio-pcm16": lambda name: _audio(name, "pcm16be", widths=(384, 256), num_steps=4500, dropout=0.15),
     "paper-text": _paper(
