@@ -100,7 +100,7 @@ class Sampler:
                 f"ask for at most {max(context - len(self.prefix), 0)}"
             )
         patch_size = model.config.patch_size
-        self.cache_len = min(context, -(-(len(self.prefix) + num_bytes) // patch_size) * patch_size)
+        self._cache_len = min(context, -(-(len(self.prefix) + num_bytes) // patch_size) * patch_size)
         self._after_prefix: Row | None = None
         self._reading = threading.Lock()  # samples made side by side share it
 
@@ -119,12 +119,12 @@ class Sampler:
         with closing(chunks):
             yield from (chunk for _, chunk in chunks)
 
-    def start(self) -> tuple[Row, int]:
+    def _start(self) -> tuple[Row, int]:
         """A row of one sample's own that has read the prefix, and its position."""
-        start = _context_of(self.prefix, self.cache_len, self.model)
+        start = _context_of(self.prefix, self._cache_len, self.model)
         with self._reading:
             if self._after_prefix is None:
-                row = _new_row(self.model, self.engine, self.cache_len)
+                row = _new_row(self.model, self.engine, self._cache_len)
                 row.read(start)
                 self._after_prefix = row
         return self._after_prefix.copy(), len(start)
@@ -147,11 +147,11 @@ class _Making:
         sampler = self._sampler
         self._noise = uniforms(sampler.config.seed, self._sample_number)
         self._history = np.concatenate((sampler.prefix, np.zeros(sampler.num_bytes, dtype=np.uint8)))
-        self._row, self._position = sampler.start()
+        self._row, self._position = sampler._start()
 
     def next_draw(self, size: int) -> Draw:
         """What is drawn to go on by about `size` bytes; a full context is read again from its last half."""
-        model, cache_len = self._sampler.model, self._sampler.cache_len
+        model, cache_len = self._sampler.model, self._sampler._cache_len
         if self._position == cache_len:
             context = _context_of(self._history[: self._done], cache_len, model)
             self._row.read(context)

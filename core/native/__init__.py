@@ -14,7 +14,7 @@ import contextlib
 import ctypes
 import os
 from collections.abc import Iterator, Sequence
-from ctypes import POINTER, Structure, byref, c_double, c_int64, c_void_p
+from ctypes import POINTER, Structure, byref, c_int64, c_void_p
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -31,6 +31,7 @@ from core.kernels import attention, load_library, step
 from core.models import ByteModel, MegaByte
 from core.models.layers import QK_EPSILON, Block
 from core.models.megabyte import Level
+from core.native import structures
 
 ENGINE_NAME = "native-bf16"
 INT8_ENGINE_NAME = "native-int8"
@@ -72,10 +73,10 @@ class NativeDecoder:
         self._arena = Arena(sum(2 * (matrix.shape[0] + most_padding) * matrix.shape[1] for matrix in matrices))
         self.structure = self._model(model)
 
-    def _model(self, model: MegaByte) -> "_Model":
+    def _model(self, model: MegaByte) -> structures.Model:
         levels, config = list(model.levels), model.config
-        return _Model(
-            levels=self._array(_Level, [self._level(level) for level in levels]),
+        return structures.Model(
+            levels=self._array(structures.Level, [self._level(level) for level in levels]),
             num_levels=len(levels),
             patch_size=config.patch_size,
             real_previous=config.real_previous,
@@ -87,12 +88,12 @@ class NativeDecoder:
             head=self._matrix(levels[-1].embedder.embedding),
         )
 
-    def _level(self, level: Level) -> "_Level":
+    def _level(self, level: Level) -> structures.Level:
         own, embedder, rotary = level.config, level.embedder, level.transformer.rotary
         cos, sin = rotary.tables() if rotary else (None, None)
         # One half after the other: what a thread reads lies side by side.
         halves = [[self._half(block, own, index) for block in level.transformer.blocks] for index in range(2)]
-        return _Level(
+        return structures.Level(
             dim=own.dim,
             num_layers=own.num_layers,
             num_heads=own.num_heads,
@@ -109,20 +110,20 @@ class NativeDecoder:
             cos=self._vector(cos),
             sin=self._vector(sin),
             project=self._matrix(embedder.project if isinstance(embedder.project, nn.Linear) else None),
-            blocks=self._array(_Block, list(map(self._block, level.transformer.blocks, *halves))),
+            blocks=self._array(structures.Block, list(map(self._block, level.transformer.blocks, *halves))),
             residual_scalars=self._vector(level.transformer.residual_scalars),
             norm=self._norm(level.transformer.norm),
         )
 
-    def _block(self, block: Block, *halves: "_Half") -> "_Block":
-        return _Block(self._norm(block.attention_norm), self._norm(block.ffn_norm), halves)
+    def _block(self, block: Block, *halves: structures.Half) -> structures.Block:
+        return structures.Block(self._norm(block.attention_norm), self._norm(block.ffn_norm), halves)
 
-    def _half(self, block: Block, level: LevelConfig, index: int) -> "_Half":
+    def _half(self, block: Block, level: LevelConfig, index: int) -> structures.Half:
         heads, channels = (_half_of(count, index) for count in (level.num_heads, level.ffn_dim))
         of_heads = slice(heads.start * level.head_dim, heads.stop * level.head_dim)
         rows_of_qkv = torch.arange(3 * level.dim).view(3, -1)[:, of_heads].flatten()
         attention, is_first = block.attention, index == 0
-        return _Half(
+        return structures.Half(
             first_head=heads.start,
             num_heads=heads.stop - heads.start,
             first_channel=channels.start,
@@ -132,8 +133,8 @@ class NativeDecoder:
             ffn_out=self._matrix(block.ffn_out, columns=channels, has_bias=is_first),
         )
 
-    def _norm(self, norm: nn.LayerNorm) -> "_Norm":
-        return _Norm(self._vector(norm.weight), self._vector(norm.bias), norm.eps)
+    def _norm(self, norm: nn.LayerNorm) -> structures.Norm:
+        return structures.Norm(self._vector(norm.weight), self._vector(norm.bias), norm.eps)
 
     def _matrix(
         self,
@@ -142,9 +143,9 @@ class NativeDecoder:
         rows: slice | Tensor = slice(None),
         columns: slice = slice(None),
         has_bias: bool = True,
-    ) -> "_Matrix":
+    ) -> structures.Matrix:
         if module is None:
-            return _Matrix()
+            return structures.Matrix()
         weight_RC, scales_R = module.weight.detach()[rows], None
         if self._is_int8:
             quantized_RC, scales_R = quantize(weight_RC)  # by whole rows, whichever columns are kept
@@ -155,7 +156,7 @@ class NativeDecoder:
         pack(weight_RC, panels)
         bias_R = getattr(module, "bias", None) if has_bias else None
         bias_R = None if bias_R is None else bias_R[rows]
-        return _Matrix(panels.data_ptr(), self._vector(scales_R), self._vector(bias_R), *weight_RC.shape)
+        return structures.Matrix(panels.data_ptr(), self._vector(scales_R), self._vector(bias_R), *weight_RC.shape)
 
     def _vector(self, values: Tensor | None) -> int | None:
         if values is None:
@@ -186,9 +187,11 @@ class NativeSequence:
         self._position = cache.positions_B.numpy()
         self._last = cache.max_seq_len - 1
         library = decoder.library
-        state = _State(
+        state = structures.State(
             levels=tuple(
-                _LevelState(_pointer(level.keys), _pointer(level.values), level.keys.shape[3], _pointer(level.from_parent_BLD))
+                structures.LevelState(
+                    _pointer(level.keys), _pointer(level.values), level.keys.shape[3], _pointer(level.from_parent_BLD)
+                )
                 for level in cache.levels
             ),
             patch_bytes=_pointer(cache.patch_bytes_BP),
@@ -279,17 +282,17 @@ class Team:
         return made
 
     def _draw(self, parts: Sequence[Part]) -> list[tuple[np.ndarray, np.ndarray]]:
-        made, structures = [], (_Part * len(parts))()
+        made, told = [], (structures.Part * len(parts))()
         noises = [np.concatenate((np.zeros(len(part.forced)), part.uniforms)) for part in parts]
-        for structure, part, noise in zip(structures, parts, noises, strict=True):
+        for each, part, noise in zip(told, parts, noises, strict=True):
             part.sequence.require_room(len(part))
             byte_values, bits = np.zeros(len(part), dtype=np.int64), np.empty(len(part), dtype=np.float32)
             byte_values[: len(part.forced)] = part.forced
             made.append((byte_values, bits))
-            structure.sequence, structure.count, structure.num_forced = part.sequence.handle, len(part), len(part.forced)
-            structure.law = _Law(part.temperature, NUM_BYTE_VALUES if part.top_k is None else part.top_k, part.top_p)
-            structure.uniforms, structure.bytes, structure.bits = (each.ctypes.data for each in (noise, byte_values, bits))
-        self._library.team_draw(self._handle, structures, len(parts))
+            each.sequence, each.count, each.num_forced = part.sequence.handle, len(part), len(part.forced)
+            each.law = structures.Law(part.temperature, NUM_BYTE_VALUES if part.top_k is None else part.top_k, part.top_p)
+            each.uniforms, each.bytes, each.bits = (array.ctypes.data for array in (noise, byte_values, bits))
+        self._library.team_draw(self._handle, told, len(parts))
         return [(byte_values.astype(np.uint8), bits) for byte_values, bits in made]
 
 
@@ -402,13 +405,13 @@ def library() -> ctypes.CDLL | None:
     found = load_library(_SOURCE)
     if found is None or not found.num_lanes():
         return None
-    found.sequence_open.argtypes = (POINTER(_Model), POINTER(_State))
+    found.sequence_open.argtypes = (POINTER(structures.Model), POINTER(structures.State))
     found.sequence_open.restype = c_void_p
     found.team_open.argtypes = (c_int64,)
     found.team_open.restype = c_void_p
     found.sequence_step.argtypes = (c_void_p, c_int64)
     found.sequence_step.restype = None
-    found.team_draw.argtypes = (c_void_p, POINTER(_Part), c_int64)
+    found.team_draw.argtypes = (c_void_p, POINTER(structures.Part), c_int64)
     found.team_draw.restype = None
     found.most_parts.restype = c_int64
     found.draw_rows.argtypes = (c_int64, *(c_void_p for _ in range(7)))
@@ -425,76 +428,3 @@ def _pointer(tensor: Tensor | None) -> int | None:
         return None
     assert tensor.is_contiguous()
     return tensor.data_ptr()
-
-
-# The structures of model.h, law.h and decode.cpp, field by field.
-
-
-class _Matrix(Structure):
-    _fields_ = [("panels", c_void_p), ("scales", c_void_p), ("bias", c_void_p), ("rows", c_int64), ("columns", c_int64)]
-
-
-class _Norm(Structure):
-    _fields_ = [("weight", c_void_p), ("bias", c_void_p), ("epsilon", c_double)]
-
-
-class _Half(Structure):
-    _fields_ = [
-        *((name, c_int64) for name in ("first_head", "num_heads", "first_channel")),
-        *((name, _Matrix) for name in ("qkv", "out", "ffn_in", "ffn_out")),
-    ]
-
-
-class _Block(Structure):
-    _fields_ = [("attention_norm", _Norm), ("ffn_norm", _Norm), ("halves", _Half * 2)]
-
-
-class _Level(Structure):
-    _fields_ = [
-        *((name, c_int64) for name in ("dim", "num_layers", "num_heads", "head_dim", "ffn_dim", "span", "row_length", "memory")),
-        ("embedding", c_void_p),
-        ("byte_dim", c_int64),
-        *((name, c_void_p) for name in ("byte_positions", "pad", "row_positions", "cos", "sin")),
-        ("project", _Matrix),
-        ("blocks", POINTER(_Block)),
-        ("residual_scalars", c_void_p),
-        ("norm", _Norm),
-    ]
-
-
-class _Model(Structure):
-    _fields_ = [
-        ("levels", POINTER(_Level)),
-        *((name, c_int64) for name in ("num_levels", "patch_size", "real_previous", "slices", "relu_squared")),
-        *((name, c_double) for name in ("qk_epsilon", "logit_softcap")),
-        ("unembedder", _Matrix),
-        ("head", _Matrix),
-    ]
-
-
-class _LevelState(Structure):
-    _fields_ = [("keys", c_void_p), ("values", c_void_p), ("num_slots", c_int64), ("from_parent", c_void_p)]
-
-
-class _State(Structure):
-    _fields_ = [
-        ("levels", _LevelState * 2),
-        ("patch_bytes", c_void_p),
-        ("position", c_void_p),
-        ("woken", c_void_p),
-        ("logits", c_void_p),
-    ]
-
-
-class _Law(Structure):
-    _fields_ = [("temperature", c_double), ("top_k", c_int64), ("top_p", c_double)]
-
-
-class _Part(Structure):
-    _fields_ = [
-        ("sequence", c_void_p),
-        ("count", c_int64),
-        ("num_forced", c_int64),
-        ("law", _Law),
-        *((name, c_void_p) for name in ("uniforms", "bytes", "bits")),
-    ]

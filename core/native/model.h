@@ -1,4 +1,4 @@
-// What Python hands over: weights, and the buffers of a cache. Mirrored field by field in __init__.py.
+// What Python hands over: weights, and the buffers of a cache. Mirrored field by field in structures.py.
 
 #pragma once
 

@@ -47,7 +47,7 @@ class Team {
     if (is_wanted_.exchange(false) && next_rest_ > 1) --next_rest_;
   }
 
-  // Runs work(begin, end) over all of [0, count); `num_bytes` is what the whole of it reads, for each row again.
+  // Runs work(begin, end) over all of [0, count); `num_bytes` is what it reads, counted for each row.
   template <class Work>
   void share(int64_t count, int64_t num_bytes, Work work) {
     if (count < 2 || num_bytes < kWorthSharing || !is_spinning_.load(std::memory_order_acquire)) {
@@ -74,7 +74,7 @@ class Team {
 
   static constexpr int64_t kWorthSharing = 1 << 14;  // bytes; handing over takes as long as reading this much
   static constexpr Microseconds kStall{200};         // no small job takes so long unless its thread was put aside
-  static constexpr int64_t kBytesOfMicrosecond = 1 << 14;  // a thread is through with more of a large one in this time
+  static constexpr int64_t kStallBytes = 1 << 14;    // and of a large one each microsecond has done so many
   static constexpr Microseconds kLinger{100};        // between two rounds; waking up takes longer
   static constexpr int64_t kLongestRest = 1024;      // rounds
 
@@ -102,7 +102,7 @@ class Team {
     job_.store(kDone, std::memory_order_release);
   }
 
-  static Microseconds longest_wait(int64_t num_bytes) { return kStall + Microseconds(num_bytes / 2 / kBytesOfMicrosecond); }
+  static Microseconds longest_wait(int64_t num_bytes) { return kStall + Microseconds(num_bytes / 2 / kStallBytes); }
 
   // Only one side gets an open job.
   bool claim(int mine) {

@@ -140,19 +140,27 @@ inline void add_column(const Words* column, float x, Floats* sums) {
   for (int64_t k = 0; k < 2; ++k) sums[2 + k] += high[k] * x;
 }
 
+// Adds the columns [begin, end) of those given, from an even one on.
+template <class Column, class Columns>
+inline void add_columns(const Words* words, const float* x, Columns columns, int64_t begin, int64_t end, PanelSums& sums) {
+  PanelSums local = sums;
+  int64_t i = begin;
+  for (; i + 2 <= end; i += 2) {
+    add_column<Column>(words + columns[i] * Column::kVectors, x[columns[i]], local.of[0]);
+    add_column<Column>(words + columns[i + 1] * Column::kVectors, x[columns[i + 1]], local.of[1]);
+  }
+  if (i < end) add_column<Column>(words + columns[i] * Column::kVectors, x[columns[i]], local.of[0]);
+  sums = local;
+}
+
 template <class Column, class Columns>
 inline PanelSums sum_columns(const Words* words, const float* x, Columns columns) {
   PanelSums sums = {};
-  int64_t i = 0;
-  for (; i + 2 <= columns.count; i += 2) {
-    add_column<Column>(words + columns[i] * Column::kVectors, x[columns[i]], sums.of[0]);
-    add_column<Column>(words + columns[i + 1] * Column::kVectors, x[columns[i + 1]], sums.of[1]);
-  }
-  if (i < columns.count) add_column<Column>(words + columns[i] * Column::kVectors, x[columns[i]], sums.of[0]);
+  add_columns<Column>(words, x, columns, 0, columns.count, sums);
   return sums;
 }
 
-// Adds the columns [begin, end), from an even one on, to half of the rows of some products.
+// The same of all columns for half of the rows of some products, each column made floats once.
 template <class Column, int64_t kHalf, int64_t kCount>
 inline void add_block(const Words* words, int64_t begin, int64_t end, const float* const* xs, PanelSums* sums) {
   Floats block[kCount][2][2], weights[2];
@@ -199,7 +207,7 @@ inline void sum_together(const Words* words, int64_t num_columns, const float* c
       for (int64_t line = 0; line < lines_of_call; ++line, ahead += kCacheLine) __builtin_prefetch(ahead);
     };
     int64_t n = 0;
-    for (; n + kTogether <= count; n += kTogether) {
+    for (; kTogether > 1 && n + kTogether <= count; n += kTogether) {
       fetch();
       add_block<Column, 0, kTogether>(words, begin, end, xs + n, sums + n);
       fetch();
@@ -207,9 +215,8 @@ inline void sum_together(const Words* words, int64_t num_columns, const float* c
     }
     for (; n < count; ++n) {
       fetch();
-      add_block<Column, 0, 1>(words, begin, end, xs + n, sums + n);
       fetch();
-      add_block<Column, 1, 1>(words, begin, end, xs + n, sums + n);
+      add_columns<Column>(words, xs[n], AllColumns{num_columns}, begin, end, sums[n]);
     }
   }
 }
