@@ -44,6 +44,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
         monkeypatch.setattr(f"{module}.stream_batch", machine.stream_batch)
         monkeypatch.setattr(f"{module}.time", SimpleNamespace(perf_counter=lambda: machine.now))
     monkeypatch.setattr("app.store.num_at_once", lambda model: CORES)
+    monkeypatch.setattr("app.completion.prepare", lambda model: iter(()))  # building the decoder takes other time
     return machine
 
 
