@@ -102,19 +102,23 @@ class LoadedModel:
         """Makes a few bytes in the middle of the context, where a byte costs about what it does on average."""
         half = self.info.max_seq_len // 2 // self.info.patch_size * self.info.patch_size
         requests = [Request(bytes(half), self.info.max_seq_len - half, SampleConfig(), number) for number in range(at_once)]
-        begun, started, ended, num_made = set(), 0.0, 0.0, 0
+        begun, num_first, num_made = set(), 0, 0
+        asked = started = ended = time.perf_counter()
         with closing(stream_batch(self.model, requests)) as chunks:
             for index, chunk in chunks:
                 now = time.perf_counter()
                 if len(begun) < at_once:  # the first bytes of each wait for what is read before them
                     begun.add(index)
-                    started = now
+                    num_first += len(chunk.byte_values)
+                    started = ended = now
                     continue
                 # Of bytes that are made together the first chunk comes when all are there: all count, or none.
                 if num_made and now - started > SPEED_TEST_S:
                     break
                 num_made, ended = num_made + len(chunk.byte_values), now
-        return (ended - started) * at_once / max(1, num_made)
+        if num_made == 0:  # in a short context there are no others
+            started, num_made = asked, num_first
+        return (ended - started) * at_once / num_made
 
 
 class ModelStore:

@@ -2,6 +2,7 @@
 
 from collections import deque
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -84,3 +85,9 @@ def test_work_of_others_that_takes_turns_is_in_the_estimate(service, machine):
     with service.model("text").lock:
         assert said() == pytest.approx(2 * alone)
     assert said() == pytest.approx(alone)
+
+
+def test_a_context_with_room_for_the_first_bytes_alone_has_a_pace(service, machine):
+    loaded = service.model(next(model.path for model in service.models() if model.modality == "text"))
+    loaded.info = replace(loaded.info, max_seq_len=2 * loaded.info.patch_size)
+    assert loaded.estimate_seconds(1, 100) > 0
