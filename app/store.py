@@ -2,9 +2,11 @@
 
 import threading
 import time
+from collections import Counter
 from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from app.media import modality_of
@@ -102,23 +104,22 @@ class LoadedModel:
         """Makes a few bytes in the middle of the context, where a byte costs about what it does on average."""
         half = self.info.max_seq_len // 2 // self.info.patch_size * self.info.patch_size
         requests = [Request(bytes(half), self.info.max_seq_len - half, SampleConfig(), number) for number in range(at_once)]
-        begun, num_first, num_made = set(), 0, 0
-        asked = started = ended = time.perf_counter()
+        asked = time.perf_counter()
+        begun: dict[int, float] = {}  # when each had its first bytes, which wait for what is read before them
+        made: Counter[int] = Counter()  # bytes of each after those
+        paces: dict[int, float] = {}
         with closing(stream_batch(self.model, requests)) as chunks:
             for index, chunk in chunks:
                 now = time.perf_counter()
-                if len(begun) < at_once:  # the first bytes of each wait for what is read before them
-                    begun.add(index)
-                    num_first += len(chunk.byte_values)
-                    started = ended = now
+                if index not in begun:
+                    begun[index] = now
                     continue
-                # Of bytes that are made together the first chunk comes when all are there: all count, or none.
-                if num_made and now - started > SPEED_TEST_S:
+                made[index] += len(chunk.byte_values)
+                paces[index] = (now - begun[index]) / made[index]
+                if len(paces) == at_once and now - max(begun.values()) > SPEED_TEST_S:
                     break
-                num_made, ended = num_made + len(chunk.byte_values), now
-        if num_made == 0:  # in a short context there are no others
-            started, num_made = asked, num_first
-        return (ended - started) * at_once / num_made
+        # In a short context there are no bytes but the first.
+        return mean(paces.values()) if paces else (max(begun.values()) - asked) / requests[0].num_bytes
 
 
 class ModelStore:

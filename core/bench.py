@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -25,7 +26,7 @@ from core.likelihood import engine_name, score, scoring_engine
 from core.limits import PeakMemory, matmul_rate, seconds_to_read, timed
 from core.models import MegaByte
 from core.presets import preset
-from core.sample import Request, SampleConfig, Sampler, stream_batch
+from core.sample import Request, SampleConfig, Sampler, num_at_once, stream_batch
 
 DEFAULT_LENGTH = {"generate": 2048, "score": 8192, "train": 1024}
 _TRAIN_BYTES = 8192  # of a step, where no batch size is given
@@ -218,20 +219,23 @@ def generation(name: str, model: MegaByte, batch_size: int, length: int) -> Case
     num_bytes = min(_TIMED_BYTES, length // 2)
     prefix = random_stream(length - num_bytes)
     requests = [Request(prefix, num_bytes, SampleConfig(), number) for number in range(batch_size)]
-    device = next(model.parameters()).device
+    device, at_once = next(model.parameters()).device, num_at_once(model)
 
     def run() -> tuple[int, float]:
         chunks = stream_batch(model, requests)
-        for _ in range(batch_size):  # one of each sample: then all have read the prefix
-            next(chunks)
-        made = 0
+        made = {False: 0, True: 0}  # bytes, by whether all samples that are made at once have begun and read the prefix
+        begun: set[int] = set()
 
-        def rest() -> None:
-            nonlocal made
-            made = sum(len(chunk.byte_values) for _, chunk in chunks)
+        def make(is_rest: bool) -> None:
+            for index, chunk in chunks:
+                begun.add(index)
+                made[is_rest] += len(chunk.byte_values)
+                if not is_rest and len(begun) == min(batch_size, at_once):
+                    return
 
-        seconds = timed(rest, device)
-        return made, seconds
+        before, after = (timed(partial(make, is_rest), device) for is_rest in (False, True))
+        # Few bytes may all have been made before the last sample began.
+        return (made[True], after) if made[True] else (made[False], before)
 
     return Case("generate", name, model, Sampler(model, b"", 1, SampleConfig()).engine, batch_size, length, run)
 

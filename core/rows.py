@@ -80,7 +80,6 @@ class TorchRow:
 
     def __init__(self, model: ByteModel, cache_len: int) -> None:
         self._model, self._cache_len = model, cache_len
-        lay_out(model)
         self._cache: Cache = model.new_cache(1, cache_len)
         self._byte_ids_B = torch.zeros(1, dtype=torch.int64, device=next(model.parameters()).device)
         self.logits_V = np.zeros(0, dtype=np.float32)  # of the next byte, unless a drawn one is still to be appended

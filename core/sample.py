@@ -17,9 +17,9 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
 
@@ -34,7 +34,7 @@ from core.law import Chunk, SampleConfig, sampling_law, uniforms
 from core.likelihood import as_stream, engine_name
 from core.lockstep import Job, borrowed_lockstep
 from core.models import ByteModel, MegaByte
-from core.rows import Draw, NativeRow, Row, TorchRow
+from core.rows import Draw, NativeRow, Row, TorchRow, lay_out
 
 __all__ = ["Chunk", "Request", "SampleConfig", "Sampler", "generate", "next_byte_law", "num_at_once", "prepare", "stream_batch"]
 
@@ -101,6 +101,7 @@ class Sampler:
             )
         patch_size = model.config.patch_size
         self._cache_len = min(context, -(-(len(self.prefix) + num_bytes) // patch_size) * patch_size)
+        self.num_waiting = 0  # samples of a batch that have not begun
         self._after_prefix: Row | None = None
         self._reading = threading.Lock()  # samples made side by side share it
 
@@ -115,19 +116,25 @@ class Sampler:
             request = Request(self.prefix, self.num_bytes, self.config, sample_number)
             chunks = _in_lockstep(self.model, self.engine, [request])
         else:
-            chunks = _in_groups(self.engine, deque([_Making(self, sample_number, 0)]), most_rows=1)
+            chunks = _in_groups(self.model, self.engine, deque([_Making(self, sample_number, 0)]), most_rows=1)
         with closing(chunks):
             yield from (chunk for _, chunk in chunks)
 
-    def _start(self) -> tuple[Row, int]:
+    def _start(self, new_row: Callable[[int], Row]) -> tuple[Row, int]:
         """A row of one sample's own that has read the prefix, and its position."""
         start = _context_of(self.prefix, self._cache_len, self.model)
         with self._reading:
             if self._after_prefix is None:
-                row = _new_row(self.model, self.engine, self._cache_len)
+                row = new_row(self._cache_len)
                 row.read(start)
                 self._after_prefix = row
-        return self._after_prefix.copy(), len(start)
+            self.num_waiting -= 1
+            row = self._after_prefix
+            if self.num_waiting != 0:
+                row = row.copy()
+            else:  # the last of a batch needs no copy of it
+                self._after_prefix = None
+        return row, len(start)
 
 
 class _Making:
@@ -136,26 +143,33 @@ class _Making:
     def __init__(self, sampler: Sampler, sample_number: int, index: int) -> None:
         self._sampler, self._sample_number = sampler, sample_number
         self.index = index
+        self._row: Row | None = None
         self._done = len(sampler.prefix)
 
     @property
     def is_done(self) -> bool:
         return self._done == len(self._sampler.prefix) + self._sampler.num_bytes
 
-    def begin(self) -> None:
-        """Reads the prefix, or takes over what was read of it."""
-        sampler = self._sampler
-        self._noise = uniforms(sampler.config.seed, self._sample_number)
-        self._history = np.concatenate((sampler.prefix, np.zeros(sampler.num_bytes, dtype=np.uint8)))
-        self._row, self._position = sampler._start()
+    @property
+    def has_to_read(self) -> bool:
+        """Whether its row is still to be made, or is full."""
+        return self._row is None or self._position == self._sampler._cache_len
 
-    def next_draw(self, size: int) -> Draw:
-        """What is drawn to go on by about `size` bytes; a full context is read again from its last half."""
-        model, cache_len = self._sampler.model, self._sampler._cache_len
-        if self._position == cache_len:
-            context = _context_of(self._history[: self._done], cache_len, model)
+    def read(self, new_row: Callable[[int], Row]) -> None:
+        """Reads the prefix, or takes over what was read of it; or reads the last half of a full context again."""
+        sampler = self._sampler
+        if self._row is None:
+            self._noise = uniforms(sampler.config.seed, self._sample_number)
+            self._history = np.concatenate((sampler.prefix, np.zeros(sampler.num_bytes, dtype=np.uint8)))
+            self._row, self._position = sampler._start(new_row)
+        if self._position == sampler._cache_len:
+            context = _context_of(self._history[: self._done], sampler._cache_len, sampler.model)
             self._row.read(context)
             self._position = len(context)
+
+    def next_draw(self, size: int) -> Draw:
+        """What is drawn to go on by about `size` bytes."""
+        model, cache_len = self._sampler.model, self._sampler._cache_len
         count = min(_chunk_end(model, self._position, size), cache_len) - self._position
         return self._row, self._noise.random(min(count, len(self._history) - self._done)), self._sampler.config
 
@@ -180,11 +194,12 @@ def stream_batch(model: ByteModel, requests: Sequence[Request]) -> Iterator[tupl
         key = as_stream(request.prefix).tobytes(), request.num_bytes, request.config
         if key not in samplers:
             samplers[key] = Sampler(model, request.prefix, request.num_bytes, request.config)
+        samplers[key].num_waiting += 1
         makings.append(_Making(samplers[key], request.sample_number, index))
     engine = _choose_engine(model)
     if engine in _LOCKSTEP:
         return _in_lockstep(model, engine, requests)
-    return _in_groups(engine, makings, _rows_of_team(model, engine))
+    return _in_groups(model, engine, makings, _rows_of_team(model, engine))
 
 
 def num_at_once(model: ByteModel) -> int:
@@ -273,10 +288,12 @@ def _choose_engine(model: ByteModel) -> str:
     return engine_name(device, is_bf16=False)
 
 
-def _new_row(model: ByteModel, engine: str, cache_len: int) -> Row:
+def _maker_of_rows(model: ByteModel, engine: str) -> Callable[[int], Row]:
+    """Makes rows for so many bytes, which can be drawn together: they step by the same weights whatever becomes of the model."""
     if engine in _NATIVE:
-        return NativeRow(model, native.compile_model(model, engine), cache_len)
-    return TorchRow(model, cache_len)
+        return partial(NativeRow, model, native.compile_model(model, engine))
+    lay_out(model)
+    return partial(TorchRow, model)
 
 
 def _rows_of_team(model: ByteModel, engine: str) -> int:
@@ -323,11 +340,11 @@ def _next_size(size: int, seconds: float) -> int:
     return max(size // 2, first) if seconds > 2 * _CHUNK_S else size
 
 
-def _in_groups(engine: str, waiting: deque[_Making], most_rows: int) -> Iterator[tuple[int, Chunk]]:
+def _in_groups(model: ByteModel, engine: str, waiting: deque[_Making], most_rows: int) -> Iterator[tuple[int, Chunk]]:
     """The chunks of samples that are worked on in groups of up to `most_rows`, first come first served."""
-    teams = _teams(len(waiting), most_rows) if engine in _NATIVE else [False]
-    num_rows = min(most_rows, -(-len(waiting) // max(len(teams), 1)))
-    groups = [_in_group(engine, waiting, num_rows, has_helper) for has_helper in teams]
+    teams, new_row = _teams(len(waiting), most_rows) if engine in _NATIVE else [False], _maker_of_rows(model, engine)
+    draws = [partial(NativeRow.draw, native.Team(has_helper)) if engine in _NATIVE else TorchRow.draw for has_helper in teams]
+    groups = [_in_group(draw, new_row, waiting, most_rows, len(teams)) for draw in draws]
     if len(groups) == 1:  # a thread more would take time from those that make the bytes
         for chunks in groups[0]:
             yield from chunks
@@ -342,34 +359,54 @@ def _in_groups(engine: str, waiting: deque[_Making], most_rows: int) -> Iterator
                     yield from chunks
 
 
-def _in_group(engine: str, waiting: deque[_Making], num_rows: int, has_helper: bool) -> Iterator[list[tuple[int, Chunk]]]:
-    """The next chunk of each of up to `num_rows` samples; one that has ended makes room for the next that waits."""
-    draw = partial(NativeRow.draw, native.Team(has_helper)) if engine in _NATIVE else TorchRow.draw
+def _in_group(
+    draw: Callable[[list[Draw]], list[Chunk]],
+    new_row: Callable[[int], Row],
+    waiting: deque[_Making],
+    most_rows: int,
+    num_groups: int,
+) -> Iterator[list[tuple[int, Chunk]]]:
+    """The next chunk of each of up to `most_rows` samples; those that have ended make room for this group's part of what waits."""
     group: list[_Making] = []
     size = _CHUNK_BYTES[0]
     while True:
-        started = time.perf_counter()
-        # Whoever looks at the others waits meanwhile, so not for several prefixes.
-        while len(group) < num_rows and time.perf_counter() - started < _CHUNK_S and (making := _next_of(waiting)):
-            making.begin()
-            group.append(making)
+        group += _first_of(waiting, min(most_rows - len(group), -(-len(waiting) // num_groups)))
         if not group:
             return
-        draws = [making.next_draw(size) for making in group]
+        ready = _ready_of(group, new_row)
         started = time.perf_counter()
-        chunks = draw(draws)
+        chunks = _drawn(draw, ready, size)
         size = _next_size(size, time.perf_counter() - started)
-        for making, chunk in zip(group, chunks, strict=True):
-            making.take(chunk)
-        yield [(making.index, chunk) for making, chunk in zip(group, chunks, strict=True)]
-        group = [making for making in group if not making.is_done]
+        yield chunks
+        # Those that waited read first.
+        group = [making for making in group if making not in ready] + [making for making in ready if not making.is_done]
+        del ready  # with the rows of those that are done: the next ones need their memory
 
 
-def _next_of(waiting: deque[_Making]) -> _Making | None:
-    try:
-        return waiting.popleft()
-    except IndexError:  # another group was faster
-        return None
+def _drawn(draw: Callable[[list[Draw]], list[Chunk]], ready: list[_Making], size: int) -> list[tuple[int, Chunk]]:
+    chunks = draw([making.next_draw(size) for making in ready])
+    for making, chunk in zip(ready, chunks, strict=True):
+        making.take(chunk)
+    return [(making.index, chunk) for making, chunk in zip(ready, chunks, strict=True)]
+
+
+def _first_of(waiting: deque[_Making], most: int) -> list[_Making]:
+    found = []
+    with suppress(IndexError):  # another group was faster
+        while len(found) < most:
+            found.append(waiting.popleft())
+    return found
+
+
+def _ready_of(group: list[_Making], new_row: Callable[[int], Row]) -> list[_Making]:
+    """Those that can go on, one of them at least. Whoever looks at them waits while others read, so not for all at once."""
+    ready = [making for making in group if not making.has_to_read]
+    started = time.perf_counter()
+    for making in group:
+        if making.has_to_read and (not ready or time.perf_counter() - started < _CHUNK_S):
+            making.read(new_row)
+            ready.append(making)
+    return ready
 
 
 def _in_lockstep(model: MegaByte, engine: str, requests: Sequence[Request]) -> Iterator[tuple[int, Chunk]]:

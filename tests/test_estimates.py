@@ -22,6 +22,7 @@ class Machine:
     def __init__(self) -> None:
         self.now = 0.0
         self.seconds_of_byte = {1: 1.0, 2: 1.6}
+        self.is_joint = False  # the bytes of two come at the same time
 
     def stream_batch(self, model: ByteModel, requests: Sequence[Request]) -> Iterator[tuple[int, Chunk]]:
         waiting, left = deque(range(len(requests))), [request.num_bytes for request in requests]
@@ -30,9 +31,10 @@ class Machine:
             while waiting and len(running) < CORES:
                 running.append(waiting.popleft())
                 self.now += 5.0  # its prefix is read
-            for index in tuple(running):
-                size = min(16, left[index])
-                self.now += size * self.seconds_of_byte[len(running)] / len(running)
+            sizes = {index: min(16, left[index]) for index in running}
+            seconds = [size * self.seconds_of_byte[len(running)] / len(running) for size in sizes.values()]
+            for (index, size), own_seconds in zip(sizes.items(), [sum(seconds), 0] if self.is_joint else seconds, strict=False):
+                self.now += own_seconds
                 left[index] -= size
                 yield index, Chunk(np.zeros(size, np.uint8), np.zeros(size, np.float32))
             running = [index for index in running if left[index]]
@@ -61,8 +63,10 @@ def said_and_taken(service: Service, machine: Machine, num_samples: int) -> tupl
     return said, machine.now - started
 
 
+@pytest.mark.parametrize("is_joint", [False, True])
 @pytest.mark.parametrize("num_samples", [1, 2, 3, 8])
-def test_the_first_estimate_is_measured_with_as_many_samples_as_are_made_at_once(service, machine, num_samples):
+def test_the_first_estimate_is_measured_with_as_many_samples_as_are_made_at_once(service, machine, num_samples, is_joint):
+    machine.is_joint = is_joint
     said, taken = said_and_taken(service, machine, num_samples)
     assert 0.95 * taken < said < 1.05 * taken
 
@@ -90,4 +94,5 @@ def test_work_of_others_that_takes_turns_is_in_the_estimate(service, machine):
 def test_a_context_with_room_for_the_first_bytes_alone_has_a_pace(service, machine):
     loaded = service.model(next(model.path for model in service.models() if model.modality == "text"))
     loaded.info = replace(loaded.info, max_seq_len=2 * loaded.info.patch_size)
-    assert loaded.estimate_seconds(1, 100) > 0
+    num_bytes = loaded.info.patch_size
+    assert loaded.estimate_seconds(1, num_bytes) == pytest.approx(5 + num_bytes)

@@ -26,7 +26,7 @@ from core.law import draw, sampling_law, surprisal, uniforms
 from core.likelihood import score
 from core.models import MegaByte
 from core.rows import NativeRow, lay_out
-from core.sample import Request, SampleConfig, Sampler, generate, num_at_once, stream_batch
+from core.sample import Request, SampleConfig, Sampler, generate, next_byte_law, num_at_once, stream_batch
 from tests.model_cases import CASES, CONTEXT, RECIPE, build, random_bytes, two_level
 
 # Sums in another order, and an exponential of its own.
@@ -443,8 +443,8 @@ def test_closing_a_batch_ends_its_threads_and_frees_its_rows(cores, num_samples,
     generate(model, b"", 1)
     tasks = Path("/proc/self/task")
     before, rows = len(list(tasks.iterdir())), []
-    new_row = sample._new_row
-    monkeypatch.setattr(sample, "_new_row", lambda *made_of: rows.append(weakref.ref(row := new_row(*made_of))) or row)
+    begin = NativeRow.__init__
+    monkeypatch.setattr(NativeRow, "__init__", lambda row, *made_of: rows.append(weakref.ref(row)) or begin(row, *made_of))
     chunks = stream_batch(model, [Request(b"abc", 1000, SampleConfig(), number) for number in range(num_samples)])
     for _ in range(12):
         next(chunks)
@@ -453,8 +453,70 @@ def test_closing_a_batch_ends_its_threads_and_frees_its_rows(cores, num_samples,
     del chunks
     gc.collect()
     assert len(list(tasks.iterdir())) == before
-    assert rows
+    assert len(rows) >= min(num_samples, 2)
     assert not any(row() for row in rows)
+
+
+@pytest.mark.usefixtures("engine")
+@pytest.mark.parametrize("same_prefix", [False, True])
+def test_rows_that_are_done_make_room_for_the_next(same_prefix, monkeypatch):
+    monkeypatch.setattr(native, "num_cores", lambda: 1)
+    monkeypatch.setattr(sample, "_ROWS_OF_TEAM", 2)
+    rows, most = [], 0
+    begin = NativeRow.__init__
+
+    def count(row: NativeRow, *made_of) -> None:
+        nonlocal most
+        rows.append(weakref.ref(row))
+        most = max(most, sum(row() is not None for row in rows))
+        begin(row, *made_of)
+
+    monkeypatch.setattr(NativeRow, "__init__", count)
+    prefixes = [b"abc" if same_prefix else bytes([number]) for number in range(8)]
+    requests = [Request(prefix, 40, SampleConfig(), number) for number, prefix in enumerate(prefixes)]
+    for _ in stream_batch(rounded(SUPPORTED["exact"]), requests):
+        pass
+    assert most <= 3  # two, and the one that has read a prefix for the samples that are still to come
+
+
+@pytest.mark.usefixtures("engine")
+def test_samples_go_on_by_the_weights_with_which_they_were_begun(monkeypatch):
+    monkeypatch.setattr(native, "num_cores", lambda: 1)
+    monkeypatch.setattr(sample, "_ROWS_OF_TEAM", 2)
+    model = rounded(SUPPORTED["exact"])
+    requests = [Request(bytes([number]), 60, SampleConfig(), number) for number in range(5)]
+    alone = [np.concatenate([chunk.byte_values for _, chunk in stream_batch(model, [request])]) for request in requests]
+    made: list[list[np.ndarray]] = [[] for _ in requests]
+    with contextlib.closing(stream_batch(model, requests)) as chunks:
+        for index, chunk in chunks:
+            made[index].append(chunk.byte_values)
+            next_byte_law(model, b"ab")
+            lay_out(model)  # as samples by torch do
+    for found, expected in zip(made, alone, strict=True):
+        np.testing.assert_array_equal(np.concatenate(found), expected)
+
+
+@pytest.mark.usefixtures("engine")
+def test_rows_that_are_full_are_not_all_read_again_before_the_next_chunk(monkeypatch):
+    monkeypatch.setattr(native, "num_cores", lambda: 1)
+    model = rounded(SUPPORTED["exact"])
+    read, num_read = NativeRow.read, 0
+
+    def read_slowly(row: NativeRow, history: np.ndarray) -> None:
+        nonlocal num_read
+        num_read += 1
+        time.sleep(1.1 * sample._CHUNK_S)
+        read(row, history)
+
+    monkeypatch.setattr(NativeRow, "read", read_slowly)
+    requests = [Request(b"abc", 3 * CONTEXT, SampleConfig(), number) for number in range(4)]
+    seen, before = [], 0
+    with contextlib.closing(stream_batch(model, requests)) as chunks:
+        for _ in chunks:
+            seen.append(num_read - before)
+            before = num_read
+    assert num_read > 8
+    assert max(seen) == 1
 
 
 @pytest.mark.usefixtures("engine")

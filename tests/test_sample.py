@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -236,15 +237,15 @@ def test_samples_side_by_side_wait_until_their_prefix_is_read(monkeypatch):
     sampler = Sampler(build(CASES["exact"]), b"abcd", 8, SampleConfig())
     alone = [np.concatenate([chunk.byte_values for chunk in sampler.stream(number)]) for number in range(2)]
     slow = Sampler(sampler.model, b"abcd", 8, SampleConfig())
-    new_row = sample._new_row
+    maker_of_rows = sample._maker_of_rows
 
-    def slow_row(*arguments):
+    def slow_row(new_row, *arguments):
         row = new_row(*arguments)
         read = row.read
         row.read = lambda history: (time.sleep(0.05), read(history))
         return row
 
-    monkeypatch.setattr(sample, "_new_row", slow_row)
+    monkeypatch.setattr(sample, "_maker_of_rows", lambda *made_of: partial(slow_row, maker_of_rows(*made_of)))
     with ThreadPoolExecutor(2) as pool:
         streams = [pool.submit(lambda n=n: [chunk.byte_values for chunk in slow.stream(n)]) for n in range(2)]
     for stream, expected in zip(streams, alone, strict=True):

@@ -263,7 +263,8 @@ class PackedLinear(nn.Module):
 class PackedProducts(TorchFunctionMode):
     """Inside, linear layers on a CPU multiply many rows by weights that oneDNN has laid out once, without gradients.
 
-    Otherwise it lays them out for each product anew, and torch writes the bias as the sums that the product is added to.
+    Otherwise it lays them out for each product anew, and torch writes the bias as the sums that the product is added to. What
+    is laid out takes as much memory again as the weights, or half as much in bf16.
     """
 
     def __init__(self) -> None:
@@ -271,7 +272,8 @@ class PackedProducts(TorchFunctionMode):
         self._packed: dict[tuple[Tensor, torch.dtype], Tensor] = {}  # by the parameter and what it is rounded to
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function is F.linear and args[0].numel() >= _MANY_ROWS * args[0].shape[-1] and isinstance(args[1], nn.Parameter):
+        is_large = function is F.linear and args[0].numel() >= _MANY_ROWS * args[0].shape[-1]
+        if is_large and len(args) > 1 and isinstance(args[1], nn.Parameter):
             dtype = torch.bfloat16 if torch.is_autocast_enabled("cpu") else args[0].dtype
             if dtype in (torch.bfloat16, torch.float32) and has_onednn(dtype):
                 return self._linear(dtype, *args, **(kwargs or {}))

@@ -60,7 +60,7 @@ def compile_model(model: ByteModel, engine: str = ENGINE_NAME) -> "NativeDecoder
 
 
 class NativeDecoder:
-    """The packed weights of one model; makes sequences that step with them."""
+    """The packed weights of one model, by which sequences step."""
 
     def __init__(self, model: MegaByte, library: ctypes.CDLL, is_int8: bool) -> None:
         self.library = library
