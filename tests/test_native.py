@@ -440,7 +440,7 @@ def test_samples_of_a_group_are_those_made_alone(cores, rows_of_team, monkeypatc
 def test_closing_a_batch_ends_its_threads_and_frees_its_rows(cores, num_samples, monkeypatch):
     monkeypatch.setattr(native, "num_cores", lambda: cores)
     model = rounded(SUPPORTED["exact"])
-    generate(model, b"", 1)
+    generate(model, bytes(CONTEXT), 1)  # torch begins threads for its reading, and keeps them
     tasks = Path("/proc/self/task")
     before, rows = len(list(tasks.iterdir())), []
     begin = NativeRow.__init__
