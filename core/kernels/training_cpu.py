@@ -1,8 +1,8 @@
 """Training on a CPU that multiplies bf16: products by oneDNN, and between them as few passes over the memory as there can be.
 
 OneDNN adds the bias and takes the ReLU on the way; torch's product adds itself to the bias, which it has written before, and
-takes a tenth longer. The gradients of a weight and its bias are one product, added up and written in float32; a sum and the norm
-of it are one pass, and so are their gradients.
+takes a tenth longer. The gradients of a weight and its bias are one product, added up and written in float32, unless a processor
+multiplies tiles, which torch does faster; a sum and the norm of it are one pass, and so are their gradients.
 """
 
 # Shapes: N elements, D width, F inner width of the feed-forward layer.
@@ -204,7 +204,7 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor, activation: str = "none", 
 
 
 def grads_of_weight(grad_NO: Tensor, x_NI: Tensor) -> tuple[Tensor, Tensor]:
-    """Of a weight `(O, I)` and its bias: grad^T x and the sums of grad over the rows."""
+    """Of a weight `(O, I)` and its bias: grad^T x, rounded to bf16 where torch multiplies, and the sums of grad over the rows."""
     (num_rows, outputs), inputs = grad_NO.shape, x_NI.shape[1]
     # Ours does both at once, and rounds nothing to bf16, but has a thread for each whole part of a weight and knows no tiles.
     has_parts = (outputs / _OUTPUTS) * (inputs / _INPUTS) >= torch.get_num_threads()
