@@ -15,6 +15,7 @@ from core.kernels import step as kernel
 from core.kernels.gpu import can_fuse
 from core.law import SampleConfig, draw, sampling_law, surprisal, uniforms
 from core.lockstep import Job, Lockstep, bf16_copy
+from core.models.layers import linear_relu
 from core.models.megabyte import MegaByte
 from core.models.packed import PackedLinear, PackedMegaByte, PackedProducts, fused
 from tests.forced_rows import begin_rows, logits_in_rows, read_patch
@@ -156,6 +157,10 @@ def test_many_rows_are_multiplied_by_weights_that_are_laid_out_once(dtype, bias)
             assert found.dtype == dtype
             torch.testing.assert_close(found, plain, rtol=tolerance, atol=0.1 * tolerance)
             assert list(products._packed) == [(layer.weight, dtype)]
+        with products:
+            rectified = linear_relu(x, layer.weight, layer.bias)
+        torch.testing.assert_close(rectified, linear_relu(x, layer.weight, layer.bias), rtol=tolerance, atol=0.1 * tolerance)
+        assert rectified.min() == 0 < rectified.max()
         with products:
             torch.testing.assert_close(F.linear(x, 2 * layer.weight), 2 * F.linear(x, layer.weight), rtol=tolerance, atol=tolerance)
         assert len(products._packed) == 1

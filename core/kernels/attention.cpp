@@ -1,5 +1,5 @@
 // Attention of whole rows in bf16 with float32 sums, causally, for heads of 64 channels: softmax(q k^T / 8) v by the
-// processor's products of pairs of bf16.
+// processor's products of pairs of bf16, or of tiles of them (AMX).
 //
 // Scores are not kept (Dao et al., arXiv 2205.14135): the gradients are made from scores that are computed again. Keys and
 // values are packed once, in blocks of 64.
@@ -12,6 +12,7 @@
 #if defined(__AVX512BF16__) && defined(__AVX512F__)
 
 #include <algorithm>
+#include <cstring>
 
 #include "heads.h"
 #include "tiles.h"
@@ -93,16 +94,34 @@ struct Rows {
   alignas(64) __m512 sums[kRows][kVectors];
   __m512 totals[kRows];
   float highest[kRows];
+  alignas(64) uint32_t queries[kRows][kDepth], weights[kStack][kDepth];  // pairs of bf16
 
   void attend(const Heads& heads, int64_t index, int64_t first, const Block* keys, const Block* values) {
-    const int64_t count = std::min(kRows, heads.shape.length - first);
+    const TileRegisters registers;
+    const int64_t count = std::min(kRows, heads.shape.length - first), end = first + count;
     std::fill(&sums[0][0], &sums[0][0] + kRows * kVectors, _mm512_setzero_ps());
     std::fill(totals, totals + kRows, _mm512_setzero_ps());
     std::fill(highest, highest + kRows, kNever);
-    for (int64_t block = 0; block * kBlock < first + count; ++block) {
-      for (int64_t r = 0; r < count; r += kTile) {
-        if (block * kBlock < first + r + kTile) attend_block(heads, index, first, r, count, block, keys[block], values[block]);
-      }
+    for (int64_t r = 0; r < kRows; ++r) {  // rows behind the last are computed as the last and not kept
+      std::memcpy(queries[r], heads.shape.row(heads.q, index, first + std::min(r, count - 1)), sizeof *queries);
+    }
+    // A stack of rows against one block of keys after another. What a tile stores can be read only a while later: the scores of
+    // the stack after the next are made between the weights of this one and their products.
+    alignas(64) __m512 scores[2][kStack][kVectors];
+    const auto score = [&](const Stack& stack) {
+      if (stack.block * kBlock < end) multiply_stack<false>(queries + stack.row, keys[stack.block], scores[stack.turn]);
+    };
+    Stack stack = {0, 0, 0}, next = after(stack, first, count);
+    score(stack);
+    score(next);
+    while (stack.block * kBlock < end) {
+      const int64_t seen = first + stack.row - stack.block * kBlock;  // of the block's keys, by the first row, besides its own
+      for (int64_t i = 0; i < kStack; ++i) weigh(seen + i, stack.row + i, scores[stack.turn][i], weights[i]);
+      const Stack later = after(next, first, count);
+      score(later);
+      multiply_stack<true>(weights, values[stack.block], sums + stack.row, pairs_until(seen + kStack));
+      stack = next;
+      next = later;
     }
     for (int64_t r = 0; r < count; ++r) {
       const float total = _mm512_reduce_add_ps(totals[r]);
@@ -112,19 +131,15 @@ struct Rows {
     }
   }
 
-  // The tile of rows from `r` on against one block of keys. Rows behind the last are computed as the last and not kept.
-  void attend_block(const Heads& heads, int64_t index, int64_t first, int64_t r, int64_t count, int64_t block,
-                    const __m512i* keys, const __m512i* values) {
-    alignas(64) uint32_t weights[kTile][kDepth];  // pairs of bf16
-    const uint32_t *queries[kTile], *pairs[kTile];
-    for (int64_t i = 0; i < kTile; ++i) {
-      queries[i] = reinterpret_cast<const uint32_t*>(heads.shape.row(heads.q, index, first + std::min(r + i, count - 1)));
-      pairs[i] = weights[i];
-    }
-    __m512 scores[kTile][kVectors];
-    multiply<kTile, false>(queries, keys, scores);
-    for (int64_t i = 0; i < kTile; ++i) weigh(first + r + i - block * kBlock, r + i, scores[i], weights[i]);
-    multiply(pairs, values, sums + r, pairs_until(first + r + kTile - block * kBlock));
+  // What is worked on: rows from `row` on and one block of keys, which one of them sees.
+  struct Stack {
+    int64_t block, row, turn;
+  };
+
+  static Stack after(const Stack& stack, int64_t first, int64_t count) {
+    if (stack.row + kStack < count) return {stack.block, stack.row + kStack, 1 - stack.turn};
+    const int64_t block = stack.block + 1;
+    return {block, std::max<int64_t>(0, (block * kBlock - first) / kStack * kStack), 1 - stack.turn};
   }
 
   // Weights of a row from its scores; the first `last + 1` keys of the block are not behind it.
@@ -139,7 +154,7 @@ struct Rows {
     if (_mm512_cmp_ps_mask(top, _mm512_set1_ps(highest[row] + kSlack), _CMP_GT_OQ)) rescale(row, _mm512_reduce_max_ps(top));
     const __m512 scale = _mm512_set1_ps(kScale), zero = _mm512_set1_ps(highest[row] * kScale);
     for (int64_t v = 0; v < kVectors; ++v) {
-      scores[v] = power_of_two(_mm512_fmsub_ps(scores[v], scale, zero));
+      scores[v] = coarse_power_of_two(_mm512_fmsub_ps(scores[v], scale, zero));
       totals[row] = _mm512_add_ps(totals[row], scores[v]);
     }
     store(weights, scores, _mm512_set1_ps(1.0f));
@@ -221,7 +236,7 @@ void differentiate(const Gradients& g, int64_t index, int64_t first) {
         const __m512 log = kOfKeys ? _mm512_loadu_ps(g.logs + column) : _mm512_set1_ps(g.logs[column]);
         const __m512 dot = kOfKeys ? _mm512_loadu_ps(g.dots + column) : _mm512_set1_ps(g.dots[column]);
         const __mmask16 is_seen = __mmask16(seen >> (16 * v));
-        const __m512 weight = power_of_two(_mm512_fmsub_ps(scores[i][v], _mm512_set1_ps(kScale), log));
+        const __m512 weight = coarse_power_of_two(_mm512_fmsub_ps(scores[i][v], _mm512_set1_ps(kScale), log));
         scores[i][v] = _mm512_maskz_mov_ps(is_seen, weight);
         products[i][v] = _mm512_maskz_mul_ps(is_seen, weight, _mm512_sub_ps(products[i][v], dot));
       }
@@ -314,7 +329,7 @@ void differentiate_short(const Gradients& g, int64_t index) {
 
 }  // namespace
 
-extern "C" int64_t attention_is_supported() { return 1; }
+extern "C" int64_t attention_is_supported() { return TileRegisters::are_allowed(); }
 
 extern "C" void attend_causally(const Heads* heads, int64_t num_threads) {
   const Shape& shape = heads->shape;
@@ -332,11 +347,11 @@ extern "C" void attend_causally(const Heads* heads, int64_t num_threads) {
     pack_columns(shape, heads->k, i / num_blocks, i % num_blocks, keys[i]);
     pack_rows(shape, heads->v, i / num_blocks, i % num_blocks, values[i]);
   }
-  // The longest parts first, so that the threads end together.
+  // Head by head, whose keys and values stay near; its longest parts first, so that the threads end together.
 #pragma omp parallel for schedule(dynamic) num_threads(num_threads)
   for (int64_t i = 0; i < num_heads * num_parts; ++i) {
     Rows rows;
-    const int64_t index = i % num_heads, part = num_parts - 1 - i / num_heads;
+    const int64_t index = i / num_parts, part = num_parts - 1 - i % num_parts;
     rows.attend(*heads, index, part * kRows, keys + index * num_blocks, values + index * num_blocks);
   }
 }

@@ -1,6 +1,6 @@
 """Attention in bf16 on a CPU that multiplies bf16: two to three times as fast as torch's own kernels there.
 
-Where the processor multiplies tiles (AMX), torch's take long rows in half the time of these, which have short ones.
+Where the processor multiplies tiles (AMX), these do so without gradients alone; with them torch's take long rows.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from core.kernels import load_library, multiplies_bf16, multiplies_tiles
 _CHANNELS = 64  # of a head, which the kernel is made for
 _BLOCK = 64  # keys that are packed together
 _SHORT_ROW = 16  # up to which nothing is packed: `kShort` of attention.cpp
-_TILED_ROW = {False: 128, True: 512}  # from which on torch's are faster by tiles, without and with gradients
+_TILED_ROW = 512  # from which on torch's are faster with gradients, by tiles
 
 Rotation = tuple[Tensor, Tensor]  # cosines and signed sines of the slots, float32 (L, C)
 
@@ -26,7 +26,7 @@ def can_attend(q: Tensor) -> bool:
     length = q.shape[-2]
     # Half a block of padding costs little without gradients; with them torch's products are as fast up to twice a block.
     first = 2 * _BLOCK if q.requires_grad else _BLOCK // 2
-    is_long = length > first and not (multiplies_tiles() and length >= _TILED_ROW[q.requires_grad])
+    is_long = length > first and not (q.requires_grad and multiplies_tiles() and length >= _TILED_ROW)
     return (length <= _SHORT_ROW or is_long) and can_place(q)
 
 

@@ -1,4 +1,4 @@
-// Tiles of products of bf16 with float32 sums, by the processor's products of pairs (AVX512-BF16).
+// Tiles of products of bf16 with float32 sums, by the processor's products of pairs (AVX512-BF16) or of tiles of them (AMX).
 //
 // A block of the right side has 64 columns and 64 inputs: word c of input pair i holds inputs 2i and 2i + 1 of column c.
 // A tile of the left side has 6 rows or 4, whose words are pairs of inputs as they lie in memory. Its sums stay in registers,
@@ -7,6 +7,8 @@
 #pragma once
 
 #include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #include <cstdint>
 #include <initializer_list>
@@ -46,6 +48,85 @@ inline void multiply(const uint32_t* const* rows, const __m512i* block, __m512 (
   copy<kRows>(sums, target);
 }
 
+// The same for a stack of rows that lie one after another, by tiles where the processor has them.
+#if defined(__AMX_TILE__) && defined(__AMX_BF16__)
+
+constexpr int64_t kStack = 16;
+
+// Registers of 16 rows of 16 words, which a thread has for as long as this lives.
+class TileRegisters {
+ public:
+  TileRegisters() {
+    alignas(64) struct {
+      uint8_t palette = 1, start = 0, reserved[14] = {};
+      uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+      uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+    } config;
+    _tile_loadconfig(&config);
+  }
+  ~TileRegisters() { _tile_release(); }
+  TileRegisters(const TileRegisters&) = delete;
+  TileRegisters& operator=(const TileRegisters&) = delete;
+
+  // Asks the system for them, once for all threads of the process (Linux's arch_prctl).
+  static bool are_allowed() {
+    constexpr long kRequestState = 0x1023, kTileData = 18;
+    return syscall(SYS_arch_prctl, kRequestState, kTileData) == 0;
+  }
+};
+
+template <bool kAdds>
+inline void multiply_stack(const uint32_t (*rows)[kDepth], const __m512i* block, __m512 (*target)[kVectors],
+                              int64_t depth = kDepth) {
+  constexpr int64_t kRowBytes = sizeof *rows, kSumBytes = sizeof *target, kPairBytes = kVectors * sizeof *block;
+  asm volatile("" : : : "memory");  // compilers do not know that loading a tile reads memory
+  if (kAdds) {
+    _tile_loadd(0, target[0] + 0, kSumBytes);
+    _tile_loadd(1, target[0] + 1, kSumBytes);
+    _tile_loadd(2, target[0] + 2, kSumBytes);
+    _tile_loadd(3, target[0] + 3, kSumBytes);
+  } else {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+  for (int64_t i = 0; i < depth; i += 16) {  // pairs behind the last have no weight
+    const __m512i* b = block + i * kVectors;
+    _tile_loadd(4, rows[0] + i, kRowBytes);
+    _tile_loadd(5, b + 0, kPairBytes);
+    _tile_dpbf16ps(0, 4, 5);
+    _tile_loadd(6, b + 1, kPairBytes);
+    _tile_dpbf16ps(1, 4, 6);
+    _tile_loadd(7, b + 2, kPairBytes);
+    _tile_dpbf16ps(2, 4, 7);
+    _tile_loadd(5, b + 3, kPairBytes);
+    _tile_dpbf16ps(3, 4, 5);
+  }
+  _tile_stored(0, target[0] + 0, kSumBytes);
+  _tile_stored(1, target[0] + 1, kSumBytes);
+  _tile_stored(2, target[0] + 2, kSumBytes);
+  _tile_stored(3, target[0] + 3, kSumBytes);
+}
+
+#else
+
+constexpr int64_t kStack = kTile;
+
+struct TileRegisters {
+  static bool are_allowed() { return true; }
+};
+
+template <bool kAdds>
+inline void multiply_stack(const uint32_t (*rows)[kDepth], const __m512i* block, __m512 (*target)[kVectors],
+                              int64_t depth = kDepth) {
+  const uint32_t* each[kStack];
+  for (int64_t r = 0; r < kStack; ++r) each[r] = rows[r];
+  multiply<kStack, kAdds>(each, block, target, depth);
+}
+
+#endif
+
 // A row of a tile, scaled, as bf16.
 inline void store(void* target, const __m512* values, __m512 scale) {
   for (int64_t v = 0; v < kVectors; v += 2) {
@@ -54,7 +135,15 @@ inline void store(void* target, const __m512* values, __m512 scale) {
   }
 }
 
-// 2^x to within 4e-6 of it, a small part of a bf16's rounding; 0 far below.
+// 2^x to within 8e-5 of it, a small part of a bf16's rounding; 0 far below.
+inline __m512 coarse_power_of_two(__m512 x) {
+  const __m512 rest = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);  // in [0, 1)
+  __m512 p = _mm512_set1_ps(7.802452e-2f);
+  for (float c : {2.2606716e-1f, 6.9583356e-1f, 9.999252e-1f}) p = _mm512_fmadd_ps(p, rest, _mm512_set1_ps(c));
+  return _mm512_scalef_ps(p, x);  // times 2 to the power of x rounded down
+}
+
+// The same to within 4e-6.
 inline __m512 power_of_two(__m512 x) {
   const __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   const __m512 rest = _mm512_sub_ps(x, whole);

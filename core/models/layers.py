@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.overrides import handle_torch_function, has_torch_function_unary
 from torch.utils.checkpoint import checkpoint
 
 from core.cache import LevelCache
@@ -24,8 +25,6 @@ from core.config import LevelConfig, MegaByteConfig
 from core.kernels import attention as kernel
 from core.kernels import training_cpu
 
-# In place: the matrix product before it keeps its inputs alone.
-_ACTIVATIONS = {"relu": F.relu_, "relu2": lambda x: F.relu_(x).square()}
 QK_EPSILON = 1e-6  # of the norm of queries and keys
 
 # Up to this row length, plain matrix products beat the fused attention kernels wherever those waste a tile on a row.
@@ -276,7 +275,7 @@ class Block(nn.Module):
         self.ffn_norm = nn.LayerNorm(config.dim)
         self.ffn_in = nn.Linear(config.dim, config.ffn_dim)
         self.ffn_out = nn.Linear(config.ffn_dim, config.dim)
-        self.activation, self.squares = _ACTIVATIONS[model.activation], model.activation == "relu2"
+        self.squares = model.activation == "relu2"
         self.dropout = nn.Dropout(model.dropout)
 
     def forward(
@@ -297,7 +296,8 @@ class Block(nn.Module):
     def step(self, x_BD: Tensor, rotation: Rotation | None, keys: Tensor, values: Tensor, slots: Slots) -> Tensor:
         # `forward` of a module instead of a call, here and in `Attention.step`: together the calls take a tenth of a step.
         x_BD = x_BD + self.attention.step(_normalized(self.attention_norm, x_BD), rotation, keys, values, slots)
-        return x_BD + self.ffn_out.forward(self.activation(self.ffn_in.forward(_normalized(self.ffn_norm, x_BD))))
+        hidden = F.relu_(self.ffn_in.forward(_normalized(self.ffn_norm, x_BD)))
+        return x_BD + self.ffn_out.forward(hidden.square() if self.squares else hidden)
 
     def _dropped(self, x: Tensor) -> Tensor:
         kernels = cpu_kernels(self, x) if self.training and 0 < self.dropout.p < 1 else None
@@ -308,7 +308,15 @@ class Block(nn.Module):
         if kernels is not None and kernels.can_multiply(self.ffn_in):
             return kernels.feed_forward(x, self.ffn_in, self.ffn_out, self.squares)
         # As one matrix of rows: products of more dimensions are views, and what is done to those in place is copied to be undone.
-        return self.ffn_out(self.activation(self.ffn_in(x.flatten(0, -2)))).view(x.shape)
+        hidden = linear_relu(x.flatten(0, -2), self.ffn_in.weight, self.ffn_in.bias)
+        return self.ffn_out(hidden.square() if self.squares else hidden).view(x.shape)
+
+
+def linear_relu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The ReLU of x W^T + b, which a mode may take over as it may torch's own functions."""
+    if has_torch_function_unary(x):
+        return handle_torch_function(linear_relu, (x,), x, weight, bias)
+    return F.relu_(F.linear(x, weight, bias))  # in place: the product keeps its inputs alone
 
 
 def cpu_kernels(module: nn.Module, x: Tensor) -> ModuleType | None:

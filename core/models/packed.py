@@ -19,7 +19,7 @@ from core.errors import UserError
 from core.kernels import has_onednn
 from core.kernels import step as kernel
 from core.kernels.gpu import can_fuse
-from core.models.layers import QK_EPSILON, Block, Slots, Transformer
+from core.models.layers import QK_EPSILON, Block, Slots, Transformer, linear_relu
 from core.models.megabyte import Level, MegaByte, Unembedder
 
 # That oneDNN's layout is chosen for; products of any other number are right as well.
@@ -263,8 +263,8 @@ class PackedLinear(nn.Module):
 class PackedProducts(TorchFunctionMode):
     """Inside, linear layers on a CPU multiply many rows by weights that oneDNN has laid out once, without gradients.
 
-    Otherwise it lays them out for each product anew, and torch writes the bias as the sums that the product is added to. What
-    is laid out takes as much memory again as the weights, or half as much in bf16.
+    Otherwise it lays them out for each product anew, torch writes the bias as the sums that the product is added to, and a ReLU
+    is a pass of its own. What is laid out takes as much memory again as the weights, or half as much in bf16.
     """
 
     def __init__(self) -> None:
@@ -272,21 +272,22 @@ class PackedProducts(TorchFunctionMode):
         self._packed: dict[tuple[Tensor, torch.dtype], Tensor] = {}  # by the parameter and what it is rounded to
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        is_large = function is F.linear and args[0].numel() >= _MANY_ROWS * args[0].shape[-1]
+        is_large = function in (F.linear, linear_relu) and args[0].numel() >= _MANY_ROWS * args[0].shape[-1]
         if is_large and len(args) > 1 and isinstance(args[1], nn.Parameter):
             dtype = torch.bfloat16 if torch.is_autocast_enabled("cpu") else args[0].dtype
             if dtype in (torch.bfloat16, torch.float32) and has_onednn(dtype):
-                return self._linear(dtype, *args, **(kwargs or {}))
+                return self._linear(dtype, function is linear_relu, *args, **(kwargs or {}))
         return function(*args, **(kwargs or {}))
 
-    def _linear(self, dtype: torch.dtype, x: Tensor, weight: nn.Parameter, bias: Tensor | None = None) -> Tensor:
+    def _linear(self, dtype: torch.dtype, has_relu: bool, x: Tensor, weight: nn.Parameter, bias: Tensor | None = None) -> Tensor:
         key = weight, dtype
         if key not in self._packed:
             self._packed[key] = weight.detach().to(dtype)  # a layout is worth making for what comes again
         elif not self._packed[key].is_mkldnn:
             self._packed[key] = torch.ops.mkldnn._reorder_linear_weight(self._packed[key], _MANY_ROWS)
         bias = None if bias is None else bias.to(dtype)
-        return torch.ops.mkldnn._linear_pointwise(x.to(dtype).contiguous(), self._packed[key], bias, "none", [], "")
+        activation = "relu" if has_relu else "none"  # which makes 0 of what is not a number: finite weights give none
+        return torch.ops.mkldnn._linear_pointwise(x.to(dtype).contiguous(), self._packed[key], bias, activation, [], "")
 
 
 def fused(model: MegaByte) -> MegaByte:
