@@ -27,7 +27,7 @@ from torch import Tensor
 
 from core.config import ImageCodecConfig
 from core.errors import UserError
-from core.kernels import attention, in_background, multiplies_bf16
+from core.kernels import attention, in_background, multiplies_bf16, training_cpu
 from core.models import ByteModel
 from core.models.layers import before_layer
 from core.models.loss import nll, nll_of_logits
@@ -139,7 +139,7 @@ def score(
     measured = measures_of if detailed else _bits_alone
     products: AbstractContextManager = PackedProducts() if device.type == "cpu" else nullcontext()
     if device.type == "cpu" and scores_in_bf16(model):
-        for _ in in_background(attention.library):  # the building of the kernel, once
+        for _ in in_background(_build_kernels):  # once
             if progress is not None:
                 progress(0)
     for batch in _batches(todo, _BYTES_PER_BATCH.get(device.type, 1 << 13), only_equal_lengths):
@@ -161,6 +161,11 @@ def score(
         _score(own, mask, window=window, hop=hop, strided=strided, engine=scoring_engine(model))
         for own, mask in zip(measures, masks, strict=True)
     ]
+
+
+def _build_kernels() -> None:
+    for kernels in (attention, training_cpu):
+        kernels.library()
 
 
 @contextmanager

@@ -164,6 +164,32 @@ def test_a_model_learns_the_same_with_them(config, length, recompute, monkeypatc
     assert sorted(plain)[len(plain) // 2] < 0.1
 
 
+@pytest.mark.parametrize("config", [PAPER, RECIPE, WITH_MEMORY], ids=["paper", "recipe", "memory"])
+def test_a_model_scores_with_their_sums_and_norms(config, monkeypatch):
+    torch.manual_seed(0)
+    model, byte_ids = MegaByte(config).eval(), torch.randint(256, (2, 900))
+    model.requires_grad_(False)
+    for parameter in model.parameters():
+        if parameter.ndim == 1:  # norms that can be told from their first values
+            parameter.add_(0.1 * torch.randn(parameter.shape))
+
+    @torch.inference_mode()
+    def logits(is_bf16: bool) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=is_bf16):
+            return model(byte_ids)
+
+    exact, calls = logits(False), []
+    for name in ("add_normalized", "normalized"):
+        kernel = getattr(training_cpu, name)
+        monkeypatch.setattr(training_cpu, name, lambda *args, name=name, kernel=kernel: calls.append(name) or kernel(*args))
+    ours = logits(True)
+    assert set(calls) == {"add_normalized", "normalized"}
+    monkeypatch.setattr(training_cpu, "library", lambda: None)
+    (off, plain_off) = errors([ours, logits(True)], [exact, exact])
+    assert off <= 1.1 * plain_off + 1e-4
+    assert plain_off < 0.1
+
+
 def test_a_part_of_the_numbers_is_dropped_and_of_their_gradients_the_same():
     x = torch.ones(500, 1, 64).bfloat16().requires_grad_()
     torch.manual_seed(3)

@@ -291,7 +291,7 @@ class Block(nn.Module):
         attended_BKLD = self._dropped(self.attention(normed_BKLD, rotation, cache, layer))
         x_BKLD, normed_BKLD = _sum_and_norm(self, x_BKLD, attended_BKLD, self.ffn_norm)
         rest_BKLD = self._dropped(self._feed_forward(normed_BKLD))
-        return (x_BKLD + rest_BKLD, None) if cpu_kernels(self, x_BKLD) is None else (x_BKLD, rest_BKLD)
+        return (x_BKLD + rest_BKLD, None) if _norm_kernels(self, x_BKLD) is None else (x_BKLD, rest_BKLD)
 
     def step(self, x_BD: Tensor, rotation: Rotation | None, keys: Tensor, values: Tensor, slots: Slots) -> Tensor:
         # `forward` of a module instead of a call, here and in `Attention.step`: together the calls take a tenth of a step.
@@ -324,9 +324,16 @@ def cpu_kernels(module: nn.Module, x: Tensor) -> ModuleType | None:
     return None if x.is_cuda else _training_kernels(module, x)
 
 
+def _norm_kernels(module: nn.Module, x: Tensor) -> ModuleType | None:
+    """What makes sums and norms in this pass: on a CPU kernels, also where nothing is learned."""
+    if torch.is_grad_enabled() or not torch.is_autocast_enabled("cpu"):
+        return cpu_kernels(module, x)
+    return training_cpu if training_cpu.can_take(x) else None
+
+
 def _sum_and_norm(module: nn.Module, x: Tensor, rest: Tensor | None, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
     """x + rest, or x, and the norm of it."""
-    kernels = cpu_kernels(module, x)
+    kernels = _norm_kernels(module, x)
     if kernels is not None:
         return (x, kernels.normalized(x, norm)) if rest is None else kernels.add_normalized(x, rest, norm)
     x = x if rest is None else x + rest

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from core.arena import Arena
 from core.cache import Cache
 from core.config import NUM_BYTE_VALUES, LevelConfig
-from core.kernels import attention, load_library, step
+from core.kernels import attention, load_library, step, training_cpu
 from core.models import ByteModel, MegaByte
 from core.models.layers import QK_EPSILON, Block
 from core.models.megabyte import Level
@@ -395,8 +395,8 @@ def fingerprint(model: MegaByte) -> tuple:
 def build() -> None:
     """Builds what a CPU's work builds at first use, so that no completion and no score has to wait for it."""
     library()
-    attention.library()
-    step.library()
+    for kernels in (attention, step, training_cpu):
+        kernels.library()
 
 
 @lru_cache(maxsize=1)
