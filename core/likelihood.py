@@ -31,7 +31,7 @@ from core.kernels import attention, in_background, multiplies_bf16, training_cpu
 from core.models import ByteModel
 from core.models.layers import before_layer
 from core.models.loss import nll, nll_of_logits
-from core.models.packed import PackedProducts
+from core.models.packed import products_of
 
 # Small on a CPU: what one layer writes should still be in its cache when the next one reads it.
 _BYTES_PER_BATCH = {"cpu": 1 << 13, "cuda": 1 << 20}
@@ -137,8 +137,9 @@ def score(
     only_equal_lengths = model.config.num_predicted(window) < window
     device = next(model.parameters()).device
     measured = measures_of if detailed else _bits_alone
-    products: AbstractContextManager = PackedProducts() if device.type == "cpu" else nullcontext()
-    if device.type == "cpu" and scores_in_bf16(model):
+    is_on_cpu, is_bf16 = device.type == "cpu", scores_in_bf16(model)
+    products: AbstractContextManager = products_of(model, is_bf16) if is_on_cpu else nullcontext()
+    if is_on_cpu and is_bf16:
         for _ in in_background(_build_kernels):  # once
             if progress is not None:
                 progress(0)

@@ -38,7 +38,7 @@ from core.likelihood import nats_to_bits
 from core.models import MegaByte
 from core.models.layers import Slots
 from core.models.megabyte import Level
-from core.models.packed import PackedMegaByte, PackedRows, fused, packed
+from core.models.packed import PackedMegaByte, PackedRows, fingerprint, fused, packed
 
 _FEWEST_SLOTS = 64  # of the first level that are read; doubled as the rows grow
 # The first and the longest, rounded up to whole patches: what the host does between two rounds should cost little beside them.
@@ -434,7 +434,7 @@ def bf16_copy(model: MegaByte) -> MegaByte:
     """A copy with its parameters rounded to bfloat16, shared if they were; tables of angles stay in float32.
 
     Kept while the model is."""
-    now = native.fingerprint(model)
+    now = fingerprint(model)
     known, rounded = _bf16_models.get(model, (None, None))
     if known != now:
         parameters = {id(p): nn.Parameter(p.detach().bfloat16(), requires_grad=False) for p in model.parameters()}

@@ -16,7 +16,7 @@ from core.errors import UserError
 from core.kernels import attention, has_onednn
 from core.likelihood import context_sizes, score, split_windows
 from core.models import build_model, loss
-from core.models.packed import PackedProducts
+from core.models.packed import products_of
 from tests.model_cases import CASES, CONTEXT, PATCH, build
 from tests.tiny_run import tiny_config
 
@@ -243,10 +243,19 @@ def test_a_long_score_lays_its_weights_out_once(multiplies_bf16, monkeypatch):
     monkeypatch.delenv("MEGABYTE_ENGINE", raising=False)
     monkeypatch.setattr(likelihood, "multiplies_bf16", lambda: multiplies_bf16)
     made = []
-    monkeypatch.setattr(likelihood, "PackedProducts", lambda: made.append(PackedProducts()) or made[-1])
+    monkeypatch.setattr(likelihood, "products_of", lambda *args: made.append(products_of(*args)) or made[-1])
     packed = score(model, stream_of(10_000)).bits
     assert [len(products._packed) for products in made] == [5]
-    monkeypatch.setattr(likelihood, "PackedProducts", nullcontext)
+    score(model, stream_of(10_000))
+    assert (made[0] is made[1]) == multiplies_bf16
+    with torch.no_grad():
+        model.levels[0].transformer.blocks[0].ffn_in.weight.mul_(-1)
+    changed = score(model, stream_of(10_000)).bits
+    assert made[2] is not made[1]
+    with torch.no_grad():
+        model.levels[0].transformer.blocks[0].ffn_in.weight.mul_(-1)
+    assert not np.allclose(changed, packed, atol=1e-3)
+    monkeypatch.setattr(likelihood, "products_of", lambda *_: nullcontext())
     np.testing.assert_allclose(score(model, stream_of(10_000)).bits, packed, atol=1e-3)
 
 

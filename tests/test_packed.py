@@ -158,8 +158,8 @@ def test_many_rows_are_multiplied_by_weights_that_are_laid_out_once(dtype, bias)
             torch.testing.assert_close(found, plain, rtol=tolerance, atol=0.1 * tolerance)
             assert list(products._packed) == [(layer.weight, dtype)]
         with products:
-            rectified = linear_relu(x, layer.weight, layer.bias)
-        torch.testing.assert_close(rectified, linear_relu(x, layer.weight, layer.bias), rtol=tolerance, atol=0.1 * tolerance)
+            rectified = linear_relu(x, layer)
+        torch.testing.assert_close(rectified, linear_relu(x, layer), rtol=tolerance, atol=0.1 * tolerance)
         assert rectified.min() == 0 < rectified.max()
         with products:
             torch.testing.assert_close(F.linear(x, 2 * layer.weight), 2 * F.linear(x, layer.weight), rtol=tolerance, atol=tolerance)

@@ -308,15 +308,15 @@ class Block(nn.Module):
         if kernels is not None and kernels.can_multiply(self.ffn_in):
             return kernels.feed_forward(x, self.ffn_in, self.ffn_out, self.squares)
         # As one matrix of rows: products of more dimensions are views, and what is done to those in place is copied to be undone.
-        hidden = linear_relu(x.flatten(0, -2), self.ffn_in.weight, self.ffn_in.bias)
+        hidden = linear_relu(x.flatten(0, -2), self.ffn_in)
         return self.ffn_out(hidden.square() if self.squares else hidden).view(x.shape)
 
 
-def linear_relu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The ReLU of x W^T + b, which a mode may take over as it may torch's own functions."""
+def linear_relu(x: Tensor, layer: nn.Module) -> Tensor:
+    """The ReLU of what a linear layer makes of x, which a mode may take over as it may torch's own functions."""
     if has_torch_function_unary(x):
-        return handle_torch_function(linear_relu, (x,), x, weight, bias)
-    return F.relu_(F.linear(x, weight, bias))  # in place: the product keeps its inputs alone
+        return handle_torch_function(linear_relu, (x,), x, layer)
+    return F.relu_(layer(x))  # in place: the product keeps its inputs alone
 
 
 def cpu_kernels(module: nn.Module, x: Tensor) -> ModuleType | None:

@@ -7,6 +7,7 @@ had a byte of all rows is one call of it; elsewhere oneDNN multiplies by weights
 import copy
 import importlib
 from ctypes import Array, Structure, byref, c_void_p, pointer
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +26,8 @@ from core.models.megabyte import Level, MegaByte, Unembedder
 # That oneDNN's layout is chosen for; products of any other number are right as well.
 _FEW_ROWS = 16
 _MANY_ROWS = 1024  # from which on a layout is worth making
+
+_products: WeakKeyDictionary[nn.Module, tuple[tuple, "PackedProducts"]] = WeakKeyDictionary()
 
 
 class FusedTransformer(Transformer):
@@ -272,22 +275,41 @@ class PackedProducts(TorchFunctionMode):
         self._packed: dict[tuple[Tensor, torch.dtype], Tensor] = {}  # by the parameter and what it is rounded to
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        is_large = function in (F.linear, linear_relu) and args[0].numel() >= _MANY_ROWS * args[0].shape[-1]
-        if is_large and len(args) > 1 and isinstance(args[1], nn.Parameter):
+        has_relu = function is linear_relu and isinstance(args[1], nn.Linear)
+        operands = (args[0], args[1].weight, args[1].bias) if has_relu else args
+        is_large = (has_relu or function is F.linear) and args[0].numel() >= _MANY_ROWS * args[0].shape[-1]
+        if is_large and len(operands) > 1 and isinstance(operands[1], nn.Parameter):
             dtype = torch.bfloat16 if torch.is_autocast_enabled("cpu") else args[0].dtype
             if dtype in (torch.bfloat16, torch.float32) and has_onednn(dtype):
-                return self._linear(dtype, function is linear_relu, *args, **(kwargs or {}))
+                return self._linear(dtype, has_relu, *operands, **(kwargs or {}))
         return function(*args, **(kwargs or {}))
 
     def _linear(self, dtype: torch.dtype, has_relu: bool, x: Tensor, weight: nn.Parameter, bias: Tensor | None = None) -> Tensor:
-        key = weight, dtype
-        if key not in self._packed:
-            self._packed[key] = weight.detach().to(dtype)  # a layout is worth making for what comes again
-        elif not self._packed[key].is_mkldnn:
-            self._packed[key] = torch.ops.mkldnn._reorder_linear_weight(self._packed[key], _MANY_ROWS)
+        packed = self._packed.get((weight, dtype))  # two threads may find the same
+        if packed is None:
+            packed = self._packed[weight, dtype] = weight.detach().to(dtype)  # a layout is worth making for what comes again
+        elif not packed.is_mkldnn:
+            packed = self._packed[weight, dtype] = torch.ops.mkldnn._reorder_linear_weight(packed, _MANY_ROWS)
         bias = None if bias is None else bias.to(dtype)
         activation = "relu" if has_relu else "none"  # which makes 0 of what is not a number: finite weights give none
-        return torch.ops.mkldnn._linear_pointwise(x.to(dtype).contiguous(), self._packed[key], bias, activation, [], "")
+        return torch.ops.mkldnn._linear_pointwise(x.to(dtype).contiguous(), packed, bias, activation, [], "")
+
+
+def products_of(model: nn.Module, is_bf16: bool) -> PackedProducts:
+    """Products by the model's present weights. Those in bf16 are kept, so that no further score rounds and lays out weights."""
+    if not is_bf16:
+        return PackedProducts()
+    now = fingerprint(model)
+    known, products = _products.get(model, (None, None))
+    if known != now:
+        products = PackedProducts()
+        _products[model] = now, products
+    return products
+
+
+def fingerprint(model: nn.Module) -> tuple:
+    """Changes when a weight is replaced or written to."""
+    return tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in model.parameters())
 
 
 def fused(model: MegaByte) -> MegaByte:

@@ -31,6 +31,7 @@ from core.kernels import attention, load_library, step, training_cpu
 from core.models import ByteModel, MegaByte
 from core.models.layers import QK_EPSILON, Block
 from core.models.megabyte import Level
+from core.models.packed import fingerprint
 from core.native import structures
 
 ENGINE_NAME = "native-bf16"
@@ -385,11 +386,6 @@ def has_supported_form(model: ByteModel) -> bool:
 def _is_exact_in_bf16(model: MegaByte) -> bool:
     """Whether packing loses nothing, for the low halves of all values are 0; vectors stay in float32."""
     return not any(p.detach().contiguous().view(torch.int16)[:, ::2].any() for p in model.parameters() if p.ndim == 2)
-
-
-def fingerprint(model: MegaByte) -> tuple:
-    """Changes when a weight is replaced or written to."""
-    return tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in model.parameters())
 
 
 def build() -> None:
