@@ -118,6 +118,12 @@ def test_where_there_are_tiles_torch_takes_long_rows_that_learn(monkeypatch):
     assert [length for length, (_, training) in taken.items() if training] == [1, 16, 400, 511]
 
 
+def test_of_other_devices_nothing_is_asked(monkeypatch):
+    for name in ("multiplies_tiles", "library"):
+        monkeypatch.setattr(attention, name, lambda: pytest.fail("torch.compile warns of a cached function in what it traces"))
+    assert not can_attend(torch.empty(1, 2, 2000, 64, dtype=torch.bfloat16, device="meta"))
+
+
 def test_without_the_kernel_torch_attends(monkeypatch):
     monkeypatch.setattr(attention, "library", lambda: None)
     q, k, v = queries_keys_values(1, 2, 200)

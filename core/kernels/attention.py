@@ -23,11 +23,13 @@ Rotation = tuple[Tensor, Tensor]  # cosines and signed sines of the slots, float
 
 def can_attend(q: Tensor) -> bool:
     """Whether the kernels take queries `(..., H, L, C)` such as these, and this machine has them and they are faster there."""
+    if not can_place(q):  # first: a compiler for a GPU must not see what is asked below
+        return False
     length = q.shape[-2]
     # Half a block of padding costs little without gradients; with them torch's products are as fast up to twice a block.
     first = 2 * _BLOCK if q.requires_grad else _BLOCK // 2
-    is_long = length > first and not (q.requires_grad and multiplies_tiles() and length >= _TILED_ROW)
-    return (length <= _SHORT_ROW or is_long) and can_place(q)
+    is_torch_s = q.requires_grad and length >= _TILED_ROW and multiplies_tiles()
+    return length <= _SHORT_ROW or (length > first and not is_torch_s)
 
 
 def can_place(q: Tensor) -> bool:
