@@ -7,11 +7,15 @@
 #pragma once
 
 #include <immintrin.h>
-#include <sys/syscall.h>
-#include <unistd.h>
 
 #include <cstdint>
 #include <initializer_list>
+
+#if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__linux__)
+#define MULTIPLIES_TILES
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 constexpr int64_t kBlock = 64, kDepth = 32;  // columns, and pairs of inputs, of a block
 constexpr int64_t kTile = 6, kVectors = 4;   // rows of a tile, and vectors of sums of each
@@ -49,7 +53,7 @@ inline void multiply(const uint32_t* const* rows, const __m512i* block, __m512 (
 }
 
 // The same for a stack of rows that lie one after another, by tiles where the processor has them.
-#if defined(__AMX_TILE__) && defined(__AMX_BF16__)
+#ifdef MULTIPLIES_TILES
 
 constexpr int64_t kStack = 16;
 
@@ -57,11 +61,13 @@ constexpr int64_t kStack = 16;
 class TileRegisters {
  public:
   TileRegisters() {
-    alignas(64) struct {
+    // Constant: a compiler does not know how much of it is read.
+    struct alignas(64) Config {
       uint8_t palette = 1, start = 0, reserved[14] = {};
       uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
       uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-    } config;
+    };
+    static constexpr Config config;
     _tile_loadconfig(&config);
   }
   ~TileRegisters() { _tile_release(); }
@@ -77,7 +83,7 @@ class TileRegisters {
 
 template <bool kAdds>
 inline void multiply_stack(const uint32_t (*rows)[kDepth], const __m512i* block, __m512 (*target)[kVectors],
-                              int64_t depth = kDepth) {
+                           int64_t depth = kDepth) {
   constexpr int64_t kRowBytes = sizeof *rows, kSumBytes = sizeof *target, kPairBytes = kVectors * sizeof *block;
   asm volatile("" : : : "memory");  // compilers do not know that loading a tile reads memory
   if (kAdds) {
@@ -119,7 +125,7 @@ struct TileRegisters {
 
 template <bool kAdds>
 inline void multiply_stack(const uint32_t (*rows)[kDepth], const __m512i* block, __m512 (*target)[kVectors],
-                              int64_t depth = kDepth) {
+                           int64_t depth = kDepth) {
   const uint32_t* each[kStack];
   for (int64_t r = 0; r < kStack; ++r) each[r] = rows[r];
   multiply<kStack, kAdds>(each, block, target, depth);
