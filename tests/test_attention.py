@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from core.models.layers import Rotary, attend, rotate
 
 @pytest.fixture
 def kernel(monkeypatch):
-    """Skips where there is no compiler, or no processor that multiplies bf16; without tiles."""
+    """Skips where there is no compiler, or no processor that multiplies bf16; torch is never thought faster."""
     if attention.library() is None:
         pytest.skip("this machine cannot have the kernel")
     monkeypatch.setattr(attention, "multiplies_tiles", lambda: False)
@@ -30,7 +31,7 @@ def queries_keys_values(num_sequences: int, num_heads: int, length: int, scale: 
 
 
 @pytest.mark.usefixtures("kernel")
-@pytest.mark.parametrize("length", [1, 2, 63, 64, 65, 97, 200, 517])
+@pytest.mark.parametrize("length", [1, 2, 17, 63, 64, 65, 97, 113, 200, 517])
 @pytest.mark.parametrize("scale", [0.1, 1.0, 4.0])
 def test_it_is_as_near_to_float32_as_the_kernel_of_torch(length, scale):
     q, k, v = queries_keys_values(2, 3, length, scale)
@@ -107,15 +108,32 @@ def test_layers_use_it_for_long_rows_of_whole_heads(monkeypatch):
     assert len(calls) == 2
 
 
-@pytest.mark.usefixtures("kernel")
-def test_where_there_are_tiles_torch_takes_long_rows_that_learn(monkeypatch):
+@pytest.mark.parametrize("uses_tiles", [False, True])
+def test_where_there_are_tiles_torch_takes_long_rows_that_ours_do_not(uses_tiles, monkeypatch):
     monkeypatch.setattr(attention, "multiplies_tiles", lambda: True)
+    monkeypatch.setattr(attention, "library", lambda: SimpleNamespace(attention_uses_tiles=lambda: uses_tiles))
     taken = {}
-    for length in (1, 16, 64, 127, 128, 400, 511, 512, 2000):
+    for length in (1, 16, 17, 64, 127, 128, 400, 511, 512, 2000):
         q = queries_keys_values(1, 1, length)[0]
         taken[length] = can_attend(q), can_attend(q.requires_grad_())
-    assert [length for length, (scoring, _) in taken.items() if scoring] == list(taken)
-    assert [length for length, (_, training) in taken.items() if training] == [1, 16, 400, 511]
+    scoring = [1, 16, 64, 127, 128, 400, 511, 512, 2000] if uses_tiles else [1, 16, 64, 127]
+    assert [length for length, (is_taken, _) in taken.items() if is_taken] == scoring
+    assert [length for length, (_, is_taken) in taken.items() if is_taken] == [1, 16, 400, 511]
+
+
+def test_where_the_system_refuses_tiles_the_kernels_are_built_without(monkeypatch):
+    flags = []
+
+    def load_library(source, *own_flags):
+        flags.append(own_flags)
+        has_tiles = "-mno-amx-tile" not in own_flags
+        kernels = {name: SimpleNamespace() for name in ("attend_causally", "differentiate_attention", "place")}
+        return SimpleNamespace(attention_uses_tiles=lambda: has_tiles, attention_is_supported=lambda: not has_tiles, **kernels)
+
+    monkeypatch.setattr(attention, "multiplies_bf16", lambda: True)
+    monkeypatch.setattr(attention, "load_library", load_library)
+    assert not attention.library.__wrapped__().attention_uses_tiles()
+    assert flags == [("-fopenmp",), ("-fopenmp", "-mno-amx-tile")]
 
 
 def test_of_other_devices_nothing_is_asked(monkeypatch):

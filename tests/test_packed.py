@@ -160,7 +160,9 @@ def test_many_rows_are_multiplied_by_weights_that_are_laid_out_once(dtype, bias)
         with products:
             rectified = linear_relu(x, layer)
         torch.testing.assert_close(rectified, linear_relu(x, layer), rtol=tolerance, atol=0.1 * tolerance)
-        assert rectified.min() == 0 < rectified.max()
+        assert -1e-12 < rectified.min() <= 0 < rectified.max()
+        with products:
+            assert linear_relu(torch.full_like(x, torch.nan), layer).isnan().all()
         with products:
             torch.testing.assert_close(F.linear(x, 2 * layer.weight), 2 * F.linear(x, layer.weight), rtol=tolerance, atol=tolerance)
         assert len(products._packed) == 1

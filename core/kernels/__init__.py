@@ -34,7 +34,7 @@ def multiplies_bf16() -> bool:
 
 @cache
 def multiplies_tiles() -> bool:
-    """Whether it multiplies whole tiles of bf16 (AMX), as libraries then do: several times as fast as our kernels' vectors."""
+    """Whether it multiplies whole tiles of bf16 (AMX), as libraries then do: several times as fast as by vectors."""
     return torch.cpu._is_amx_tile_supported()
 
 

@@ -20,6 +20,7 @@
 namespace {
 
 constexpr int64_t kRows = 96;  // for which a block is fetched once
+static_assert(kRows % kStack == 0, "rows behind the last have room");
 constexpr int64_t kShort = 16;  // rows of a sequence whose scores of one row are one vector
 constexpr float kSlack = 32.0f;  // weights up to 2^6 are fine: the sums are rescaled only if a score exceeds that
 
@@ -330,6 +331,7 @@ void differentiate_short(const Gradients& g, int64_t index) {
 }  // namespace
 
 extern "C" int64_t attention_is_supported() { return TileRegisters::are_allowed(); }
+extern "C" int64_t attention_uses_tiles() { return kStack > kTile; }
 
 extern "C" void attend_causally(const Heads* heads, int64_t num_threads) {
   const Shape& shape = heads->shape;
@@ -390,6 +392,7 @@ extern "C" void place(const Tensor* x, uint16_t* y, const Places* places, const 
 #else
 
 extern "C" int64_t attention_is_supported() { return 0; }
+extern "C" int64_t attention_uses_tiles() { return 0; }
 
 extern "C" void attend_causally(const void*, int64_t) {}
 extern "C" void differentiate_attention(const void*, int64_t) {}

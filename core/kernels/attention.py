@@ -16,20 +16,25 @@ from core.kernels import load_library, multiplies_bf16, multiplies_tiles
 _CHANNELS = 64  # of a head, which the kernel is made for
 _BLOCK = 64  # keys that are packed together
 _SHORT_ROW = 16  # up to which nothing is packed: `kShort` of attention.cpp
-_TILED_ROW = 512  # from which on torch's are faster with gradients, by tiles
+_TILED_ROW = {False: 128, True: 512}  # from which on tiles are faster, without and with gradients
 
 Rotation = tuple[Tensor, Tensor]  # cosines and signed sines of the slots, float32 (L, C)
 
 
 def can_attend(q: Tensor) -> bool:
     """Whether the kernels take queries `(..., H, L, C)` such as these, and this machine has them and they are faster there."""
-    if not can_place(q):  # first: a compiler for a GPU must not see what is asked below
+    if q.device.type != "cpu" or torch.compiler.is_compiling():  # a compiler must not see what is asked below
         return False
     length = q.shape[-2]
     # Half a block of padding costs little without gradients; with them torch's products are as fast up to twice a block.
     first = 2 * _BLOCK if q.requires_grad else _BLOCK // 2
-    is_torch_s = q.requires_grad and length >= _TILED_ROW and multiplies_tiles()
-    return length <= _SHORT_ROW or (length > first and not is_torch_s)
+    return (length <= _SHORT_ROW or length > first) and can_place(q) and not _is_faster_by_torch(length, q.requires_grad)
+
+
+def _is_faster_by_torch(length: int, has_gradients: bool) -> bool:
+    """Whether torch's kernels multiply tiles where ours do not; short rows gain nothing by them."""
+    has_tiles = library().attention_uses_tiles() and not has_gradients
+    return not has_tiles and length >= _TILED_ROW[has_gradients] and multiplies_tiles()
 
 
 def can_place(q: Tensor) -> bool:
@@ -138,7 +143,10 @@ def _places_of(rotation: Sequence[Tensor], epsilon: float, shape: tuple[int, ...
 @cache
 def library() -> CDLL | None:
     """The built kernels; None where the processor or a compiler is missing. Looked for once per process."""
-    found = load_library(Path(__file__).with_name("attention.cpp"), "-fopenmp") if multiplies_bf16() else None
+    source = Path(__file__).with_name("attention.cpp")
+    found = load_library(source, "-fopenmp") if multiplies_bf16() else None
+    if found is not None and found.attention_uses_tiles() and not found.attention_is_supported():
+        found = load_library(source, "-fopenmp", "-mno-amx-tile")  # the system refuses them
     if found is None or not found.attention_is_supported():
         return None
     for kernel, num_pointers in ((found.attend_causally, 1), (found.differentiate_attention, 1), (found.place, 4)):

@@ -1,8 +1,8 @@
 // Tiles of products of bf16 with float32 sums, by the processor's products of pairs (AVX512-BF16) or of tiles of them (AMX).
 //
 // A block of the right side has 64 columns and 64 inputs: word c of input pair i holds inputs 2i and 2i + 1 of column c.
-// A tile of the left side has 6 rows or 4, whose words are pairs of inputs as they lie in memory. Its sums stay in registers,
-// and the order in which a row is summed depends on nothing but the number of its inputs.
+// A tile of the left side has 6 rows or 4, whose words are pairs of inputs as they lie in memory, or 16 that lie together. Its
+// sums stay in registers, and the order in which a row is summed depends on nothing but the number of its inputs.
 
 #pragma once
 
@@ -12,7 +12,7 @@
 #include <initializer_list>
 
 #if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__linux__)
-#define MULTIPLIES_TILES
+#define BUILT_FOR_TILES
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -53,9 +53,10 @@ inline void multiply(const uint32_t* const* rows, const __m512i* block, __m512 (
 }
 
 // The same for a stack of rows that lie one after another, by tiles where the processor has them.
-#ifdef MULTIPLIES_TILES
+#ifdef BUILT_FOR_TILES
 
-constexpr int64_t kStack = 16;
+constexpr int64_t kStack = 16, kPairs = 16;  // rows of a tile, and pairs of inputs
+static_assert(kDepth % kPairs == 0, "a block is made of whole tiles");
 
 // Registers of 16 rows of 16 words, which a thread has for as long as this lives.
 class TileRegisters {
@@ -67,6 +68,7 @@ class TileRegisters {
       uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
       uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
     };
+    static_assert(sizeof(Config) == 64, "as the processor reads it");
     static constexpr Config config;
     _tile_loadconfig(&config);
   }
@@ -74,7 +76,7 @@ class TileRegisters {
   TileRegisters(const TileRegisters&) = delete;
   TileRegisters& operator=(const TileRegisters&) = delete;
 
-  // Asks the system for them, once for all threads of the process (Linux's arch_prctl).
+  // Asks the system for them, for all threads of the process (Linux's arch_prctl).
   static bool are_allowed() {
     constexpr long kRequestState = 0x1023, kTileData = 18;
     return syscall(SYS_arch_prctl, kRequestState, kTileData) == 0;
@@ -97,7 +99,7 @@ inline void multiply_stack(const uint32_t (*rows)[kDepth], const __m512i* block,
     _tile_zero(2);
     _tile_zero(3);
   }
-  for (int64_t i = 0; i < depth; i += 16) {  // pairs behind the last have no weight
+  for (int64_t i = 0; i < depth; i += kPairs) {  // pairs behind the last have no weight
     const __m512i* b = block + i * kVectors;
     _tile_loadd(4, rows[0] + i, kRowBytes);
     _tile_loadd(5, b + 0, kPairBytes);

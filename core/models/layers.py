@@ -325,7 +325,7 @@ def cpu_kernels(module: nn.Module, x: Tensor) -> ModuleType | None:
 
 
 def _norm_kernels(module: nn.Module, x: Tensor) -> ModuleType | None:
-    """What makes sums and norms in this pass: on a CPU kernels, also where nothing is learned."""
+    """What makes sums and norms in this pass; in bf16 on a CPU kernels wherever nothing is learned, whatever `has_kernels` says."""
     if torch.is_grad_enabled() or not torch.is_autocast_enabled("cpu"):
         return cpu_kernels(module, x)
     return training_cpu if training_cpu.can_take(x) else None

@@ -27,6 +27,9 @@ from core.models.megabyte import Level, MegaByte, Unembedder
 _FEW_ROWS = 16
 _MANY_ROWS = 1024  # from which on a layout is worth making
 
+# Of a ReLU for what is negative, far below the rounding of what is positive: oneDNN's own makes 0 of what is not a number.
+_SLOPE = 1e-15
+
 _products: WeakKeyDictionary[nn.Module, tuple[tuple, "PackedProducts"]] = WeakKeyDictionary()
 
 
@@ -291,13 +294,16 @@ class PackedProducts(TorchFunctionMode):
         elif not packed.is_mkldnn:
             packed = self._packed[weight, dtype] = torch.ops.mkldnn._reorder_linear_weight(packed, _MANY_ROWS)
         bias = None if bias is None else bias.to(dtype)
-        activation = "relu" if has_relu else "none"  # which makes 0 of what is not a number: finite weights give none
-        return torch.ops.mkldnn._linear_pointwise(x.to(dtype).contiguous(), packed, bias, activation, [], "")
+        activation = ("leaky_relu", [_SLOPE]) if has_relu else ("none", [])
+        return torch.ops.mkldnn._linear_pointwise(x.to(dtype).contiguous(), packed, bias, *activation, "")
 
 
 def products_of(model: nn.Module, is_bf16: bool) -> PackedProducts:
-    """Products by the model's present weights. Those in bf16 are kept, so that no further score rounds and lays out weights."""
-    if not is_bf16:
+    """Products by the model's present weights. Those in bf16 are kept as long as the model, for its further scores.
+
+    Others would take twice the memory, and spare no rounding.
+    """
+    if not is_bf16 or any(parameter.is_inference() for parameter in model.parameters()):
         return PackedProducts()
     now = fingerprint(model)
     known, products = _products.get(model, (None, None))
@@ -308,7 +314,7 @@ def products_of(model: nn.Module, is_bf16: bool) -> PackedProducts:
 
 
 def fingerprint(model: nn.Module) -> tuple:
-    """Changes when a weight is replaced or written to."""
+    """Changes when a weight is replaced or written to, unless by its `data` or in inference mode."""
     return tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in model.parameters())
 
 

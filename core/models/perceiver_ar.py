@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from core.cache import Cache, LevelCache
 from core.config import NUM_BYTE_VALUES, CodecConfig, LevelConfig, MegaByteConfig, PerceiverArConfig
-from core.models.layers import Rotary, Rotation, Slots, Transformer, attend, init_matrices, rotate, truncated_normal
+from core.models.layers import Rotary, Rotation, Slots, Transformer, attend, init_matrices, linear_relu, rotate, truncated_normal
 from core.models.loss import Measure
 
 
@@ -61,7 +61,7 @@ class CrossBlock(nn.Module):
             mask = torch.ones(num_latents, num_keys, dtype=torch.bool, device=q_BHSC.device).tril(num_keys - num_latents)
         attended_BHSC = attend(rotate(q_BHSC, rotation), keys_BHTC, values_BHTC, mask)
         x_BSD = inputs_BSD + self.dropout(self.out(rearrange(attended_BHSC, "b h s c -> b s (h c)")))
-        return x_BSD + self.dropout(self.ffn_out(F.relu(self.ffn_in(self.ffn_norm(x_BSD)))))
+        return x_BSD + self.dropout(self.ffn_out(linear_relu(self.ffn_norm(x_BSD), self.ffn_in)))
 
     def _heads(self, x_BTD: Tensor) -> Tensor:
         return rearrange(x_BTD, "b t (h c) -> b h t c", h=self.num_heads)
