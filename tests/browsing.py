@@ -47,6 +47,8 @@ def open_page(browser: Any, profiles: list[Any], page_server: PageProcess) -> It
     def open_page(width: int = 1280, height: int = 900, color_scheme: str = "light", url: str = page_url) -> Any:
         if len(used) == len(profiles):
             profiles.append(browser.new_context(viewport={"width": 1280, "height": 900}))
+            # A page that stays open, without scripts: with the last page of a profile goes its process and all it compiled.
+            profiles[-1].new_page().goto(f"{page_url}robots.txt")
         profile = profiles[len(used)]
         used.append(profile)
         profile.on("page", watch)
@@ -79,7 +81,7 @@ def open_page(browser: Any, profiles: list[Any], page_server: PageProcess) -> It
     found = list(complaints)  # closing breaks off requests that are under way, which scripts may report
     for profile in used:
         profile.remove_listener("page", watch)
-        for page in profile.pages:
+        for page in profile.pages[1:]:
             page.close()
     page_server.end_jobs()
     if found:

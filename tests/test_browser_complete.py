@@ -260,7 +260,7 @@ def test_a_branch_while_samples_are_made_takes_their_place_in_the_gallery(open_p
     page = open_complete(open_page)
     page.get_by_label("Typed text").check()
     page.fill("#complete-text textarea", "The lamp")
-    set_number(page, "num-bytes", 40_000)
+    set_number(page, "num-bytes", 16_000)
     set_number(page, "samples", 8)
     wait_for_plan(page, ", 8 times")
     page.click("#complete-start")

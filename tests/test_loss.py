@@ -9,6 +9,8 @@ from core.models import loss
 from core.models.loss import nll, plan_chunks
 from tests.model_cases import CASES, CONTEXT, PATCH, build, random_bytes, two_level
 
+TELLING = ["exact", "all_rotary", "flat", "three_levels"]
+
 
 @pytest.fixture(params=[1, 9, 40])
 def small_chunks(request, monkeypatch) -> int:
@@ -21,8 +23,14 @@ def reference(model, byte_ids) -> torch.Tensor:
     return F.cross_entropy(model(byte_ids).transpose(1, 2), byte_ids, reduction="none")
 
 
-@pytest.mark.parametrize("num_bytes", [1, PATCH, CONTEXT])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    ("name", "num_bytes"),
+    [
+        pytest.param(name, num_bytes, marks=[] if num_bytes == CONTEXT or name in TELLING else pytest.mark.slow)
+        for name in CASES
+        for num_bytes in (1, PATCH, CONTEXT)
+    ],
+)
 def test_chunks_give_the_loss_of_the_logits(name, num_bytes, small_chunks, tolerance):
     model, byte_ids = build(CASES[name]), random_bytes(3, num_bytes)
     with torch.no_grad():
@@ -30,7 +38,7 @@ def test_chunks_give_the_loss_of_the_logits(name, num_bytes, small_chunks, toler
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("name", ["exact", "all_rotary", "flat", "three_levels"])
+@pytest.mark.parametrize("name", TELLING)
 def test_chunks_and_recomputation_give_the_gradient_of_the_logits(name, recompute, small_chunks):
     model, byte_ids = build(CASES[name]), random_bytes(2, CONTEXT)
     parameters = list(model.parameters())

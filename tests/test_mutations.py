@@ -4,7 +4,7 @@ import pytest
 from mutations import LOADERS, mutated, open_mutated
 
 
-@pytest.mark.parametrize("num_files", [2000, pytest.param(20_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("num_files", [400, pytest.param(20_000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("loader", LOADERS)
 def test_mutated_files_are_opened_or_refused(tmp_path, loader, num_files):
     num_opened = open_mutated(loader, range(num_files), tmp_path)

@@ -4,9 +4,11 @@ import os
 import re
 import subprocess
 import sys
+import wave
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 BLOCKS = re.findall(r"^```(.+?)\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
@@ -15,12 +17,33 @@ PAGE_SCRIPTS = [code for kind, code in BLOCKS if kind == "python page"]
 QUICK_COMMANDS = [line for kind, code in BLOCKS if kind == "sh quick" for line in code.splitlines()]
 
 
-@pytest.fixture
-def checkout(tmp_path: Path) -> Path:
-    """A folder that looks like the checkout, so that what a block writes does not land in the real one."""
-    for name in ("app", "core", "weights"):
+@pytest.fixture(params=["cut short", pytest.param("whole", marks=pytest.mark.slow)])
+def checkout(request, tmp_path: Path) -> Path:
+    """A folder that looks like the checkout, so that what a block writes does not land in the real one.
+
+    The models and the commands are the real ones. The samples are cut short or whole.
+    """
+    for name in ("core", "weights"):
         (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "app").mkdir()
+    for path in (ROOT / "app").iterdir():
+        (tmp_path / "app" / path.name).symlink_to(path)
+    if request.param == "cut short":
+        (tmp_path / "app" / "samples").unlink()
+        cut_samples(tmp_path / "app" / "samples")
     return tmp_path
+
+
+def cut_samples(folder: Path) -> None:
+    """The samples of the page under their names: a quarter of the picture, some words, an eighth of a second."""
+    samples = ROOT / "app" / "samples"
+    folder.mkdir()
+    with Image.open(samples / "lake.png") as picture:
+        picture.crop((0, 0, 32, 32)).save(folder / "lake.png")
+    (folder / "lamp.txt").write_bytes((samples / "lamp.txt").read_bytes()[:200])
+    with wave.open(str(samples / "vowels.wav")) as sound, wave.open(str(folder / "vowels.wav"), "wb") as cut:
+        cut.setparams(sound.getparams())
+        cut.writeframes(sound.readframes(2000))
 
 
 def run(arguments: list[str], folder: Path) -> str:

@@ -13,24 +13,30 @@ from app.service import Service
 from core.checkpoint import load_model, shipped_models
 from core.errors import UserError
 from core.likelihood import score
+from tests.test_readme import cut_samples
 from weights import make_samples
 
 SAMPLES = Path(__file__).parents[1] / "app" / "samples"
 
 
+@pytest.mark.parametrize("limit", [1 << 11, pytest.param(1 << 14, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", shipped_models())
-def test_uniform_random_bytes_cost_a_shipped_model_8_bits_or_more(name):
+def test_uniform_random_bytes_cost_a_shipped_model_8_bits_or_more(name, limit):
     """The leak alarm: a law that sums to one cannot do better on bytes that it has not seen."""
     model = load_model(name)
-    num_bytes = min(2 * model.config.max_seq_len, 1 << 14) // model.config.patch_size * model.config.patch_size
+    num_bytes = min(2 * model.config.max_seq_len, limit) // model.config.patch_size * model.config.patch_size
     stream = np.random.default_rng(20261125).integers(0, 256, num_bytes, dtype=np.uint8)
     assert score(model, stream).bits_per_byte >= 7.9
 
 
 @pytest.mark.parametrize("name", ["lake.png", "lamp.txt", "vowels.wav"])
-def test_the_samples_of_the_page_are_scored_in_detail_by_the_shipped_models(name):
+@pytest.mark.parametrize("samples", ["cut short", pytest.param("whole", marks=pytest.mark.slow)])
+def test_the_samples_of_the_page_are_scored_in_detail_by_the_shipped_models(name, samples, tmp_path):
     """What the page does with them: in the numbers that the models compute in, with what they expected."""
-    result = Service().score_file(SAMPLES / name, detailed=True)
+    folder = SAMPLES
+    if samples == "cut short":
+        cut_samples(folder := tmp_path / "samples")
+    result = Service().score_file(folder / name, detailed=True)
     assert 0 < result.bits_per_byte < 8
     assert len(result.expected.rank) == len(result.expected.entropy) == len(result.bits)
     assert np.isfinite(result.bits).all()
