@@ -6,18 +6,19 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import torch._dynamo  # noqa: F401  the first optimizer of every process would import it, for seconds
 from tqdm import tqdm
 
 from core.config import Config
 from tests.tiny_run import run_tiny
 
-_PROCESSES = multiprocessing.get_context("forkserver")
-_PROCESSES.set_forkserver_preload([__name__])
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload([__name__, "tests.forked_app"])
 
 
 def start(run: Path, config: Config) -> multiprocessing.Process:
     """Begins a run in the folder `run`, or goes on with the one that is there."""
-    process = _PROCESSES.Process(target=_train, args=(run, config))
+    process = PROCESSES.Process(target=_train, args=(run, config))
     process.start()
     return process
 

@@ -6,14 +6,11 @@ import json
 import logging
 import os
 import signal
-import subprocess
 import time
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import pytest
-from own_process import command_line
 from PIL import Image
 
 from app.batch import Batch
@@ -24,6 +21,7 @@ from app.messages import OUR_FAULT
 from app.recipe import parse_recipe
 from app.service import Service
 from app.sources import find_files
+from tests.forked_app import ForkedApp
 
 ROOT = Path(__file__).parents[1]
 
@@ -61,11 +59,6 @@ def put(path: Path, content: bytes) -> None:
     path.write_bytes(content)
 
 
-def start(weights: Path, *arguments, out: int | BinaryIO = subprocess.PIPE) -> subprocess.Popen:
-    """A call in a process of its own."""
-    return subprocess.Popen(command_line(weights, *arguments), cwd=ROOT, stdout=out, stderr=out, text=True)
-
-
 def outputs(folder: Path) -> dict[str, str]:
     """SHA-256 of every result, without the settings that lie beside texts."""
     files = [path for path in folder.iterdir() if path.name != LEDGER_NAME and path.suffix != ".json"]
@@ -89,11 +82,12 @@ def test_a_killed_batch_goes_on_to_what_an_unbroken_one_gives(tiny_models, tmp_p
     whole, broken, said = tmp_path / "whole", tmp_path / "broken", tmp_path / "said"
     num_good = num_jobs - num_bad
     before: list[Path] = []
-    with start(tiny_models, *call, whole, out=subprocess.DEVNULL) as unbroken:  # beside the other
+    with ForkedApp(*call, whole, weights=tiny_models, stdout=os.devnull, stderr=os.devnull) as unbroken:  # beside the other
         for kill in range(num_kills):
             wanted = num_good * (kill + 1) // (num_kills + 1)
             # What it says goes to a file: nobody reads a pipe meanwhile, and a full one would stop it.
-            with said.open("wb") as log, start(tiny_models, *call, broken, *(["--resume"] if kill else []), out=log) as killed:
+            options = {"weights": tiny_models, "stdout": os.devnull, "stderr": said}
+            with ForkedApp(*call, broken, *(["--resume"] if kill else []), **options) as killed:
                 deadline = time.monotonic() + 300
                 while not broken.exists() or len(list(broken.glob("*-s*[!n]"))) < wanted:
                     assert killed.poll() is None, said.read_text()
@@ -105,7 +99,7 @@ def test_a_killed_batch_goes_on_to_what_an_unbroken_one_gives(tiny_models, tmp_p
     assert unbroken.returncode == 1
     assert len(outputs(whole)) == num_good
 
-    with start(tiny_models, *call, broken, "--resume") as resumed:
+    with ForkedApp(*call, broken, "--resume", weights=tiny_models) as resumed:
         out, err = resumed.communicate(timeout=300)
     assert resumed.returncode == 1
     assert outputs(broken) == outputs(whole)

@@ -13,6 +13,7 @@ import pytest
 
 from app.service import Service
 from core.codecs import read_media
+from tests.forked_app import ForkedApp
 
 ROOT = Path(__file__).parents[1]
 PROTOCOL_KEYS = ["window", "hop", "strided", "engine"]
@@ -20,12 +21,6 @@ SCORE_KEYS = ["file", "model", "modality", "scored_as", "num_bytes", "total_bits
 TOTAL_KEYS = ["num_files", "num_bytes", "total_bits", "bits_per_byte", "seconds"]
 MADE_KEYS = ["num_bytes_kept", "num_bytes_generated", "bits_per_byte", "engine", "seconds"]
 GENERATE_KEYS = ["source", "output", "model", "seed", *MADE_KEYS]
-
-
-def start(*arguments) -> subprocess.Popen:
-    """A call in a process of its own."""
-    command = [sys.executable, "-m", "app", *map(str, arguments)]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 class TestScore:
@@ -295,7 +290,7 @@ class TestUsage:
 
 class TestManners:
     def test_a_closed_pipe_ends_the_call_without_a_traceback(self, tiny_models, tmp_path):
-        with start(*self.endless(tiny_models, tmp_path)) as call:
+        with ForkedApp(*self.endless(tiny_models, tmp_path)) as call:
             assert call.stdout.readline()
             call.stdout.close()
             assert call.stderr.read() == ""
@@ -310,7 +305,7 @@ class TestManners:
 
     @pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
     def test_a_signal_ends_the_call_at_once_with_its_code(self, tiny_models, tmp_path, number, exit_code):
-        with start(*self.endless(tiny_models, tmp_path)) as call:
+        with ForkedApp(*self.endless(tiny_models, tmp_path)) as call:
             assert call.stdout.readline()
             call.send_signal(number)
             _, err = call.communicate(timeout=30)

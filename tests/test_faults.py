@@ -1,8 +1,7 @@
 """Numbers that are not finite and memory that runs out end a run with a sentence; what was saved stays good."""
 
 import math
-import subprocess
-import sys
+import resource
 from pathlib import Path
 
 import pytest
@@ -24,6 +23,7 @@ from core.errors import UserError
 from core.learner import Learner, MeanNll, Nll
 from core.optim import FiniteGuard
 from core.train import explain_out_of_memory
+from tests.forked_run import PROCESSES
 from tests.tiny_run import ALONE, digests, run_tiny, tiny_config
 
 
@@ -99,25 +99,24 @@ def test_what_is_not_finite_is_never_written(tmp_path):
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
+def run_beyond_memory(folder: Path) -> None:
+    torch.set_num_threads(1)
+    run_tiny(folder, config=tiny_config(num_steps=2, batch_size=4, checkpoint_every=1))
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + (300 << 20),) * 2)
+    config = tiny_config(num_steps=3, batch_size=1 << 15, micro_batch_size=1 << 15)
+    try:
+        run_tiny(folder, "large", config)
+    except ValueError as error:
+        (folder / "said").write_text(str(error))
+
+
 def test_a_step_beyond_the_memory_of_the_process_names_the_batch_and_leaves_the_checkpoint(tmp_path):
-    program = (
-        "import resource, sys, torch\n"
-        "from pathlib import Path\n"
-        "from tests.tiny_run import run_tiny, tiny_config\n"
-        "torch.set_num_threads(1)\n"
-        "folder = Path(sys.argv[1])\n"
-        "run_tiny(folder, config=tiny_config(num_steps=2, batch_size=4, checkpoint_every=1))\n"
-        "used = int(Path('/proc/self/statm').read_text().split()[0]) * resource.getpagesize()\n"
-        "resource.setrlimit(resource.RLIMIT_AS, (used + (300 << 20),) * 2)\n"
-        "config = tiny_config(num_steps=3, batch_size=1 << 15, micro_batch_size=1 << 15)\n"
-        "try:\n"
-        "    run_tiny(folder, 'large', config)\n"
-        "except ValueError as error:\n"
-        "    print(error)\n"
-    )
-    root = Path(__file__).parents[1]
-    done = subprocess.run([sys.executable, "-c", program, tmp_path], cwd=root, capture_output=True, text=True, check=True)
-    assert done.stdout == "out of memory with 32768 sequences of 32 bytes at once; try --set train.micro_batch_size=16384\n"
+    process = PROCESSES.Process(target=run_beyond_memory, args=(tmp_path,))
+    process.start()
+    process.join()
+    said = (tmp_path / "said").read_text()
+    assert said == "out of memory with 32768 sequences of 32 bytes at once; try --set train.micro_batch_size=16384"
     assert latest_checkpoint(tmp_path / "run").folder.name == "step-00000002"
 
 

@@ -19,6 +19,7 @@ from own_process import command_line
 from app.__main__ import main
 from app.console import LogHandler
 from app.outputs import OutputNames
+from tests.forked_app import ForkedApp
 
 ROOT = Path(__file__).parents[1]
 
@@ -87,18 +88,15 @@ def test_links_in_a_circle_cost_the_other_files_nothing(cli, make_text, tmp_path
     assert json.loads(out[0])[{"score": "file", "generate": "source"}[verb]] == str(tmp_path / "text.txt")
 
 
-def start(weights: Path, *arguments, **options) -> subprocess.CompletedProcess:
-    """A call in a process of its own."""
-    return subprocess.run(command_line(weights, *arguments), cwd=ROOT, timeout=60, text=True, **options)
+def limit_files() -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))
 
 
 def test_without_a_terminal_nothing_moves_a_cursor(tiny_models, make_text):
-    done = start(
-        tiny_models, "score", make_text(), stdin=subprocess.DEVNULL, capture_output=True, start_new_session=True
-    )  # fmt: skip
-    assert done.returncode == 0
-    assert done.stderr == ""
-    assert all(line.isprintable() for line in done.stdout.splitlines())
+    with ForkedApp("score", make_text(), weights=tiny_models, before=os.setsid) as call:
+        out, err = call.communicate()
+    assert (call.returncode, err) == (0, "")
+    assert all(line.isprintable() for line in out.splitlines())
 
 
 def test_closed_standard_streams_are_no_fault(tiny_models, tmp_path):
@@ -115,31 +113,29 @@ def test_closed_standard_streams_are_no_fault(tiny_models, tmp_path):
 
 
 def test_results_that_cannot_be_printed_are_one_sentence(tiny_models, make_text):
-    with open("/dev/full", "w") as full:
-        done = start(tiny_models, "score", make_text(), stdout=full, stderr=subprocess.PIPE)
-    assert done.returncode == 1
-    assert done.stderr == "error: No space left on device\n"
+    command = command_line(tiny_models, "score", make_text())
+    with open("/dev/full", "w") as full:  # the interpreter complains at its end, too, so it is one of its own
+        done = subprocess.run(command, cwd=ROOT, timeout=60, text=True, stdout=full, stderr=subprocess.PIPE)
+    assert (done.returncode, done.stderr) == (1, "error: No space left on device\n")
 
 
 def test_complaints_that_cannot_be_printed_stop_no_work(tiny_models, make_text):
-    with open("/dev/full", "w") as full:
-        done = start(tiny_models, "score", "/nonexistent", make_text(), stdout=subprocess.PIPE, stderr=full)
-    assert done.returncode == 1
-    assert "bits/byte" in done.stdout
+    with ForkedApp("score", "/nonexistent", make_text(), weights=tiny_models, stderr="/dev/full") as call:
+        out, _ = call.communicate()
+    assert call.returncode == 1
+    assert "bits/byte" in out
 
 
 def test_a_full_disk_costs_no_older_result(cli, tiny_models, make_text, tmp_path):
-    def limit() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))
-
     out = tmp_path / "out"
     settings = ("--keep", 1, "--num-bytes", 4)
     assert cli("generate", make_text("a.txt"), *settings, "--out", out)[0] == 0
     before = {path.name: path.read_bytes() for path in out.glob("a-*")}
     large = make_text("b.txt", b"x" * 5000)
-    done = start(tiny_models, "generate", large, *settings, "--out", out, capture_output=True, preexec_fn=limit)
-    assert done.returncode == 1
-    assert re.fullmatch(r"error: .*could not be written \(File too large\); choose another folder\n", done.stderr)
+    with ForkedApp("generate", large, *settings, "--out", out, weights=tiny_models, before=limit_files) as call:
+        _, err = call.communicate()
+    assert call.returncode == 1
+    assert re.fullmatch(r"error: .*could not be written \(File too large\); choose another folder\n", err)
     assert {path.name: path.read_bytes() for path in out.iterdir() if path.name != "ledger.jsonl"} == before
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from page_server import free_port
 
 from app.__main__ import _leave
@@ -19,6 +18,7 @@ from core.checkpoint import latest_checkpoint
 from core.config import load_config
 from core.errors import UserError
 from core.learner import Nll
+from tests.forked_app import ForkedApp
 from tests.forked_run import steps_reported
 from tests.tiny_run import digests, metrics, run_tiny, tiny_data
 
@@ -43,19 +43,28 @@ def train_arguments(folder: Path, run: Path, **changes: object) -> list[str]:
 
 
 @contextlib.contextmanager
-def started(folder: Path, run: Path, ranks: dict[str, str] | None = None, **changes: object) -> Iterator[subprocess.Popen]:
-    """`python -m app` with `train_arguments`, and in its environment what torchrun says of `ranks`."""
-    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), **(ranks or {})}
-    command = [sys.executable, "-m", "app", *train_arguments(folder, run, **changes)]
-    streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, cwd=ROOT, env=environment, **streams) as process:
+def started(folder: Path, run: Path, **changes: object) -> Iterator[ForkedApp]:
+    """The command line with `train_arguments`."""
+    with ForkedApp(*train_arguments(folder, run, **changes), stdout=os.devnull) as process:
         try:
             yield process
         finally:
             process.kill()
 
 
-def wait_for_step(process: subprocess.Popen, run: Path, step: int) -> None:
+@contextlib.contextmanager
+def started_rank(folder: Path, run: Path, place: dict[str, str], **changes: object) -> Iterator[subprocess.Popen]:
+    """`python -m app` with `train_arguments`, and in its environment what torchrun says of its place."""
+    command = [sys.executable, "-m", "app", *train_arguments(folder, run, **changes)]
+    streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=ROOT, env={**os.environ, **place}, **streams) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def wait_for_step(process: ForkedApp | subprocess.Popen, run: Path, step: int) -> None:
     def has_begun() -> bool:
         pid = run / "pid"
         return pid.exists() and pid.read_text() == f"{process.pid}\n"
@@ -65,7 +74,7 @@ def wait_for_step(process: subprocess.Popen, run: Path, step: int) -> None:
     assert process.poll() is None, process.stderr.read()
 
 
-def stop(process: subprocess.Popen, number: signal.Signals) -> None:
+def stop(process: ForkedApp | subprocess.Popen, number: signal.Signals) -> None:
     """Sends a signal and requires an end in time, with its exit code and without an error."""
     process.send_signal(number)
     began = time.monotonic()
@@ -113,7 +122,8 @@ def two_ranks(folder: Path, run: Path, **changes: object) -> Iterator[list[subpr
     """Two processes that train together; all of them have begun the run's first steps."""
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
     with contextlib.ExitStack() as stack:
-        yield [stack.enter_context(started(folder, run, place | {"RANK": rank, "LOCAL_RANK": rank}, **changes)) for rank in "01"]
+        places = [place | {"RANK": rank, "LOCAL_RANK": rank} for rank in "01"]
+        yield [stack.enter_context(started_rank(folder, run, place, **changes)) for place in places]
 
 
 @pytest.mark.slow
