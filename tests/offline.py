@@ -25,9 +25,15 @@ def raise_loopback() -> None:
 def main(weights: str, folder: str, *alone: str) -> None:
     if alone:
         raise_loopback()
-    with page_process(Path(weights), Path(folder)) as page:
-        [script] = [code for _, code in BLOCKS if "gradio_client" in code]
-        subprocess.run([sys.executable, "-c", script.replace("http://127.0.0.1:7860", page.url)], cwd=ROOT, check=True)
+    [script] = [code for _, code in BLOCKS if "gradio_client" in code]
+    # It imports the client while the page is started, and goes on when it is told where the page is.
+    code = f"import gradio_client; exec({script!r}.replace('http://127.0.0.1:7860', input()))"
+    with (
+        subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE, text=True) as user,
+        page_process(Path(weights), Path(folder)) as page,
+    ):
+        user.communicate(f"{page.url}\n")
+    assert user.returncode == 0
 
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ def test_a_refusal_of_likelihood(page, make_text):
 @pytest.mark.parametrize("kind", ["png", "wav", "text"])
 def test_complete(page, request, kind):
     open_tab(page, "Complete")
-    for view in (".byte-prompt", ".byte-results"):
+    for view in (".byte-prompt", ".byte-results") if kind == "png" else ():  # empty they are the same for every kind
         assert_no_rule_is_broken(page, view)
     upload(page, request.getfixturevalue(f"make_{kind}")(), field="complete-file")
     page.wait_for_selector("#prompt-view .source", state="visible")

@@ -124,24 +124,31 @@ sys.path.insert(0, "tests")
 from core.checkpoint import load_checkpoint, step_folder
 from tests.test_checkpoint import save_step
 
-kind, folder = sys.argv[1], Path(sys.argv[2])
-save_step(folder, 1)
-if kind == "limit":
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
-if kind in ("read-only", "unreachable"):
-    folder.chmod(0) if kind == "unreachable" else (folder / "checkpoints").chmod(0o555)
-    os.setuid(65534) if os.getuid() == 0 else None
-if kind == "full":
-    free = os.statvfs(folder).f_bavail * os.statvfs(folder).f_frsize
-    (folder / "ballast").write_bytes(bytes(free - 8192))
-try:
-    save_step(folder, 2)
-    print("saved")
-except ValueError as error:
-    print(error)
-if kind == "full":  # nobody else sees that disk
-    load_checkpoint(step_folder(folder, 1))
-    print(*os.listdir(folder / "checkpoints"), "intact")
+def suffer(kind, folder):
+    save_step(folder, 1)
+    if kind == "limit":
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+    if kind in ("read-only", "unreachable"):
+        folder.chmod(0) if kind == "unreachable" else (folder / "checkpoints").chmod(0o555)
+        os.setuid(65534) if os.getuid() == 0 else None
+    if kind == "full":
+        free = os.statvfs(folder).f_bavail * os.statvfs(folder).f_frsize
+        (folder / "ballast").write_bytes(bytes(free - 8192))
+    try:
+        save_step(folder, 2)
+        print("saved", flush=True)
+    except ValueError as error:
+        print(error, flush=True)
+    if kind == "full":  # nobody else sees that disk
+        load_checkpoint(step_folder(folder, 1))
+        print(*os.listdir(folder / "checkpoints"), "intact", flush=True)
+
+for folder in map(Path, sys.argv[1:]):
+    child = os.fork()  # what befalls one may not befall the next
+    if child == 0:
+        suffer(folder.name, folder)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
 """
 
 
@@ -166,15 +173,19 @@ MOUNTED = 'mount -t tmpfs -o size=400k tmpfs "$1" && shift && exec "$@"'
 def test_a_disk_that_takes_no_more_is_one_sentence_and_the_old_checkpoint_is_intact(open_folder):
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     with contextlib.ExitStack() as stack:
-        saving = {}
-        for kind in FULL:
-            (open_folder / kind).mkdir()
-            command = [sys.executable, "-c", FAULTS, kind, str(open_folder / kind)]
-            if kind == "full":
-                command = ["unshare", "-m", "sh", "-c", MOUNTED, "sh", str(open_folder / kind), *command]
+        saving = []
+        for kinds in (["limit", "read-only", "unreachable"], ["full"]):
+            folders = [str(open_folder / kind) for kind in kinds]
+            for folder in folders:
+                Path(folder).mkdir()
+            command = [sys.executable, "-c", FAULTS, *folders]
+            if kinds == ["full"]:
+                command = ["unshare", "-m", "sh", "-c", MOUNTED, "sh", *folders, *command]
             streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-            saving[kind] = stack.enter_context(subprocess.Popen(command, cwd=ROOT, env=environment, **streams))
-        said = {kind: process.communicate(timeout=60) for kind, process in saving.items()}
+            saving.append(stack.enter_context(subprocess.Popen(command, cwd=ROOT, env=environment, **streams)))
+        (others, others_err), full = (process.communicate(timeout=60) for process in saving)
+    assert saving[0].returncode == 0, others_err
+    said = dict(zip(FULL, [*((f"{line}\n", others_err) for line in others.splitlines()), full], strict=True))
     for kind, reason in FULL.items():
         out, err = said[kind]
         if "mount" in err or "unshare" in err:

@@ -593,6 +593,10 @@ def test_an_unknown_engine_is_refused(monkeypatch):
         generate(rounded(CASES["exact"]), b"", 1)
 
 
+# In a script that stands for a compiler: where what is built shall lie.
+OUTPUT = 'while [ "$1" != -o ]; do shift; done; output=$2'
+
+
 @pytest.fixture
 def compiler(tmp_path, monkeypatch):
     """Puts a script in the place of every compiler, and an empty folder in the place of the cache."""
@@ -626,8 +630,8 @@ def test_without_a_working_compiler_torch_decodes(compiler, script):
 @pytest.mark.usefixtures("engine")
 def test_a_damaged_library_is_not_used(compiler):
     path = os.environ["PATH"]
-    compiler(f'PATH={path}; exec c++ "$@"')
-    kernels.build_library(native._SOURCE).write_bytes(b"damaged")
+    compiler(f'PATH={path}; [ "$1" = --version ] && exec c++ "$@"; {OUTPUT}; echo damaged > "$output"')
+    assert kernels.build_library(native._SOURCE).read_bytes() == b"damaged\n"
     assert Sampler(rounded(CASES["exact"]), b"", 1, SampleConfig()).engine == "torch-fp32"
 
 
@@ -648,10 +652,16 @@ def test_the_library_is_built_once_for_a_source_a_compiler_and_a_processor(compi
     assert len(count.read_text().split()) == 3
 
 
-@pytest.mark.usefixtures("engine")
-def test_what_is_built_in_the_background_is_built_once(compiler, tmp_path, monkeypatch):
+@pytest.fixture
+def built(engine) -> Path:
+    """The library that is there before a test puts another folder in the place of the cache."""
+    return kernels.build_library(native._SOURCE)
+
+
+def test_what_is_built_in_the_background_is_built_once(built, compiler, tmp_path, monkeypatch):
     path, count = os.environ["PATH"], tmp_path / "count"
-    compiler(f'PATH={path}; [ "$1" = --version ] || echo built >> {count}; sleep 0.1; exec c++ "$@"')
+    script = f'[ "$1" = --version ] && exec c++ "$@"; echo built >> {count}; sleep 0.1; {OUTPUT}; cp {built} "$output"'
+    compiler(f"PATH={path}; {script}")
     for module in (native.attention, native.step):
         monkeypatch.setattr(module, "library", lambda: None)
     with ThreadPoolExecutor(2) as threads:

@@ -3,20 +3,20 @@
 import contextlib
 import os
 import signal
-import subprocess
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 
 import pytest
 
-from core.checkpoint import load_train_state, step_folder, step_folders
+from core.checkpoint import latest_checkpoint, load_train_state, save_checkpoint, step_folder, step_folders
 from core.config import MegaByteConfig
 from core.errors import UserError
-from core.learner import Nll
+from core.learner import Learner, Nll
+from core.models import build_model
 from core.run_folder import StopSignals, claim_run
-from tests.tiny_run import SEQ_LEN, TINY_MODEL, digests, metrics, run_tiny, tiny_config
+from tests.forked_run import PROCESSES
+from tests.tiny_run import ALONE, SEQ_LEN, TINY_MODEL, digests, metrics, run_tiny, tiny_config
 
 
 def stop_when(step: int, action):
@@ -94,20 +94,12 @@ def test_a_signal_between_two_passes_gives_up_the_step_or_the_validation_and_not
     require_same_end(tmp_path / "stopped", expected)
 
 
-SAVED_AGAIN = """
-import sys
-from pathlib import Path
-from core.checkpoint import latest_checkpoint, save_checkpoint, step_folder
-from core.learner import Learner
-from core.models import build_model
-from tests.tiny_run import ALONE
-
-for name in sys.argv[2:]:
-    saved = latest_checkpoint(Path(sys.argv[1], name))
-    learner = Learner(build_model(saved.config), saved.config.train, ALONE)
-    learner.restore(saved)
-    save_checkpoint(step_folder(Path(sys.argv[1], "again", name), learner.step), saved.config, learner.weights, learner.capture())
-"""
+def save_again(folder: Path, names: Sequence[str]) -> None:
+    for name in names:
+        saved = latest_checkpoint(folder / name)
+        learner = Learner(build_model(saved.config), saved.config.train, ALONE)
+        learner.restore(saved)
+        save_checkpoint(step_folder(folder / "again" / name, learner.step), saved.config, learner.weights, learner.capture())
 
 
 def test_a_new_process_that_loads_a_checkpoint_saves_the_same_one(tmp_path):
@@ -115,8 +107,10 @@ def test_a_new_process_that_loads_a_checkpoint_saves_the_same_one(tmp_path):
     optimizers = ("adamw", "muon")
     for optimizer in optimizers:
         run_tiny(tmp_path, optimizer, tiny_config(num_steps=7, checkpoint_every=7, eval_every=7, optimizer=optimizer))
-    command = [sys.executable, "-c", SAVED_AGAIN, tmp_path, *optimizers]
-    subprocess.run(command, cwd=Path(__file__).parents[1], check=True)
+    process = PROCESSES.Process(target=save_again, args=(tmp_path, optimizers))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
     for optimizer in optimizers:
         first, again = (
             {path.name: path.read_bytes() for path in step_folder(folder / optimizer, 7).iterdir()}
