@@ -37,7 +37,7 @@ def test_hostile_names_and_contents_stay_text(open_page, tmp_path):
     assert page.evaluate("window.hacked") is None
 
 
-@pytest.mark.parametrize("color_scheme", ["light", "dark"])
+@pytest.mark.parametrize("color_scheme", ["dark", pytest.param("light", marks=pytest.mark.slow)])
 def test_phone_has_no_sideways_scroll(open_page, color_scheme):
     page = open_page(width=390, height=844, color_scheme=color_scheme)
     page.click("#score-sample-text")

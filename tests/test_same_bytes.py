@@ -57,6 +57,7 @@ def test_client_batch_and_command_line(client, case):
 
 
 @pytest.mark.browser
+@pytest.mark.parametrize("case", ["make_png", "make_text", pytest.param("make_wav", marks=pytest.mark.slow)], indirect=True)
 def test_page_client_and_command_line(open_page, client, case, tmp_path):
     page = open_page()
     page.get_by_role("tab", name="Complete").click()

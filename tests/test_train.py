@@ -44,8 +44,15 @@ EVERY_KIND = {
 }
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-@pytest.mark.parametrize("kind", EVERY_KIND)
+@pytest.mark.parametrize(
+    ("kind", "optimizer"),
+    [
+        *((kind, "adamw") for kind in EVERY_KIND),
+        ("two_levels", "muon"),
+        pytest.param("flat", "muon", marks=pytest.mark.slow),
+        pytest.param("perceiver_ar", "muon", marks=pytest.mark.slow),
+    ],
+)
 def test_one_batch_is_overfitted_below_0_05_bits_per_byte(kind, optimizer, byte_ids):
     byte_ids = byte_ids[:2]  # which row it is cannot be foreseen: rows cost log2(2) / 32 = 0.031 bits a byte whatever is learned
     torch.manual_seed(0)
