@@ -1,4 +1,4 @@
-"""Tiny runs in processes of their own that start in milliseconds: forked from one that has imported torch and no more."""
+"""Tiny runs in processes of their own that start in milliseconds: forked from one that has imported what they need."""
 
 import multiprocessing
 import threading

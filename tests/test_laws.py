@@ -20,7 +20,7 @@ from tests.test_perceiver_ar import build as build_perceiver
 
 EVERY = {**CASES, **{f"perceiver_{name}": config for name, config in PERCEIVERS.items()}}
 ENGINES = ["", "torch", "torch-bf16"]
-IN_BFLOAT16 = ["exact", "all_rotary", "recipe_all", "flat", "three_levels_both"]  # between them, every option
+IN_BFLOAT16 = ["exact", "all_rotary", "recipe_all", "flat", "three_levels_both"]  # between them, all that a cache keeps
 
 
 def built(name: str) -> MegaByte | PerceiverAr:
