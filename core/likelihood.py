@@ -9,14 +9,13 @@ Strided inference (arXiv 2305.07185, section 2.3) reads each window a second tim
 from the pass in which it lies in the first half of its patch, because loss rises towards the end of a patch.
 
 Matrix products run in bf16 on a GPU, and on a CPU that has instructions for it if the model is wide enough to gain, and bf16
-goes from layer to layer; sums inside them, logits and what follows are float32. On the shipped models this moves the bits per byte by at most 0.03%.
-`MEGABYTE_ENGINE=torch` keeps a CPU at float32. The choice follows from machine, model and this setting alone; the last bits of
-a CPU's bf16 also depend on whether the kernels of `core.kernels` could be built.
+goes from layer to layer; sums inside them, logits and what follows are float32. On the shipped models this moves the bits per
+byte by at most 0.03%. `MEGABYTE_ENGINE=torch` keeps a CPU at float32. The choice follows from machine, model and this setting
+alone; the last bits of a CPU's bf16 also depend on whether the kernels of `core.kernels` could be built.
 """
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from math import log
@@ -167,9 +166,8 @@ def score(
 
 def _build_kernels() -> None:
     """Builds what scores in bf16 build at first use."""
-    with ThreadPoolExecutor() as pool:
-        for library in [pool.submit(kernels.library) for kernels in (attention, training_cpu)]:
-            library.result()
+    for kernels in (attention, training_cpu):
+        kernels.library()
 
 
 @contextmanager

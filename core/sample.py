@@ -366,7 +366,7 @@ def _in_group(
     most_rows: int,
     num_groups: int,
 ) -> Iterator[list[tuple[int, Chunk]]]:
-    """The next chunk of each of up to `most_rows` samples; those that have ended make room for this group's part of what waits."""
+    """The next chunk of each of up to `most_rows` samples; what waits takes the place of those that have ended."""
     group: list[_Making] = []
     size = _CHUNK_BYTES[0]
     while True:

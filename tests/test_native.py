@@ -419,10 +419,7 @@ def test_samples_of_a_group_are_those_made_alone(cores, rows_of_team, monkeypatc
     configs = [SampleConfig(seed=5), SampleConfig(seed=6, temperature=0.6, top_k=30)]
     kinds = [(b"", 2 * CONTEXT), (b"ab", 7), (b"abcdefghi", 30), (bytes(range(90)), 12)]
     requests = [
-        Request(prefix, num_bytes, config, number)
-        for number in range(3)
-        for prefix, num_bytes in kinds
-        for config in configs
+        Request(prefix, num_bytes, config, number) for number in range(3) for prefix, num_bytes in kinds for config in configs
     ]
     made = [[] for _ in requests]
     for index, chunk in stream_batch(model, requests):

@@ -325,7 +325,7 @@ def cpu_kernels(module: nn.Module, x: Tensor) -> ModuleType | None:
 
 
 def _norm_kernels(module: nn.Module, x: Tensor) -> ModuleType | None:
-    """What makes sums and norms in this pass; in bf16 on a CPU kernels wherever nothing is learned, whatever `has_kernels` says."""
+    """What makes sums and norms in this pass; in bf16 on a CPU kernels, whatever `has_kernels` says, where nothing is learned."""
     if torch.is_grad_enabled() or not torch.is_autocast_enabled("cpu"):
         return cpu_kernels(module, x)
     return training_cpu if training_cpu.can_take(x) else None

@@ -128,7 +128,7 @@ def scoring() -> Part:
 
 
 def training() -> Part:
-    """Forward and backward of 8192 bytes, as 8 x 1024 and as one sequence; under bf16 autocast if the processor multiplies bf16."""
+    """Forward and backward of 8192 bytes, as 8 x 1024 and as one; under bf16 autocast if the processor multiplies bf16."""
     config = widened(replace(preset("bench-tiny").model, dropout=0.0), 8192)
     own, flat = random_model(config, CPU).train(), random_model(flat_counterpart(config), CPU).train()
     works: dict[str, Work] = {}
