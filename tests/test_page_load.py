@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import multiprocessing
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ from gradio.state_holder import SessionState
 from page_server import ROOT, PageProcess, page_process
 
 from app import ui
+from tests.forked_run import PROCESSES
 
 
 def load(page: PageProcess, weights: Path, num_users: int, seconds: float) -> dict:
@@ -72,8 +72,8 @@ def events_of_a_session() -> None:
 
 
 def test_a_session_does_not_grow_with_its_events():
-    """In a process of its own, forked from this one: Gradio leaves an event loop open."""
-    process = multiprocessing.get_context("fork").Process(target=events_of_a_session)
+    """In a process of its own: Gradio leaves an event loop open. Not forked from this one, which has threads."""
+    process = PROCESSES.Process(target=events_of_a_session)
     process.start()
     process.join(60)
     assert process.exitcode == 0
