@@ -3,6 +3,7 @@
 OneDNN adds the bias and takes the ReLU on the way; torch's product adds itself to the bias, which it has written before, and
 takes a tenth longer. The gradients of a weight and its bias are one product, added up and written in float32, unless a processor
 multiplies tiles, which torch does faster; a sum and the norm of it are one pass, and so are their gradients.
+Scores in bf16 take the sums and norms alone.
 """
 
 # Shapes: N elements, D width, F inner width of the feed-forward layer.
