@@ -50,6 +50,9 @@ constexpr int64_t kBlockColumns = 64;
 constexpr int64_t kBlocksAhead = 2;  // fetched meanwhile
 constexpr int64_t kCacheLine = 64;   // bytes
 
+// What a walk with one vector fetches ahead; the processor itself stops at the end of every 4 KB.
+constexpr int64_t kBytesAhead = 1 << 13;
+
 using Floats = float __attribute__((vector_size(4 * kLanes)));
 using Words = uint32_t __attribute__((vector_size(4 * kLanes)));
 
@@ -68,11 +71,18 @@ inline const Words* panel_words(const Matrix& matrix, int64_t panel, int64_t per
 }
 
 struct AllColumns {
+  static constexpr bool kIsWalk = false;
   int64_t count;
   int64_t operator[](int64_t i) const { return i; }
 };
 
+// All of them, by the one who reads the memory first.
+struct WalkedColumns : AllColumns {
+  static constexpr bool kIsWalk = true;
+};
+
 struct SomeColumns {
+  static constexpr bool kIsWalk = false;
   int64_t count;
   const int32_t* columns;
   int64_t operator[](int64_t i) const { return columns[i]; }
@@ -146,6 +156,12 @@ inline void add_columns(const Words* words, const float* x, Columns columns, int
   PanelSums local = sums;
   int64_t i = begin;
   for (; i + 2 <= end; i += 2) {
+    if (Columns::kIsWalk) {
+      const char* ahead = reinterpret_cast<const char*>(words + i * Column::kVectors) + kBytesAhead;
+      for (int64_t line = 0; line < 2 * Column::kVectors * int64_t(sizeof(Words)); line += kCacheLine) {
+        __builtin_prefetch(ahead + line);
+      }
+    }
     add_column<Column>(words + columns[i] * Column::kVectors, x[columns[i]], local.of[0]);
     add_column<Column>(words + columns[i + 1] * Column::kVectors, x[columns[i + 1]], local.of[1]);
   }
@@ -252,7 +268,7 @@ void multiply_panels(const Matrix& matrix, int64_t begin, int64_t end, const Ope
       emit(n, first, values, count);
     };
     if (num_whole == 1) {
-      finish(whole[0], sum_columns<Column>(words, xs[0], AllColumns{matrix.columns}));
+      finish(whole[0], sum_columns<Column>(words, xs[0], WalkedColumns{{matrix.columns}}));
     } else if (num_whole > 1) {
       sum_together<Column>(words, matrix.columns, xs, num_whole, together);
       for (int64_t i = 0; i < num_whole; ++i) finish(whole[i], together[i]);
