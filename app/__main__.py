@@ -37,7 +37,10 @@ EXIT_CODES = "Exit codes: 0 all done, 1 something failed, 2 wrong usage, 130 and
 
 def run_ui(args: argparse.Namespace) -> int:
     """Serves the page until it is stopped."""
-    from app import ui
+    from app.without_stubs import without_stubs
+
+    with without_stubs():
+        from app import ui
     from app.service import Service
 
     ui.launch(Service(args.device, listed_only=True), args.host, args.port, not args.no_browser)

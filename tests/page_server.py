@@ -91,7 +91,10 @@ def main(weights: str, port: str) -> None:
 
     sys.addaudithook(watch)
     sys.path.insert(0, str(ROOT))
-    from app import ui
+    from app.without_stubs import without_stubs
+
+    with without_stubs():
+        from app import ui
     from app.jobs import STOPPED, JobStore
     from app.service import Service
 

@@ -45,7 +45,7 @@ LAYERS = [
     ["app.calls"],
     ["app.job_endpoints"],
     ["app.endpoints"],
-    ["app.ui"],
+    ["app.ui", "app.without_stubs"],
     ["app.__main__"],
 ]
 PLOTTING = {"matplotlib", "seaborn", "plotly", "cv2"}
