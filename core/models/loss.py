@@ -20,7 +20,7 @@ Measure = Callable[[Tensor, Tensor], dict[str, Tensor]]  # of logits (B, L, 256)
 
 # Small on a CPU: what one layer writes should still be in its cache when the next one reads it. On a GPU large enough to fill
 # it; with recomputation each chunk's activations are in memory together, up to 300 kB a byte in the paper's local models.
-_CHUNK_BYTES = {"cpu": 1 << 13, "cuda": 1 << 18}
+_CHUNK_BYTES = {"cpu": 1 << 12, "cuda": 1 << 18}
 _RECOMPUTED_CHUNK_BYTES = {"cpu": 1 << 13, "cuda": 1 << 16}
 
 
