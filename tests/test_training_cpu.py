@@ -101,6 +101,27 @@ def test_gradients_of_weights_and_biases_are_sums_in_float32(outputs, inputs, nu
     torch.testing.assert_close(of_bias.double(), grad.double().sum(0), rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize("num_rows", [1, 255, 256, 700])
+def test_gradients_of_biases_are_sums_in_float32_where_torch_multiplies(num_rows, monkeypatch):
+    monkeypatch.setattr(training_cpu, "multiplies_tiles", lambda: True)
+    for outputs in (144, 10):
+        grad = random_numbers(num_rows, outputs, seed=1).bfloat16()
+        _, of_bias = training_cpu.grads_of_weight(grad, grad)
+        assert of_bias.dtype == torch.float32
+        torch.testing.assert_close(of_bias.double(), grad.double().sum(0), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["linear", "relu"])
+def test_a_weight_that_is_laid_out_makes_the_same_products(name, monkeypatch):
+    ours, _, parameters = layers_of(name)
+    x, found = random_numbers(6, 2, 64), []
+    for many_rows in (1, 1 << 62):
+        monkeypatch.setattr(training_cpu, "multiplies_tiles", lambda: True)
+        monkeypatch.setattr(training_cpu, "_MANY_ROWS", many_rows)
+        found.append(with_gradients(ours, x, parameters, torch.bfloat16))
+    assert all(torch.allclose(laid_out, plain, rtol=0.02, atol=1e-2) for laid_out, plain in zip(*found, strict=True))
+
+
 def test_the_loss_and_its_gradient_are_those_of_torch():
     logits = (3 * random_numbers(300, 256)).requires_grad_()
     byte_ids = torch.randint(256, (300,), generator=torch.Generator().manual_seed(0))

@@ -153,6 +153,20 @@ extern "C" void differentiate_weight(const uint16_t* grad, const uint16_t* x, in
   for (int64_t i = 0; i < across * down; ++i) differentiate(layer, i / across * kOutputs, i % across * kInputs);
 }
 
+// The sums over the rows of `x` (N, width), of each part of them.
+extern "C" void sum_rows(const uint16_t* x, int64_t num_rows, int64_t width, int64_t part, float* sums, int64_t num_threads) {
+#pragma omp parallel for num_threads(num_threads)
+  for (int64_t first = 0; first < num_rows; first += part) {
+    float* own = sums + first / part * width;
+    std::fill_n(own, width, 0.0f);
+    for (int64_t row = first; row < std::min(first + part, num_rows); ++row) {
+      for (int64_t d = 0; d < width; d += 16) {
+        _mm512_storeu_ps(own + d, _mm512_add_ps(load_bf16(x + row * width + d), _mm512_loadu_ps(own + d)));
+      }
+    }
+  }
+}
+
 // A layer norm of rows (N, width) in bf16, first adding `y` to them, if there is one, and keeping the sum; of each row its mean
 // and the factor that brings it to unit variance.
 extern "C" void normalize(const uint16_t* x, const uint16_t* y, const float* weight, const float* bias, float epsilon,
@@ -258,6 +272,7 @@ extern "C" int64_t training_is_supported() { return 0; }
 extern "C" void drop(const void*, uint64_t, uint32_t, float, int64_t, void*, int64_t) {}
 extern "C" void differentiate_relu(void*, const void*, int64_t, int64_t, int64_t) {}
 extern "C" void differentiate_weight(const void*, const void*, int64_t, int64_t, int64_t, void*, void*, int64_t) {}
+extern "C" void sum_rows(const void*, int64_t, int64_t, int64_t, void*, int64_t) {}
 extern "C" void normalize(const void*, const void*, const void*, const void*, float, int64_t, int64_t, void*, void*, void*, void*,
                           int64_t) {}
 extern "C" void differentiate_norm(const void*, const void*, const void*, const void*, const void*, const void*, int64_t, int64_t,

@@ -20,7 +20,8 @@ from core.kernels import has_onednn, load_library, multiplies_bf16, multiplies_t
 
 _SLOPE = 1e-37  # of a ReLU for what is negative: oneDNN's own makes 0 of what is not a number
 _OUTPUTS, _INPUTS = 128, 256  # of the part of a weight whose gradient a thread makes
-_PART = 256  # rows of which a thread sums up what a norm's weight and bias get
+_MANY_ROWS = 4096  # for which tiles of a weight are worth laying out, once for all rows
+_PART = 256  # rows of which a thread sums up what a bias gets, or a norm's weight and bias
 
 
 def can_take(x: Tensor) -> bool:
@@ -201,6 +202,8 @@ def _room(x: Tensor) -> Tensor:
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor, activation: str = "none", settings: Sequence[float] = ()) -> Tensor:
+    if len(x) >= _MANY_ROWS and multiplies_tiles():
+        weight = torch.ops.mkldnn._reorder_linear_weight(weight, len(x))
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias.bfloat16(), activation, settings, "")
 
 
@@ -210,10 +213,19 @@ def grads_of_weight(grad_NO: Tensor, x_NI: Tensor) -> tuple[Tensor, Tensor]:
     # Ours does both at once, and rounds nothing to bf16, but has a thread for each whole part of a weight and knows no tiles.
     has_parts = (outputs / _OUTPUTS) * (inputs / _INPUTS) >= torch.get_num_threads()
     if outputs % 16 or inputs % 64 or not has_parts or multiplies_tiles():
-        return grad_NO.t() @ x_NI, grad_NO.sum(0, dtype=torch.float32)
+        return grad_NO.t() @ x_NI, _sum_of_rows(grad_NO)
     of_weight, of_bias = (torch.empty(size, dtype=torch.float32) for size in ((outputs, inputs), outputs))
     _run("differentiate_weight", grad_NO, x_NI, num_rows, outputs, inputs, of_weight, of_bias)
     return of_weight, of_bias
+
+
+def _sum_of_rows(x_NO: Tensor) -> Tensor:
+    """In float32 `(O,)`; torch makes a whole copy of them in float32 first, which takes ten times as long."""
+    if x_NO.shape[1] % 16:
+        return x_NO.sum(0, dtype=torch.float32)
+    sums = torch.empty(-(-len(x_NO) // _PART), x_NO.shape[1], dtype=torch.float32)
+    _run("sum_rows", x_NO, *x_NO.shape, _PART, sums)
+    return sums.sum(0)
 
 
 def _drop(x: Tensor, seed: int, threshold: int, scale: float) -> Tensor:
@@ -241,6 +253,7 @@ def library() -> CDLL | None:
         "drop": (pointer, c_uint64, c_uint32, c_float, count, pointer),
         "differentiate_relu": (*2 * [pointer], count, count),
         "differentiate_weight": (*2 * [pointer], *3 * [count], *2 * [pointer]),
+        "sum_rows": (pointer, *3 * [count], pointer),
         "normalize": (*4 * [pointer], c_float, count, count, *4 * [pointer]),
         "differentiate_norm": (*6 * [pointer], *3 * [count], *3 * [pointer]),
         "nll": (*5 * [pointer], count),
