@@ -200,6 +200,7 @@ def test_eight_growing_texts_are_painted_by_what_is_new_and_stay_readable(browse
     page.close()
 
 
+@pytest.mark.slow  # `test_browser_jobs` reloads one sample at work
 def test_a_reload_finds_the_completion_at_work(open_page, page_server):
     page_server.leave_room()
     page = open_complete(open_page)
