@@ -92,6 +92,11 @@ def upload(page: Any, *paths: Path, field: str = "score-file") -> None:
     page.set_input_files(f"#{field} input[type=file]", [str(path) for path in paths])
 
 
+def clear(page: Any, field: str) -> None:
+    """Takes the files out of a field again."""
+    page.locator(f"#{field} [aria-label*='emove'], #{field} [aria-label*='lear']").first.click()
+
+
 def seconds_from_click(page: Any, button: str, is_seen: str) -> float:
     """Clicks, and tells how long after that a person sees what a JavaScript expression looks for, by the page's own clock."""
     page.evaluate(

@@ -15,7 +15,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
-from gradio_client import Client, handle_file
+from gradio_client import handle_file
+from page_client import client_of
 from PIL import Image
 from waiting import wait_until
 
@@ -61,7 +62,7 @@ class User:
 
     def run(self) -> None:
         try:
-            self._client = Client(self._url, verbose=False, download_files=self._downloads)
+            self._client = client_of(self._url, download_files=self._downloads)
             while time.monotonic() < self._deadline or self.counts.total() < AT_LEAST:
                 task = self._choices.choice([self._complete, self._complete, self._score, self._plan, self._cancel])
                 started = time.monotonic()

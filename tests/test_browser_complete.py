@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from browsing import HOSTILE, seconds_from_click, upload
+from browsing import HOSTILE, clear, seconds_from_click, upload
 from PIL import Image
 
 from app.views import cards, factory
@@ -108,18 +108,20 @@ def test_a_picture_is_cut_by_its_line_made_in_a_gallery_and_downloaded(open_page
         np.testing.assert_array_equal(shown[..., :3], made.media.pixels)
 
 
-@pytest.mark.parametrize(("width", "rows"), [(1280, [4]), (390, [2, 2])])
-def test_the_rows_of_a_gallery_are_filled_evenly(open_page, make_png, width, rows):
-    page = open_complete(open_page, width=width)
+def test_the_rows_of_a_gallery_are_filled_evenly(open_page, make_png):
+    page = open_complete(open_page)
     open_source(page, make_png())
     set_number(page, "samples", 4)
     wait_for_plan(page, "4 times")
     complete(page, 4)
-    tops = page.eval_on_selector_all("#results-view .card", "cards => cards.map((card) => card.getBoundingClientRect().top)")
-    assert list(Counter(tops).values()) == rows
-    box = page.locator("#results-view .card:last-child .actions").bounding_box()
-    button = page.locator("#results-view .card:last-child button").bounding_box()
-    assert button["x"] + button["width"] <= box["x"] + box["width"]
+    for width, rows in ((1280, [4]), (390, [2, 2])):
+        page.set_viewport_size({"width": width, "height": 900})
+        page.evaluate("new Promise((drawn) => requestAnimationFrame(() => requestAnimationFrame(drawn)))")
+        tops = page.eval_on_selector_all("#results-view .card", "cards => cards.map((card) => card.getBoundingClientRect().top)")
+        assert list(Counter(tops).values()) == rows
+        box = page.locator("#results-view .card:last-child .actions").bounding_box()
+        button = page.locator("#results-view .card:last-child button").bounding_box()
+        assert button["x"] + button["width"] <= box["x"] + box["width"]
 
 
 def test_stop_ends_within_a_second_and_keeps_what_was_painted(open_page):
@@ -198,7 +200,9 @@ def test_eight_growing_texts_are_painted_by_what_is_new_and_stay_readable(browse
     page.close()
 
 
-def test_a_reload_finds_the_completion_at_work(open_page):
+@pytest.mark.slow  # `test_browser_jobs` reloads one sample at work
+def test_a_reload_finds_the_completion_at_work(open_page, page_server):
+    page_server.leave_room()
     page = open_complete(open_page)
     page.get_by_label("Typed text").check()
     page.fill("#complete-text textarea", "The lamp")
@@ -227,7 +231,7 @@ def test_a_cut_png_and_a_cut_wav_are_opened_and_completed(open_page, make_png, m
     path = make_wav(num_samples=400)
     samples = read_media(path).samples
     path.write_bytes(path.read_bytes()[: 44 + 600])
-    page.click("#complete-file button[aria-label*='emove'], #complete-file [aria-label='Clear']")
+    clear(page, "complete-file")
     page.wait_for_selector("#prompt-view .message:visible")
     open_source(page, path)
     assert "are there" in plan(page)
@@ -256,15 +260,16 @@ def test_an_alternative_is_chosen_and_branched_from(open_page, make_text):
     assert page.text_content("#results-view .card:nth-child(2) .made") != before
 
 
-def test_a_branch_while_samples_are_made_takes_their_place_in_the_gallery(open_page):
+def test_a_branch_while_samples_are_made_takes_their_place_in_the_gallery(open_page, page_server):
     page = open_complete(open_page)
     page.get_by_label("Typed text").check()
     page.fill("#complete-text textarea", "The lamp")
-    set_number(page, "num-bytes", 16_000)
+    set_number(page, "num-bytes", 4_000)
     set_number(page, "samples", 8)
     wait_for_plan(page, ", 8 times")
     page.click("#complete-start")
     page.wait_for_selector("#results-view .actions button")
+    page_server.leave_room()
     page.click("#results-view .card:nth-child(1) .actions button")
     page.locator("#alternatives-view .choice:not(.stands)").first.click()
     page.wait_for_selector("#results-view h2:has-text('Branch at byte 0')")

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from browsing import HOSTILE, upload
+from browsing import HOSTILE, clear, upload
 from PIL import Image
 
 from tests.benchmarks.views import SCROLL
@@ -80,8 +80,7 @@ def test_sound_and_text_get_their_views(open_page, make_wav, make_text):
     assert "byte 399 " in status(page)
     assert "to 0.050 s" in page.inner_text("#waveform-view .seconds")
 
-    page.set_input_files("#score-file input[type=file]", [])
-    page.locator("#score-file button[aria-label*='lear']").first.click()
+    clear(page, "score-file")
     page.wait_for_selector("#message-view [data-state=empty]")
     score(page, make_text(content="caf\u00e9 \u6f22".encode() + b" \xff end of a longer text"))
     assert page.locator("#waveform-view canvas.wave").is_hidden()

@@ -23,6 +23,7 @@ from gradio.context import LocalContext
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 from own_process import command_line
+from page_client import client_of
 from page_server import free_port, wait_for_page
 from waiting import wait_until
 
@@ -44,7 +45,7 @@ NOTHING_SAID = dict.fromkeys(
 
 @pytest.fixture(scope="module")
 def client(page_url: str) -> Client:
-    return Client(page_url, verbose=False)
+    return client_of(page_url)
 
 
 def zipped(archive: str) -> dict[str, bytes]:
@@ -107,7 +108,7 @@ def test_no_endpoint_tells_a_path_of_this_machine(client, make_text):
 
 
 def test_a_short_call_does_not_wait_for_long_ones_and_a_cancelled_one_ends(page_url, client):
-    callers = [Client(page_url, verbose=False) for _ in range(5)]
+    callers = [client_of(page_url) for _ in range(5)]
     settings = {"keep": 1.0, "samples": 1, "api_name": "/generate"}
     long_calls = [caller.submit(None, "Once", "", num_bytes=1_000_000, **settings) for caller in callers]
 
@@ -132,7 +133,7 @@ def say_cancelled(page_url: str, caller: Client, call: Any, route: str) -> None:
 
 @pytest.mark.parametrize("route", ["cancel", "reset"])  # a client that gives up before it knows the event tells the second only
 def test_a_cancelled_call_ends_alone(page_url, route):
-    caller = Client(page_url, verbose=False)
+    caller = client_of(page_url)
     settings = {"keep": 1.0, "api_name": "/generate"}
     long_call = caller.submit(None, "Once", "", num_bytes=1_000_000, **settings)
     other = caller.submit(None, "Once", "", num_bytes=500, **settings)
@@ -150,7 +151,7 @@ def test_a_cancelled_call_ends_alone(page_url, route):
 
 
 def test_to_cancel_a_call_that_is_over_ends_no_other(page_url):
-    caller = Client(page_url, verbose=False)
+    caller = client_of(page_url)
     settings = {"keep": 1.0, "api_name": "/generate"}
     short_call = caller.submit(None, "Once", "", num_bytes=8, **settings)
     short_call.result(timeout=20)
@@ -223,7 +224,7 @@ def test_sigterm_ends_a_busy_page_cleanly(tiny_models, tmp_path, make_text):
     command = command_line(tiny_models, "ui", "--no-browser", "--port", port)
     with subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True) as page:
         wait_for_page(f"http://127.0.0.1:{port}/", page)
-        callers = [Client(f"http://127.0.0.1:{port}/", verbose=False) for _ in range(2)]
+        callers = [client_of(f"http://127.0.0.1:{port}/") for _ in range(2)]
         callers[0].predict(handle_file(make_text()), "", api_name="/score")
         for caller in callers:
             caller.submit(None, "Once", "", keep=1.0, num_bytes=1_000_000, api_name="/generate")
@@ -387,7 +388,7 @@ def test_a_result_is_made_again_by_its_settings(client, request, make, tmp_path)
 
 
 def test_a_client_lists_stops_and_reads_its_own_jobs_alone(page_url, make_text):
-    client, other = (Client(page_url, verbose=False) for _ in range(2))
+    client, other = (client_of(page_url) for _ in range(2))
     assert client.predict(api_name="/jobs") == []
     call = client.submit(None, "Once", "", keep=1.0, num_bytes=1_000_000, api_name="/generate")
     wait_until(lambda: any(job["num_reports"] >= 5 for job in client.predict(api_name="/jobs")), every_s=0.05)

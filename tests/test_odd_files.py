@@ -11,9 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
-from gradio_client import Client, handle_file
+from gradio_client import handle_file
 from gradio_client.exceptions import AppError
 from odd_files import ROOT, exif, odd_files, picture, pixels, samples, sound, wav
+from page_client import client_of
 from PIL import Image
 
 from core.codecs import Picture, Raw, Sound, read_media, read_partial, shown
@@ -111,7 +112,7 @@ def test_the_command_line_has_a_score_or_a_sentence_for_each(folder, cli):
 
 @pytest.mark.parametrize("every", [8, pytest.param(1, marks=pytest.mark.slow)])
 def test_the_page_has_a_score_or_a_sentence_for_each(folder, page_server, every):
-    client, logged = Client(page_server.url, verbose=False), page_server.log.stat().st_size
+    client, logged = client_of(page_server.url), page_server.log.stat().st_size
     for name in NAMES[::every]:
         try:
             assert client.predict(handle_file(folder / name), "", api_name="/score")["num_bytes"] > 0

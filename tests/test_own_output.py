@@ -6,8 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from gradio_client import Client, handle_file
+from gradio_client import handle_file
 from gradio_client.exceptions import AppError
+from page_client import client_of
 
 import core
 from app.provenance import FORMAT, read_provenance
@@ -107,7 +108,7 @@ def test_any_bytes_are_a_result_that_is_shown_or_a_sentence(service, tmp_path, c
 
 @pytest.mark.parametrize("count", [4, pytest.param(400, marks=pytest.mark.slow)])
 def test_the_page_shows_any_bytes_or_says_why_not(service, page_server, tmp_path, count):
-    client, logged, num_shown = Client(page_server.url, verbose=False), page_server.log.stat().st_size, 0
+    client, logged, num_shown = client_of(page_server.url), page_server.log.stat().st_size, 0
     for number, content in enumerate(strings(service, count)):
         path = tmp_path / f"{number}.txt"
         path.write_bytes(content)

@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from gradio_client import Client, handle_file
+from gradio_client import handle_file
 from gradio_client.exceptions import AppError
+from page_client import client_of
 from page_server import ROOT, PageProcess
 from waiting import wait_until
 
@@ -278,7 +279,7 @@ def test_no_name_of_an_upload_leads_out_of_its_folder(page_server):
 
 
 def test_more_calls_of_one_caller_than_allowed_are_refused_in_words(page_url):
-    caller = Client(page_url, verbose=False)
+    caller = client_of(page_url)
     calls = [caller.submit(None, "Once", "", keep=1.0, num_bytes=1_000_000, api_name="/generate") for _ in range(9)]
     deadline = time.monotonic() + 30
     while not (refused := [call for call in calls if call.done()]):
@@ -329,7 +330,7 @@ HOSTILE = [
 
 @pytest.mark.parametrize("count", [len(HOSTILE), pytest.param(500, marks=pytest.mark.slow)])
 def test_hostile_text_stays_the_same_text(page_server, page_url, tmp_path, count):
-    client, choose = Client(page_url, verbose=False), random.Random(0)
+    client, choose = client_of(page_url), random.Random(0)
     texts = HOSTILE + ["".join(choose.choices(HOSTILE, k=choose.randint(2, 4))) for _ in range(count - len(HOSTILE))]
     for start in range(0, len(texts), AT_ONCE):
         group = texts[start : start + AT_ONCE]

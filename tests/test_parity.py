@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from gradio_client import Client, handle_file
 from own_process import command_line
+from page_client import client_of
 from page_server import ROOT
 
 from app.service import Service
@@ -49,7 +50,7 @@ def files(make_png, make_wav, make_text) -> dict[str, Path]:
 
 @pytest.fixture
 def client(page_url) -> Client:
-    return Client(page_url, verbose=False)
+    return client_of(page_url)
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import pytest
 from browsing import upload
 from gradio_client import Client, handle_file
+from page_client import client_of
 
 SETTINGS = {"keep": 0.5, "num_bytes": 48, "samples": 2, "seed": 5}
 
@@ -34,7 +35,7 @@ def case(request, cli, tmp_path) -> Case:
 
 @pytest.fixture(scope="module")
 def client(page_url: str) -> Client:
-    return Client(page_url, verbose=False)
+    return client_of(page_url)
 
 
 def generated(client: Client, path: Path) -> dict[str, bytes]:
