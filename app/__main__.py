@@ -37,10 +37,9 @@ EXIT_CODES = "Exit codes: 0 all done, 1 something failed, 2 wrong usage, 130 and
 
 def run_ui(args: argparse.Namespace) -> int:
     """Serves the page until it is stopped."""
-    from app.without_stubs import without_stubs
+    from app.without_stubs import import_page
 
-    with without_stubs():
-        from app import ui
+    ui = import_page()
     from app.service import Service
 
     ui.launch(Service(args.device, listed_only=True), args.host, args.port, not args.no_browser)

@@ -2,22 +2,25 @@
 the one that is there, and that takes as long as all the rest."""
 
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
+from types import ModuleType
 
 
-@contextmanager
-def without_stubs() -> Iterator[None]:
-    """Inside, components are classes whose source nobody finds, for which Gradio (6.31) makes no stub."""
+def import_page() -> ModuleType:
+    """`app.ui`, and Gradio (6.31) without stubs: while it is imported, nobody finds the source of a component.
+
+    Before other threads run: `inspect.getfile` is replaced for all of them. No component is made meanwhile, for Gradio names
+    some by their file.
+    """
     find = inspect.getfile
 
-    def find_unless_component(thing: object) -> str:
-        if type(thing).__name__ == "ComponentMeta":
-            raise OSError("a component")
-        return find(thing)
+    def find_unless_component(object: object) -> str:
+        if type(object).__name__ == "ComponentMeta":
+            raise OSError("not looked for: without_stubs")
+        return find(object)
 
     inspect.getfile = find_unless_component
     try:
-        yield
+        from app import ui
     finally:
         inspect.getfile = find
+    return ui

@@ -9,7 +9,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 import urllib.error
 import urllib.request
@@ -21,7 +20,6 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 START_LIMIT_S = 180  # a busy machine takes long to import it all
-PAUSE_S = 0.02
 OWN_HOSTS = ("127.0.0.1", "::1", "localhost", "0.0.0.0", None)
 
 
@@ -37,13 +35,6 @@ class PageProcess:
     def end_jobs(self) -> None:
         """Asks all jobs of the page to end, so that they take nothing from what comes after them."""
         self.process.send_signal(signal.SIGUSR1)
-
-    def leave_room(self) -> None:
-        """Makes jobs pause at each report until `end_jobs`, for tests of where a job is found, and not of how soon it stops.
-
-        A job at full speed holds the interpreter, so that the page's own requests, nearly a hundred a visit, take seconds.
-        """
-        self.process.send_signal(signal.SIGUSR2)
 
     def foreign_connections(self) -> list[str]:
         return [line for line in self.log.read_text(errors="replace").splitlines() if line.startswith("connection: ")]
@@ -100,29 +91,18 @@ def main(weights: str, port: str) -> None:
 
     sys.addaudithook(watch)
     sys.path.insert(0, str(ROOT))
-    from app.without_stubs import without_stubs
+    from app.without_stubs import import_page
 
-    with without_stubs():
-        from app import ui
-    from app.jobs import STOPPED, Job, JobStore
+    ui = import_page()
+    from app.jobs import STOPPED, JobStore
     from app.service import Service
 
-    report, pause = Job.report, threading.Event()
-
-    def report_and_pause(job: Job, latest: Any) -> None:
-        report(job, latest)
-        if pause.is_set():
-            time.sleep(PAUSE_S)
-
     def end_jobs(*_: object) -> None:
-        pause.clear()
         for job in list(store._jobs.values()):
             job.must_end = job.must_end or STOPPED
 
     store = JobStore()
-    Job.report = report_and_pause
     signal.signal(signal.SIGUSR1, end_jobs)
-    signal.signal(signal.SIGUSR2, lambda *_: pause.set())
     ui.JobStore = lambda: store
     ui.launch(
         Service(weights=Path(weights), runs=Path(weights) / "no-runs", listed_only=True), port=int(port), open_browser=False

@@ -200,9 +200,7 @@ def test_eight_growing_texts_are_painted_by_what_is_new_and_stay_readable(browse
     page.close()
 
 
-@pytest.mark.slow  # `test_browser_jobs` reloads one sample at work
-def test_a_reload_finds_the_completion_at_work(open_page, page_server):
-    page_server.leave_room()
+def test_a_reload_finds_the_completion_at_work(open_page):
     page = open_complete(open_page)
     page.get_by_label("Typed text").check()
     page.fill("#complete-text textarea", "The lamp")
@@ -260,16 +258,15 @@ def test_an_alternative_is_chosen_and_branched_from(open_page, make_text):
     assert page.text_content("#results-view .card:nth-child(2) .made") != before
 
 
-def test_a_branch_while_samples_are_made_takes_their_place_in_the_gallery(open_page, page_server):
+def test_a_branch_while_samples_are_made_takes_their_place_in_the_gallery(open_page):
     page = open_complete(open_page)
     page.get_by_label("Typed text").check()
     page.fill("#complete-text textarea", "The lamp")
-    set_number(page, "num-bytes", 4_000)
+    set_number(page, "num-bytes", 16_000)
     set_number(page, "samples", 8)
     wait_for_plan(page, ", 8 times")
     page.click("#complete-start")
     page.wait_for_selector("#results-view .actions button")
-    page_server.leave_room()
     page.click("#results-view .card:nth-child(1) .actions button")
     page.locator("#alternatives-view .choice:not(.stands)").first.click()
     page.wait_for_selector("#results-view h2:has-text('Branch at byte 0')")

@@ -79,8 +79,7 @@ def test_a_reload_finds_the_job_again_and_stop_ends_it_within_a_second(open_page
     wait_for_state(page, "stopped")
 
 
-def test_a_job_whose_tab_was_closed_is_found_on_return(open_page, page_server):
-    page_server.leave_room()
+def test_a_job_whose_tab_was_closed_is_found_on_return(open_page):
     page = open_page()
     context = page.context
     open_batch(page)
@@ -98,8 +97,7 @@ def test_a_job_whose_tab_was_closed_is_found_on_return(open_page, page_server):
     wait_for_state(page, "stopped")
 
 
-def test_two_tabs_and_two_visitors_do_not_mix(open_page, page_server):
-    page_server.leave_room()
+def test_two_tabs_and_two_visitors_do_not_mix(open_page):
     first = open_page()
     second = first.context.new_page()
     second.goto(first.url)
@@ -167,8 +165,7 @@ def test_a_scoring_goes_on_through_a_reload(open_page, service, make_text):
     assert page.inner_text("#headline-view .number strong") == number
 
 
-def test_a_completion_goes_on_through_a_reload_and_keeps_what_is_there(open_page, page_server):
-    page_server.leave_room()
+def test_a_completion_goes_on_through_a_reload_and_keeps_what_is_there(open_page):
     page = open_page()
     page.get_by_role("tab", name="Complete").click()
     page.get_by_label("Typed text").check()
@@ -187,8 +184,7 @@ def test_a_completion_goes_on_through_a_reload_and_keeps_what_is_there(open_page
     assert page.locator("#results-view .actions a").count() == 2  # the text so far, and its settings
 
 
-def test_the_jobs_tab_lists_stops_and_shows_the_jobs_of_this_browser(open_page, page_server):
-    page_server.leave_room()
+def test_the_jobs_tab_lists_stops_and_shows_the_jobs_of_this_browser(open_page):
     page = open_page(width=390)
     open_batch(page)
     start(page, LONG.format("Once"))

@@ -45,7 +45,8 @@ LAYERS = [
     ["app.calls"],
     ["app.job_endpoints"],
     ["app.endpoints"],
-    ["app.ui", "app.without_stubs"],
+    ["app.ui"],
+    ["app.without_stubs"],
     ["app.__main__"],
 ]
 PLOTTING = {"matplotlib", "seaborn", "plotly", "cv2"}

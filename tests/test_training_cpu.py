@@ -104,22 +104,32 @@ def test_gradients_of_weights_and_biases_are_sums_in_float32(outputs, inputs, nu
 @pytest.mark.parametrize("num_rows", [1, 255, 256, 700])
 def test_gradients_of_biases_are_sums_in_float32_where_torch_multiplies(num_rows, monkeypatch):
     monkeypatch.setattr(training_cpu, "multiplies_tiles", lambda: True)
+    run, kernels = training_cpu._run, []
+    monkeypatch.setattr(training_cpu, "_run", lambda kernel, *arguments: (kernels.append(kernel), run(kernel, *arguments)))
     for outputs in (144, 10):
         grad = random_numbers(num_rows, outputs, seed=1).bfloat16()
         _, of_bias = training_cpu.grads_of_weight(grad, grad)
         assert of_bias.dtype == torch.float32
         torch.testing.assert_close(of_bias.double(), grad.double().sum(0), rtol=1e-5, atol=1e-4)
+    assert kernels == ["sum_rows"]  # whole vectors alone
 
 
-@pytest.mark.parametrize("name", ["linear", "relu"])
-def test_a_weight_that_is_laid_out_makes_the_same_products(name, monkeypatch):
-    ours, _, parameters = layers_of(name)
-    x, found = random_numbers(6, 2, 64), []
-    for many_rows in (1, 1 << 62):
-        monkeypatch.setattr(training_cpu, "multiplies_tiles", lambda: True)
-        monkeypatch.setattr(training_cpu, "_MANY_ROWS", many_rows)
-        found.append(with_gradients(ours, x, parameters, torch.bfloat16))
-    assert all(torch.allclose(laid_out, plain, rtol=0.02, atol=1e-2) for laid_out, plain in zip(*found, strict=True))
+@pytest.mark.parametrize("name", ["linear", "relu", "relu2"])
+def test_a_weight_is_laid_out_for_many_rows_and_makes_the_same_products(name, monkeypatch):
+    ours, plain, parameters = layers_of(name)
+    monkeypatch.setattr(training_cpu, "multiplies_tiles", lambda: True)
+    product, laid_out = torch.ops.mkldnn._linear_pointwise, []
+    watched = lambda x, weight, *arguments: (laid_out.append(weight.is_mkldnn), product(x, weight, *arguments))[1]  # noqa: E731
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", watched)
+    x = random_numbers(training_cpu._MANY_ROWS, 1, 64)
+    exact = with_gradients(plain, x, parameters, torch.float32)
+    off = errors(with_gradients(ours, x, parameters, torch.bfloat16), exact)
+    assert laid_out
+    assert all(laid_out)
+    monkeypatch.setattr(training_cpu, "_MANY_ROWS", len(x) + 1)
+    plain_off = errors(with_gradients(ours, x, parameters, torch.bfloat16), exact)
+    assert not all(laid_out)
+    assert all(own <= 1.3 * their + 1e-3 for own, their in zip(off, plain_off, strict=True))
 
 
 def test_the_loss_and_its_gradient_are_those_of_torch():

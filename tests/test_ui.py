@@ -1,16 +1,16 @@
 """The page as a whole without a browser: the scripts of its views, and its port."""
 
-import inspect
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
-import gradio as gr
 import pytest
-from gradio import component_meta
 
 from app import ui
-from app.without_stubs import without_stubs
 from core.errors import UserError
+
+ROOT = Path(__file__).parents[1]
 
 
 def test_scripts_of_the_views_never_parse_html():
@@ -33,16 +33,22 @@ def test_busy_port_is_one_sentence():
             ui.check_port("127.0.0.1", port)
 
 
-def test_gradio_makes_no_stubs_where_they_are_not_wanted(monkeypatch):
-    made = []
-    monkeypatch.setattr(component_meta, "create_pyi", lambda code, events: made.append(code) or code)
-    find = inspect.getfile
-    with without_stubs():
-        component_meta.create_or_modify_pyi(gr.Number, "Number", [])
-        assert inspect.getfile(ui.Page) == ui.__file__
-    assert not made
-    assert inspect.getfile is find
-    monkeypatch.setattr(Path, "exists", lambda path: True)  # outside it would be written
-    monkeypatch.setattr(Path, "write_text", lambda path, text: None)
-    component_meta.create_or_modify_pyi(gr.Number, "Number", [])
-    assert len(made) == 1
+# A stub is made of the syntax tree of its component's source.
+IMPORT = """
+import ast
+parsed, parse = [], ast.parse
+ast.parse = lambda code, *arguments, **options: (parsed.append(code), parse(code, *arguments, **options))[1]
+import inspect
+find = inspect.getfile
+{how}
+assert inspect.getfile is find
+print(sum("class Number(" in str(code) for code in parsed))
+"""
+
+
+def test_the_page_is_imported_without_stubs():
+    ways = ("from app.without_stubs import import_page; import_page()", "import gradio")
+    calls = [[sys.executable, "-B", "-c", IMPORT.format(how=how)] for how in ways]
+    with_page, alone = (subprocess.run(call, cwd=ROOT, check=True, capture_output=True, text=True).stdout for call in calls)
+    assert int(with_page) == 0
+    assert int(alone) > 0

@@ -1,6 +1,7 @@
 """The page's canvas views: each is a `gr.HTML` made of an .html and a .js file that lie beside this one.
 
-The views are functions and not subclasses: Gradio writes a stub file next to every module that subclasses `gr.HTML`.
+The views are functions and not subclasses: Gradio writes a stub file next to every module that subclasses `gr.HTML`,
+unless `app.without_stubs` imports it.
 All of them draw text on a canvas or set it as `textContent`, so that no file name and no content is ever read as HTML.
 """
 

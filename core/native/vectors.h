@@ -50,8 +50,8 @@ constexpr int64_t kBlockColumns = 64;
 constexpr int64_t kBlocksAhead = 2;  // fetched meanwhile
 constexpr int64_t kCacheLine = 64;   // bytes
 
-// What a walk with one vector fetches ahead; the processor itself stops at the end of every 4 KB.
-constexpr int64_t kBytesAhead = 1 << 13;
+// How far ahead of itself a walk with one vector fetches, in bytes; the processor's own fetching stops at the end of a 4 KB page.
+constexpr int64_t kWalkBytesAhead = 1 << 13;
 
 using Floats = float __attribute__((vector_size(4 * kLanes)));
 using Words = uint32_t __attribute__((vector_size(4 * kLanes)));
@@ -76,7 +76,7 @@ struct AllColumns {
   int64_t operator[](int64_t i) const { return i; }
 };
 
-// All of them, by the one who reads the memory first.
+// All of them, read from memory for the first time: fetched ahead.
 struct WalkedColumns : AllColumns {
   static constexpr bool kIsWalk = true;
 };
@@ -156,8 +156,8 @@ inline void add_columns(const Words* words, const float* x, Columns columns, int
   PanelSums local = sums;
   int64_t i = begin;
   for (; i + 2 <= end; i += 2) {
-    if (Columns::kIsWalk) {
-      const char* ahead = reinterpret_cast<const char*>(words + i * Column::kVectors) + kBytesAhead;
+    if constexpr (Columns::kIsWalk) {
+      const char* ahead = reinterpret_cast<const char*>(words + i * Column::kVectors) + kWalkBytesAhead;
       for (int64_t line = 0; line < 2 * Column::kVectors * int64_t(sizeof(Words)); line += kCacheLine) {
         __builtin_prefetch(ahead + line);
       }
