@@ -439,17 +439,17 @@ def test_closing_a_batch_ends_its_threads_and_frees_its_rows(cores, num_samples,
     model = rounded(SUPPORTED["exact"])
     generate(model, bytes(CONTEXT), 1)  # torch begins threads for its reading, and keeps them
     tasks = Path("/proc/self/task")
-    before, rows = len(list(tasks.iterdir())), []
+    before, rows = set(tasks.iterdir()), []
     begin = NativeRow.__init__
     monkeypatch.setattr(NativeRow, "__init__", lambda row, *made_of: rows.append(weakref.ref(row)) or begin(row, *made_of))
     chunks = stream_batch(model, [Request(b"abc", 1000, SampleConfig(), number) for number in range(num_samples)])
     for _ in range(12):
         next(chunks)
-    assert len(list(tasks.iterdir())) > before
+    assert set(tasks.iterdir()) - before
     chunks.close()
     del chunks
     gc.collect()
-    assert len(list(tasks.iterdir())) == before
+    assert set(tasks.iterdir()) <= before  # a thread of an earlier test may have ended
     assert len(rows) >= min(num_samples, 2)
     assert not any(row() for row in rows)
 
