@@ -2,12 +2,14 @@
 
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from core import kernels
 from core.config import LevelConfig, MegaByteConfig
 from core.kernels import attention
 from core.kernels.attention import attend_causally, can_attend
@@ -43,7 +45,7 @@ def test_it_is_as_near_to_float32_as_the_kernel_of_torch(length, scale):
 
 
 @pytest.mark.usefixtures("kernel")
-@pytest.mark.parametrize("length", [1, 63, 64, 65, 97, 200])
+@pytest.mark.parametrize("length", [1, 63, 64, 65, 97, 200, 517])
 @pytest.mark.parametrize("scale", [0.1, 1.0, 4.0])
 def test_its_gradients_are_as_near_to_float32_as_those_of_torch(length, scale, monkeypatch):
     inputs, grad = queries_keys_values(2, 3, length, scale), queries_keys_values(2, 3, length)[0]
@@ -111,29 +113,28 @@ def test_layers_use_it_for_long_rows_of_whole_heads(monkeypatch):
 @pytest.mark.parametrize("uses_tiles", [False, True])
 def test_where_there_are_tiles_torch_takes_long_rows_that_ours_do_not(uses_tiles, monkeypatch):
     monkeypatch.setattr(attention, "multiplies_tiles", lambda: True)
-    monkeypatch.setattr(attention, "library", lambda: SimpleNamespace(attention_uses_tiles=lambda: uses_tiles))
+    monkeypatch.setattr(attention, "library", lambda: SimpleNamespace(uses_tiles=lambda: uses_tiles))
     taken = {}
     for length in (1, 16, 17, 64, 127, 128, 400, 511, 512, 2000):
         q = queries_keys_values(1, 1, length)[0]
         taken[length] = can_attend(q), can_attend(q.requires_grad_())
     scoring = [1, 16, 64, 127, 128, 400, 511, 512, 2000] if uses_tiles else [1, 16, 64, 127]
+    training = scoring if uses_tiles else [1, 16, 400, 511]
     assert [length for length, (is_taken, _) in taken.items() if is_taken] == scoring
-    assert [length for length, (_, is_taken) in taken.items() if is_taken] == [1, 16, 400, 511]
+    assert [length for length, (_, is_taken) in taken.items() if is_taken] == training
 
 
-def test_where_the_system_refuses_tiles_the_kernels_are_built_without(monkeypatch):
-    flags = []
+@pytest.mark.parametrize("supported", [("-fopenmp",), ("-fopenmp", "-mno-amx-tile"), ()])
+def test_where_the_system_refuses_tiles_kernels_are_built_without(supported, monkeypatch):
+    def load_library(source, *flags):
+        return SimpleNamespace(
+            uses_tiles=lambda: "-mno-amx-tile" not in flags, is_supported=lambda: flags == supported, flags=flags
+        )
 
-    def load_library(source, *own_flags):
-        flags.append(own_flags)
-        has_tiles = "-mno-amx-tile" not in own_flags
-        kernels = {name: SimpleNamespace() for name in ("attend_causally", "differentiate_attention", "place")}
-        return SimpleNamespace(attention_uses_tiles=lambda: has_tiles, attention_is_supported=lambda: not has_tiles, **kernels)
-
-    monkeypatch.setattr(attention, "multiplies_bf16", lambda: True)
-    monkeypatch.setattr(attention, "load_library", load_library)
-    assert not attention.library.__wrapped__().attention_uses_tiles()
-    assert flags == [("-fopenmp",), ("-fopenmp", "-mno-amx-tile")]
+    monkeypatch.setattr(kernels, "multiplies_bf16", lambda: True)
+    monkeypatch.setattr(kernels, "load_library", load_library)
+    found = kernels.load_tiled_library(Path("attention.cpp"))
+    assert (found.flags if found else ()) == supported
 
 
 def test_of_other_devices_nothing_is_asked(monkeypatch):

@@ -21,6 +21,10 @@ import torch
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd", "-pthread")
 _LINK_FLAGS = ("-shared", "-fPIC")
 
+# Of a ReLU for what is negative: oneDNN's own makes 0 of what is not a number. Far below the rounding of what is positive, and it
+# and its square far above the numbers that lose digits, which Intel's processors multiply a hundred times as slowly.
+RELU_SLOPE = 1e-15
+
 _building: dict[Path, threading.Lock] = {}  # by source: whoever needs a library that is being built waits for it
 
 _logger = logging.getLogger(__name__)
@@ -56,6 +60,17 @@ def load_library(source: Path, *flags: str) -> ctypes.CDLL | None:
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         _logger.info("no library of %s, torch does its work instead: %s", source.name, error)
         return None
+
+
+def load_tiled_library(source: Path) -> ctypes.CDLL | None:
+    """As `load_library`, of what multiplies bf16: by tiles, unless the system refuses them, or by vectors.
+
+    None too if the processor does neither. The library answers `is_supported` and `uses_tiles`.
+    """
+    found = load_library(source, "-fopenmp") if multiplies_bf16() else None
+    if found is not None and found.uses_tiles() and not found.is_supported():
+        found = load_library(source, "-fopenmp", "-mno-amx-tile")
+    return found if found is not None and found.is_supported() else None
 
 
 def in_background(build: Callable[[], object]) -> Iterator[None]:

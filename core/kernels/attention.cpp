@@ -64,31 +64,49 @@ struct Heads {
 // Rows as columns of a right side: pairs of channels.
 void pack_columns(const Shape& shape, const Tensor& x, int64_t index, int64_t block, Block& packed) {
   const int64_t first = block * kBlock, count = std::min(kBlock, shape.length - first);
-  uint32_t* columns = reinterpret_cast<uint32_t*>(packed);
-  std::fill(columns, columns + kBlock * kDepth, 0);
-  for (int64_t s = 0; s < count; ++s) {
-    const uint32_t* row = reinterpret_cast<const uint32_t*>(shape.row(x, index, first + s));
-    for (int64_t c = 0; c < kDepth; ++c) columns[c * kBlock + s] = row[c];
+  for (int64_t s = 0; s < kBlock; s += 16) {
+    for (int64_t c = 0; c < kDepth; c += 16) {
+      __m512i words[16];
+      for (int64_t r = 0; r < 16; ++r) {
+        words[r] = s + r < count ? _mm512_loadu_si512(shape.row(x, index, first + s + r) + 2 * c) : _mm512_setzero_si512();
+      }
+      transpose(words);
+      for (int64_t i = 0; i < 16; ++i) packed[(c + i) * kVectors + s / 16] = words[i];
+    }
   }
 }
 
 // Rows as inputs of a right side: pairs of rows.
 void pack_rows(const Shape& shape, const Tensor& x, int64_t index, int64_t block, Block& packed) {
   const int64_t first = block * kBlock, count = std::min(kBlock, shape.length - first);
-  uint32_t* rows = reinterpret_cast<uint32_t*>(packed);
-  std::fill(rows, rows + kBlock * kDepth, 0);
-  for (int64_t s = 0; s < count; ++s) {
-    const uint16_t* row = shape.row(x, index, first + s);
-    for (int64_t d = 0; d < kChannels; d += 16) {
-      const __m512i channels = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(row + d)));
-      uint32_t* pair = rows + s / 2 * kChannels + d;
-      _mm512_storeu_si512(pair, s % 2 == 0 ? channels : _mm512_or_si512(_mm512_loadu_si512(pair), _mm512_slli_epi32(channels, 16)));
+  for (int64_t s = 0; s < kBlock; s += 2) {
+    for (int64_t v = 0; v < kVectors; ++v) {
+      const auto load = [&](int64_t row) {
+        const uint16_t* channels = shape.row(x, index, first + row) + 16 * v;
+        return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(channels)));
+      };
+      __m512i pair = s < count ? load(s) : _mm512_setzero_si512();
+      if (s + 1 < count) pair = _mm512_or_si512(pair, _mm512_slli_epi32(load(s + 1), 16));
+      packed[s / 2 * kVectors + v] = pair;
     }
   }
 }
 
 // How many pairs of a block hold its first `end` rows; more than there are fill it.
 int64_t pairs_until(int64_t end) { return std::min(kDepth, (end + 1) / 2); }
+
+// What is worked on: `kStack` of some rows, from `row` on, and one block of the others, which one of them sees or is seen by.
+struct Stack {
+  int64_t block, row, turn;
+};
+
+template <bool kSeesLater = false>
+Stack after(const Stack& stack, int64_t first, int64_t count) {
+  const int64_t end = kSeesLater ? std::min(count, (stack.block + 1) * kBlock - first) : count;
+  if (stack.row + kStack < end) return {stack.block, stack.row + kStack, 1 - stack.turn};
+  const int64_t block = stack.block + 1;
+  return {block, kSeesLater ? 0 : std::max<int64_t>(0, (block * kBlock - first) / kStack * kStack), 1 - stack.turn};
+}
 
 // Rows [first, first + kRows) of one head.
 struct Rows {
@@ -130,17 +148,6 @@ struct Rows {
       if (heads.logs == nullptr) continue;
       heads.logs[index * heads.shape.num_blocks() * kBlock + first + r] = highest[r] * kScale + std::log2(total);
     }
-  }
-
-  // What is worked on: rows from `row` on and one block of keys, which one of them sees.
-  struct Stack {
-    int64_t block, row, turn;
-  };
-
-  static Stack after(const Stack& stack, int64_t first, int64_t count) {
-    if (stack.row + kStack < count) return {stack.block, stack.row + kStack, 1 - stack.turn};
-    const int64_t block = stack.block + 1;
-    return {block, std::max<int64_t>(0, (block * kBlock - first) / kStack * kStack), 1 - stack.turn};
   }
 
   // Weights of a row from its scores; the first `last + 1` keys of the block are not behind it.
@@ -210,80 +217,126 @@ void pack_for_gradients(const Gradients& g, int64_t i) {
   }
 }
 
-// The gradients of a tile of queries, or of keys and their values: the same products with their sides exchanged. A weight w of
-// a score s has the slope w (grad . v - grad . out), for its row's weights add up to 1.
+// The gradients of rows [first, first + kRows) of queries, or of keys and their values: the same products with their sides
+// exchanged. A weight w of a score s has the slope w (grad . v - grad . out), for its row's weights add up to 1.
 template <bool kOfKeys>
-void differentiate(const Gradients& g, int64_t index, int64_t first) {
-  const int64_t num_blocks = g.shape.num_blocks(), start = index * num_blocks, count = std::min(kTile, g.shape.length - first);
-  const uint32_t *own[kTile], *with[kTile], *weight_pairs[kTile], *slope_pairs[kTile];
-  alignas(64) uint32_t weights[kTile][kDepth], slopes[kTile][kDepth];
-  for (int64_t i = 0; i < kTile; ++i) {
-    const int64_t row = first + std::min(i, count - 1);
-    own[i] = reinterpret_cast<const uint32_t*>(g.shape.row(kOfKeys ? g.k : g.q, index, row));
-    with[i] = reinterpret_cast<const uint32_t*>(g.shape.row(kOfKeys ? g.v : g.grad, index, row));
-  }
-  __m512 sums[kTile][kVectors] = {}, value_sums[kTile][kVectors] = {};
-  const int64_t diagonal = (first + (kOfKeys ? 0 : count - 1)) / kBlock;
-  for (int64_t block = kOfKeys ? diagonal : 0; block < (kOfKeys ? num_blocks : diagonal + 1); ++block) {
-    __m512 scores[kTile][kVectors], products[kTile][kVectors];
-    multiply<kTile, false>(own, g.columns(kOfKeys ? kQueries : kKeys)[start + block], scores);
-    multiply<kTile, false>(with, g.columns(kOfKeys ? kGrads : kValues)[start + block], products);
-    for (int64_t i = 0; i < kTile; ++i) {
-      const int64_t row = first + std::min(i, count - 1) - block * kBlock;  // as seen from the block
-      const auto ones = [](int64_t end) { return end >= kBlock ? ~uint64_t(0) : (uint64_t(1) << std::max<int64_t>(end, 0)) - 1; };
-      const uint64_t seen = kOfKeys ? ones(g.shape.length - block * kBlock) & ~ones(row) : ones(row + 1);
-      for (int64_t v = 0; v < kVectors; ++v) {
-        const int64_t column = start * kBlock + block * kBlock + (kOfKeys ? 16 * v : row);
-        const __m512 log = kOfKeys ? _mm512_loadu_ps(g.logs + column) : _mm512_set1_ps(g.logs[column]);
-        const __m512 dot = kOfKeys ? _mm512_loadu_ps(g.dots + column) : _mm512_set1_ps(g.dots[column]);
-        const __mmask16 is_seen = __mmask16(seen >> (16 * v));
-        const __m512 weight = coarse_power_of_two(_mm512_fmsub_ps(scores[i][v], _mm512_set1_ps(kScale), log));
-        scores[i][v] = _mm512_maskz_mov_ps(is_seen, weight);
-        products[i][v] = _mm512_maskz_mul_ps(is_seen, weight, _mm512_sub_ps(products[i][v], dot));
+struct RowGradients {
+  alignas(64) uint32_t own[kRows][kDepth], with[kRows][kDepth];  // keys and values, or queries and their gradients
+  alignas(64) __m512 sums[kRows][kVectors], value_sums[kOfKeys ? kRows : 1][kVectors];
+  alignas(64) __m512 scores[2][kStack][kVectors], products[2][kStack][kVectors];
+  alignas(64) uint32_t weights[kStack][kDepth], slopes[kStack][kDepth];  // pairs of bf16
+
+  void differentiate(const Gradients& g, int64_t index, int64_t first) {
+    const TileRegisters registers;
+    const int64_t count = std::min(kRows, g.shape.length - first), start = index * g.shape.num_blocks();
+    const int64_t end = kOfKeys ? g.shape.num_blocks() : (first + count - 1) / kBlock + 1;
+    for (int64_t r = 0; r < kRows; ++r) {  // rows behind the last are computed as the last and not kept
+      const int64_t row = first + std::min(r, count - 1);
+      std::memcpy(own[r], g.shape.row(kOfKeys ? g.k : g.q, index, row), sizeof *own);
+      std::memcpy(with[r], g.shape.row(kOfKeys ? g.v : g.grad, index, row), sizeof *with);
+    }
+    std::fill(&sums[0][0], &sums[0][0] + sizeof sums / sizeof(__m512), _mm512_setzero_ps());
+    std::fill(&value_sums[0][0], &value_sums[0][0] + sizeof value_sums / sizeof(__m512), _mm512_setzero_ps());
+    // As in `Rows`: what a tile stores is read a while later.
+    const auto score = [&](const Stack& stack) {
+      if (stack.block >= end) return;
+      multiply_stack<false>(own + stack.row, g.columns(kOfKeys ? kQueries : kKeys)[start + stack.block], scores[stack.turn]);
+      multiply_stack<false>(with + stack.row, g.columns(kOfKeys ? kGrads : kValues)[start + stack.block], products[stack.turn]);
+    };
+    Stack stack = {kOfKeys ? first / kBlock : 0, 0, 0};
+    score(stack);
+    while (stack.block < end) {
+      const Stack next = after<kOfKeys>(stack, first, count);
+      score(next);
+      const int64_t row = first + stack.row - stack.block * kBlock;  // as seen from the block
+      for (int64_t i = 0; i < kStack; ++i) weigh(g, start + stack.block, row + std::min(i, count - 1 - stack.row), stack, i);
+      // Neither weights nor slopes beyond the diagonal.
+      const int64_t from = kOfKeys ? std::max<int64_t>(0, row) / 2 : 0, to = kOfKeys ? kDepth : pairs_until(row + kStack);
+      multiply_stack<true>(slopes, g.rows(kOfKeys ? kQueries : kKeys)[start + stack.block], sums + stack.row, to, from);
+      if (kOfKeys) multiply_stack<true>(weights, g.rows(kGrads)[start + stack.block], value_sums + stack.row, to, from);
+      stack = next;
+    }
+    for (int64_t r = 0; r < count; ++r) {
+      if (kOfKeys) {
+        g.store_key(index, first + r, sums[r]);
+        g.store_value(index, first + r, value_sums[r]);
+      } else {
+        g.store_query(index, first + r, sums[r]);
       }
-      store(weights[i], scores[i], _mm512_set1_ps(1.0f));
-      store(slopes[i], products[i], _mm512_set1_ps(0.125f));
-    }
-    // Neither weights nor slopes beyond the diagonal.
-    const int64_t begin = kOfKeys ? std::max<int64_t>(0, first - block * kBlock) / 2 : 0;
-    const int64_t depth = kOfKeys ? kDepth - begin : pairs_until(first + kTile - block * kBlock);
-    for (int64_t i = 0; i < kTile; ++i) {
-      slope_pairs[i] = slopes[i] + begin;
-      weight_pairs[i] = weights[i] + begin;
-    }
-    multiply(slope_pairs, g.rows(kOfKeys ? kQueries : kKeys)[start + block] + begin * kVectors, sums, depth);
-    if (kOfKeys) multiply(weight_pairs, g.rows(kGrads)[start + block] + begin * kVectors, value_sums, depth);
-  }
-  for (int64_t i = 0; i < count; ++i) {
-    if (kOfKeys) {
-      g.store_key(index, first + i, sums[i]);
-      g.store_value(index, first + i, value_sums[i]);
-    } else {
-      g.store_query(index, first + i, sums[i]);
     }
   }
-}
+
+  // Weights and slopes of row i of a stack, which is row `row` as seen from the block; of all heads' blocks it is `block`.
+  void weigh(const Gradients& g, int64_t block, int64_t row, const Stack& stack, int64_t i) {
+    const auto ones = [](int64_t end) { return end >= kBlock ? ~uint64_t(0) : (uint64_t(1) << std::max<int64_t>(end, 0)) - 1; };
+    const uint64_t seen = kOfKeys ? ones(g.shape.length - stack.block * kBlock) & ~ones(row) : ones(row + 1);
+    __m512 *own_scores = scores[stack.turn][i], *own_products = products[stack.turn][i];
+    for (int64_t v = 0; v < kVectors; ++v) {
+      const int64_t column = block * kBlock + (kOfKeys ? 16 * v : row);
+      const __m512 log = kOfKeys ? _mm512_loadu_ps(g.logs + column) : _mm512_set1_ps(g.logs[column]);
+      const __m512 dot = kOfKeys ? _mm512_loadu_ps(g.dots + column) : _mm512_set1_ps(g.dots[column]);
+      const __mmask16 is_seen = __mmask16(seen >> (16 * v));
+      const __m512 weight = coarse_power_of_two(_mm512_fmsub_ps(own_scores[v], _mm512_set1_ps(kScale), log));
+      own_scores[v] = _mm512_maskz_mov_ps(is_seen, weight);
+      own_products[v] = _mm512_maskz_mul_ps(is_seen, weight, _mm512_sub_ps(own_products[v], dot));
+    }
+    if (kOfKeys) store(weights[i], own_scores, _mm512_set1_ps(1.0f));
+    store(slopes[i], own_products, _mm512_set1_ps(0.125f));
+  }
+};
 
 using Head = __m512[kParts];
 
-// One head of a sequence of at most 16 rows.
+// Products of one head with each of the first `kMost` of others, in as many lanes.
+template <int64_t kMost>
+inline __m512 dots(const __m512* head, const Head* others) {
+  __m512 sums[kMost];
+#pragma GCC unroll 16
+  for (int64_t j = 0; j < kMost; ++j) {
+    sums[j] = _mm512_mul_ps(head[0], others[j][0]);
+#pragma GCC unroll 4
+    for (int64_t v = 1; v < kParts; ++v) sums[j] = _mm512_fmadd_ps(head[v], others[j][v], sums[j]);
+  }
+  // Lanes are added up while they are brought together: of two vectors, then of four, then the quarters of a vector.
+  __m512 quarters[4];
+#pragma GCC unroll 4
+  for (int64_t j = 0; j < kMost; j += 4) {
+    __m512 twos[2];
+#pragma GCC unroll 2
+    for (int64_t i = 0; i < 2; ++i) {
+      const __m512 a = sums[j + 2 * i], b = sums[j + 2 * i + 1];
+      twos[i] = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+    }
+    const __m512d a = _mm512_castps_pd(twos[0]), b = _mm512_castps_pd(twos[1]);
+    quarters[j / 4] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+  }
+  const auto add_quarters = [](__m512 a, __m512 b) {
+    return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+  };
+  const __m512 low = add_quarters(quarters[0], quarters[1]);
+  return add_quarters(low, kMost > 8 ? add_quarters(quarters[kMost > 8 ? 2 : 0], quarters[kMost > 8 ? 3 : 1]) : low);
+}
+
+inline __mmask16 lanes_until(int64_t row) { return __mmask16((2u << row) - 1); }
+
+// One head of a sequence of at most `kMost` rows, 8 or 16.
+template <int64_t kMost>
 struct ShortHead {
-  Head q[kShort], k[kShort], v[kShort];
-  alignas(64) float weights[kShort][kShort];
+  Head q[kMost], k[kMost], v[kMost];
+  alignas(64) float weights[kMost][kShort];
 
   ShortHead(const Shape& shape, const Tensor& queries, const Tensor& keys, const Tensor& values, int64_t index) {
     for (int64_t i = 0; i < shape.length; ++i) {
       load_head(shape.row(queries, index, i), 0, q[i]);
       load_head(shape.row(keys, index, i), 0, k[i]);
       load_head(shape.row(values, index, i), 0, v[i]);
-      weigh(i);
     }
+    for (int64_t i = 0; i < shape.length; ++i) weigh(i);
   }
 
   void weigh(int64_t row) {
-    for (int64_t j = 0; j <= row; ++j) weights[row][j] = dot(q[row], k[j]);
-    const __mmask16 seen = __mmask16((2u << row) - 1);
-    const __m512 scores = _mm512_maskz_mul_ps(seen, _mm512_maskz_loadu_ps(seen, weights[row]), _mm512_set1_ps(kScale));
+    const __mmask16 seen = lanes_until(row);
+    const __m512 scores = _mm512_maskz_mul_ps(seen, dots<kMost>(q[row], k), _mm512_set1_ps(kScale));
     const __m512 powers = power_of_two(_mm512_sub_ps(scores, _mm512_set1_ps(_mm512_mask_reduce_max_ps(seen, scores))));
     const float total = _mm512_mask_reduce_add_ps(seen, powers);
     _mm512_store_ps(weights[row], _mm512_maskz_mul_ps(seen, powers, _mm512_set1_ps(1.0f / total)));
@@ -294,8 +347,9 @@ inline void add_scaled(__m512* sums, float factor, const __m512* head) {
   for (int64_t v = 0; v < kParts; ++v) sums[v] = _mm512_fmadd_ps(_mm512_set1_ps(factor), head[v], sums[v]);
 }
 
+template <int64_t kMost>
 void attend_short(const Heads& heads, int64_t index) {
-  const ShortHead head(heads.shape, heads.q, heads.k, heads.v, index);
+  const ShortHead<kMost> head(heads.shape, heads.q, heads.k, heads.v, index);
   for (int64_t i = 0; i < heads.shape.length; ++i) {
     Head sums = {};
     for (int64_t j = 0; j <= i; ++j) add_scaled(sums, head.weights[i][j], head.v[j]);
@@ -303,42 +357,44 @@ void attend_short(const Heads& heads, int64_t index) {
   }
 }
 
+template <int64_t kMost>
 void differentiate_short(const Gradients& g, int64_t index) {
-  const ShortHead head(g.shape, g.q, g.k, g.v, index);
-  Head dk[kShort] = {}, dv[kShort] = {};
+  const ShortHead<kMost> head(g.shape, g.q, g.k, g.v, index);
+  Head grads[kMost];
+  alignas(64) float slopes[kMost][kShort];
   for (int64_t i = 0; i < g.shape.length; ++i) {
-    Head grad, dq = {};
-    load_head(g.shape.row(g.grad, index, i), 0, grad);
-    alignas(64) float slopes[kShort] = {};
-    for (int64_t j = 0; j <= i; ++j) slopes[j] = dot(grad, head.v[j]);
-    const __m512 weights = _mm512_load_ps(head.weights[i]), products = _mm512_load_ps(slopes);
+    load_head(g.shape.row(g.grad, index, i), 0, grads[i]);
+    const __m512 weights = _mm512_load_ps(head.weights[i]);
+    const __m512 products = _mm512_maskz_mov_ps(lanes_until(i), dots<kMost>(grads[i], head.v));
     const float mean = _mm512_reduce_add_ps(_mm512_mul_ps(weights, products));
     const __m512 rest = _mm512_sub_ps(products, _mm512_set1_ps(mean));
-    _mm512_store_ps(slopes, _mm512_mul_ps(_mm512_mul_ps(weights, rest), _mm512_set1_ps(0.125f)));
-    for (int64_t j = 0; j <= i; ++j) {
-      add_scaled(dq, slopes[j], head.k[j]);
-      add_scaled(dk[j], slopes[j], head.q[i]);
-      add_scaled(dv[j], head.weights[i][j], grad);
-    }
+    _mm512_store_ps(slopes[i], _mm512_mul_ps(_mm512_mul_ps(weights, rest), _mm512_set1_ps(0.125f)));
+    Head dq = {};
+    for (int64_t j = 0; j <= i; ++j) add_scaled(dq, slopes[i][j], head.k[j]);
     g.store_query(index, i, dq);
   }
   for (int64_t j = 0; j < g.shape.length; ++j) {
-    g.store_key(index, j, dk[j]);
-    g.store_value(index, j, dv[j]);
+    Head dk = {}, dv = {};
+    for (int64_t i = j; i < g.shape.length; ++i) {
+      add_scaled(dk, slopes[i][j], head.q[i]);
+      add_scaled(dv, head.weights[i][j], grads[i]);
+    }
+    g.store_key(index, j, dk);
+    g.store_value(index, j, dv);
   }
 }
 
 }  // namespace
 
-extern "C" int64_t attention_is_supported() { return TileRegisters::are_allowed(); }
-extern "C" int64_t attention_uses_tiles() { return kStack > kTile; }
+extern "C" int64_t is_supported() { return TileRegisters::are_allowed(); }
+extern "C" int64_t uses_tiles() { return kStack > kTile; }
 
 extern "C" void attend_causally(const Heads* heads, int64_t num_threads) {
   const Shape& shape = heads->shape;
   const int64_t num_blocks = shape.num_blocks(), num_heads = shape.num_sequences * shape.num_heads;
   if (shape.length <= kShort) {
 #pragma omp parallel for num_threads(num_threads)
-    for (int64_t i = 0; i < num_heads; ++i) attend_short(*heads, i);
+    for (int64_t i = 0; i < num_heads; ++i) (shape.length <= 8 ? attend_short<8> : attend_short<kShort>)(*heads, i);
     return;
   }
   const int64_t num_parts = (shape.length + kRows - 1) / kRows;
@@ -360,19 +416,24 @@ extern "C" void attend_causally(const Heads* heads, int64_t num_threads) {
 
 extern "C" void differentiate_attention(const Gradients* g, int64_t num_threads) {
   const Shape& shape = g->shape;
-  const int64_t num_tiles = (shape.length + kTile - 1) / kTile;
+  const int64_t num_parts = (shape.length + kRows - 1) / kRows;
   if (shape.length <= kShort) {
 #pragma omp parallel for num_threads(num_threads)
-    for (int64_t i = 0; i < shape.num_sequences * shape.num_heads; ++i) differentiate_short(*g, i);
+    for (int64_t i = 0; i < shape.num_sequences * shape.num_heads; ++i) {
+      (shape.length <= 8 ? differentiate_short<8> : differentiate_short<kShort>)(*g, i);
+    }
     return;
   }
 #pragma omp parallel for num_threads(num_threads)
   for (int64_t i = 0; i < shape.num_all_blocks(); ++i) pack_for_gradients(*g, i);
   // The last queries see the most keys, and the first keys are seen by the most: both together are as much work everywhere.
-#pragma omp parallel for schedule(dynamic, 8) num_threads(num_threads)
-  for (int64_t i = 0; i < shape.num_sequences * shape.num_heads * num_tiles; ++i) {
-    differentiate<false>(*g, i / num_tiles, i % num_tiles * kTile);
-    differentiate<true>(*g, i / num_tiles, i % num_tiles * kTile);
+#pragma omp parallel for schedule(dynamic) num_threads(num_threads)
+  for (int64_t i = 0; i < shape.num_sequences * shape.num_heads * num_parts; ++i) {
+    const int64_t index = i / num_parts, first = i % num_parts * kRows;
+    RowGradients<false> queries;
+    queries.differentiate(*g, index, first);
+    RowGradients<true> keys;
+    keys.differentiate(*g, index, first);
   }
 }
 
@@ -391,8 +452,8 @@ extern "C" void place(const Tensor* x, uint16_t* y, const Places* places, const 
 
 #else
 
-extern "C" int64_t attention_is_supported() { return 0; }
-extern "C" int64_t attention_uses_tiles() { return 0; }
+extern "C" int64_t is_supported() { return 0; }
+extern "C" int64_t uses_tiles() { return 0; }
 
 extern "C" void attend_causally(const void*, int64_t) {}
 extern "C" void differentiate_attention(const void*, int64_t) {}

@@ -1,6 +1,6 @@
 """Attention in bf16 on a CPU that multiplies bf16: two to three times as fast as torch's own kernels there.
 
-Where the processor multiplies tiles (AMX), these do so without gradients alone; with them torch's take long rows.
+Where the processor multiplies tiles (AMX), these do so too.
 """
 
 from collections.abc import Sequence
@@ -11,35 +11,31 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from core.kernels import load_library, multiplies_bf16, multiplies_tiles
+from core.kernels import load_tiled_library, multiplies_tiles
 
 _CHANNELS = 64  # of a head, which the kernel is made for
 _BLOCK = 64  # keys that are packed together
 _SHORT_ROW = 16  # up to which nothing is packed: `kShort` of attention.cpp
-_TILED_ROW = {False: 128, True: 512}  # from which on tiles are faster, without and with gradients
+_TILED_ROW = {False: 128, True: 512}  # from which on torch's tiles are faster than none, without and with gradients
 
 Rotation = tuple[Tensor, Tensor]  # cosines and signed sines of the slots, float32 (L, C)
 
 
 def can_attend(q: Tensor) -> bool:
     """Whether the kernels take queries `(..., H, L, C)` such as these, and this machine has them and they are faster there."""
-    if q.device.type != "cpu" or torch.compiler.is_compiling():  # a compiler must not see what is asked below
+    if not can_place(q):
         return False
-    length = q.shape[-2]
-    # Half a block of padding costs little without gradients; with them torch's products are as fast up to twice a block.
-    first = 2 * _BLOCK if q.requires_grad else _BLOCK // 2
-    return (length <= _SHORT_ROW or length > first) and can_place(q) and not _is_faster_by_torch(length, q.requires_grad)
-
-
-def _is_faster_by_torch(length: int, has_gradients: bool) -> bool:
-    """Whether torch's kernels multiply tiles where ours do not; short rows gain nothing by them."""
-    has_tiles = library().attention_uses_tiles() and not has_gradients
-    return not has_tiles and length >= _TILED_ROW[has_gradients] and multiplies_tiles()
+    length, has_tiles = q.shape[-2], library().uses_tiles()
+    # Half a block of padding costs little by tiles or without gradients; else torch's products are as fast up to twice a block.
+    first = _BLOCK // 2 if has_tiles or not q.requires_grad else 2 * _BLOCK
+    is_faster_by_torch = not has_tiles and multiplies_tiles() and length >= _TILED_ROW[q.requires_grad]
+    return (length <= _SHORT_ROW or length > first) and not is_faster_by_torch
 
 
 def can_place(q: Tensor) -> bool:
     """Whether the kernels take the heads of these queries or keys, and this machine has them."""
     has_form = q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[-1] == _CHANNELS
+    # A compiler must not see the cached function.
     return has_form and not torch.compiler.is_compiling() and library() is not None
 
 
@@ -143,11 +139,8 @@ def _places_of(rotation: Sequence[Tensor], epsilon: float, shape: tuple[int, ...
 @cache
 def library() -> CDLL | None:
     """The built kernels; None where the processor or a compiler is missing. Looked for once per process."""
-    source = Path(__file__).with_name("attention.cpp")
-    found = load_library(source, "-fopenmp") if multiplies_bf16() else None
-    if found is not None and found.attention_uses_tiles() and not found.attention_is_supported():
-        found = load_library(source, "-fopenmp", "-mno-amx-tile")  # the system refuses them
-    if found is None or not found.attention_is_supported():
+    found = load_tiled_library(Path(__file__).with_name("attention.cpp"))
+    if found is None:
         return None
     for kernel, num_pointers in ((found.attend_causally, 1), (found.differentiate_attention, 1), (found.place, 4)):
         kernel.argtypes, kernel.restype = (*num_pointers * [c_void_p], c_int64), None

@@ -52,7 +52,7 @@ inline void multiply(const uint32_t* const* rows, const __m512i* block, __m512 (
   copy<kRows>(sums, target);
 }
 
-// The same for a stack of rows that lie one after another, by tiles where the processor has them.
+// The same for a stack of rows that lie one after another, by tiles where the processor has them, of some pairs of inputs.
 #ifdef BUILT_FOR_TILES
 
 constexpr int64_t kStack = 16, kPairs = 16;  // rows of a tile, and pairs of inputs
@@ -85,7 +85,7 @@ class TileRegisters {
 
 template <bool kAdds>
 inline void multiply_stack(const uint32_t (*rows)[kDepth], const __m512i* block, __m512 (*target)[kVectors],
-                           int64_t depth = kDepth) {
+                           int64_t end = kDepth, int64_t begin = 0) {
   constexpr int64_t kRowBytes = sizeof *rows, kSumBytes = sizeof *target, kPairBytes = kVectors * sizeof *block;
   asm volatile("" : : : "memory");  // compilers do not know that loading a tile reads memory
   if (kAdds) {
@@ -99,7 +99,7 @@ inline void multiply_stack(const uint32_t (*rows)[kDepth], const __m512i* block,
     _tile_zero(2);
     _tile_zero(3);
   }
-  for (int64_t i = 0; i < depth; i += kPairs) {  // pairs behind the last have no weight
+  for (int64_t i = begin / kPairs * kPairs; i < end; i += kPairs) {  // pairs before the first and behind the last have no weight
     const __m512i* b = block + i * kVectors;
     _tile_loadd(4, rows[0] + i, kRowBytes);
     _tile_loadd(5, b + 0, kPairBytes);
@@ -127,13 +127,37 @@ struct TileRegisters {
 
 template <bool kAdds>
 inline void multiply_stack(const uint32_t (*rows)[kDepth], const __m512i* block, __m512 (*target)[kVectors],
-                           int64_t depth = kDepth) {
+                           int64_t end = kDepth, int64_t begin = 0) {
   const uint32_t* each[kStack];
-  for (int64_t r = 0; r < kStack; ++r) each[r] = rows[r];
-  multiply<kStack, kAdds>(each, block, target, depth);
+  for (int64_t r = 0; r < kStack; ++r) each[r] = rows[r] + begin;
+  multiply<kStack, kAdds>(each, block + begin * kVectors, target, end - begin);
 }
 
 #endif
+
+// 16 words of 16 rows, as columns.
+inline void transpose(__m512i* rows) {
+  __m512i pairs[16], fours[16];
+  for (int64_t r = 0; r < 16; r += 2) {
+    pairs[r] = _mm512_unpacklo_epi32(rows[r], rows[r + 1]);
+    pairs[r + 1] = _mm512_unpackhi_epi32(rows[r], rows[r + 1]);
+  }
+  for (int64_t r = 0; r < 16; r += 4) {  // lane l of fours[r + c]: column 4l + c of rows r to r + 3
+    for (int64_t c = 0; c < 4; c += 2) {
+      fours[r + c] = _mm512_unpacklo_epi64(pairs[r + c / 2], pairs[r + c / 2 + 2]);
+      fours[r + c + 1] = _mm512_unpackhi_epi64(pairs[r + c / 2], pairs[r + c / 2 + 2]);
+    }
+  }
+  for (int64_t c = 0; c < 4; ++c) {
+    const __m512i even = _mm512_shuffle_i32x4(fours[c], fours[4 + c], 0x88), odd = _mm512_shuffle_i32x4(fours[c], fours[4 + c], 0xdd);
+    const __m512i even_below = _mm512_shuffle_i32x4(fours[8 + c], fours[12 + c], 0x88);
+    const __m512i odd_below = _mm512_shuffle_i32x4(fours[8 + c], fours[12 + c], 0xdd);
+    rows[c] = _mm512_shuffle_i32x4(even, even_below, 0x88);
+    rows[8 + c] = _mm512_shuffle_i32x4(even, even_below, 0xdd);
+    rows[4 + c] = _mm512_shuffle_i32x4(odd, odd_below, 0x88);
+    rows[12 + c] = _mm512_shuffle_i32x4(odd, odd_below, 0xdd);
+  }
+}
 
 // A row of a tile, scaled, as bf16.
 inline void store(void* target, const __m512* values, __m512 scale) {

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from core.arena import Arena
 from core.cache import Cache, LevelCache
 from core.errors import UserError
-from core.kernels import has_onednn
+from core.kernels import RELU_SLOPE, has_onednn
 from core.kernels import step as kernel
 from core.kernels.gpu import can_fuse
 from core.models.layers import QK_EPSILON, Block, Slots, Transformer, linear_relu
@@ -26,9 +26,6 @@ from core.models.megabyte import Level, MegaByte, Unembedder
 # That oneDNN's layout is chosen for; products of any other number are right as well.
 _FEW_ROWS = 16
 _MANY_ROWS = 1024  # from which on a layout is worth making
-
-# Of a ReLU for what is negative, far below the rounding of what is positive: oneDNN's own makes 0 of what is not a number.
-_SLOPE = 1e-15
 
 _products: WeakKeyDictionary[nn.Module, tuple[tuple, "PackedProducts"]] = WeakKeyDictionary()
 
@@ -294,7 +291,7 @@ class PackedProducts(TorchFunctionMode):
         elif not packed.is_mkldnn:
             packed = self._packed[weight, dtype] = torch.ops.mkldnn._reorder_linear_weight(packed, _MANY_ROWS)
         bias = None if bias is None else bias.to(dtype)
-        activation = ("leaky_relu", [_SLOPE]) if has_relu else ("none", [])
+        activation = ("leaky_relu", [RELU_SLOPE]) if has_relu else ("none", [])
         return torch.ops.mkldnn._linear_pointwise(x.to(dtype).contiguous(), packed, bias, *activation, "")
 
 
