@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -89,11 +90,9 @@ def test_layers_are_as_near_to_float32_as_those_of_torch(name, num_rows):
     assert all(own <= 1.3 * their + (4e-3 if name == "logits" else 1e-3) for own, their in zip(off, plain_off, strict=True))
 
 
-@pytest.mark.parametrize("num_rows", [1, 2, 511, 1026])
+@pytest.mark.parametrize("num_rows", [1, 2, 511, 1026, 2077])
 @pytest.mark.parametrize(("outputs", "inputs"), [(16, 64), (144, 320), (384, 256)])
-def test_gradients_of_weights_and_biases_are_sums_in_float32(outputs, inputs, num_rows, monkeypatch):
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 0)  # ours in any case
-    monkeypatch.setattr(training_cpu, "multiplies_tiles", lambda: False)
+def test_gradients_of_weights_and_biases_are_sums_in_float32(outputs, inputs, num_rows):
     grad, x = random_numbers(num_rows, outputs, seed=1).bfloat16(), random_numbers(num_rows, inputs, seed=2).bfloat16()
     of_weight, of_bias = training_cpu.grads_of_weight(grad, x)
     assert of_weight.dtype == of_bias.dtype == torch.float32
@@ -103,7 +102,9 @@ def test_gradients_of_weights_and_biases_are_sums_in_float32(outputs, inputs, nu
 
 @pytest.mark.parametrize("num_rows", [1, 255, 256, 700])
 def test_gradients_of_biases_are_sums_in_float32_where_torch_multiplies(num_rows, monkeypatch):
+    refused = SimpleNamespace(uses_tiles=lambda: False, sum_rows=training_cpu.library().sum_rows)
     monkeypatch.setattr(training_cpu, "multiplies_tiles", lambda: True)
+    monkeypatch.setattr(training_cpu, "library", lambda: refused)
     run, kernels = training_cpu._run, []
     monkeypatch.setattr(training_cpu, "_run", lambda kernel, *arguments: (kernels.append(kernel), run(kernel, *arguments)))
     for outputs in (144, 10):
@@ -130,6 +131,28 @@ def test_a_weight_is_laid_out_for_many_rows_and_makes_the_same_products(name, mo
     plain_off = errors(with_gradients(ours, x, parameters, torch.bfloat16), exact)
     assert not all(laid_out)
     assert all(own <= 1.3 * their + 1e-3 for own, their in zip(off, plain_off, strict=True))
+
+
+@pytest.mark.parametrize("config", [PAPER, RECIPE, replace(RECIPE, real_previous=True)], ids=["paper", "recipe", "real previous"])
+def test_a_level_reads_the_same_by_them(config):
+    torch.manual_seed(0)
+    level = MegaByte(config).levels[1]
+    nn.init.normal_(level.pad)
+    level.has_kernels = True
+    byte_ids, from_parents = torch.randint(256, (3, 100)), random_numbers(3, 100, 64)
+    parameters = [p for p in (level.embedder.embedding.weight, level.pad, level.positions) if p is not None]
+    plain = with_gradients(lambda x: level._read(byte_ids, x, None, 4), from_parents, parameters, torch.float32)
+    ours = with_gradients(lambda x: level._read_by_kernels(byte_ids, x), from_parents, parameters, torch.bfloat16)
+    assert torch.equal(ours[0], plain[0].bfloat16())
+    for own, exact in zip(ours[1:], plain[1:], strict=True):
+        torch.testing.assert_close(own, exact, rtol=1e-5, atol=1e-5)
+
+
+def test_a_value_that_is_no_byte_is_read_by_no_level():
+    level = MegaByte(PAPER).levels[1]
+    level.has_kernels = True
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(IndexError, match="256 is not below 256"):
+        level._read_by_kernels(torch.tensor([[0, 256, 0, 0]]), torch.zeros(1, 4, 64, dtype=torch.bfloat16))
 
 
 def test_the_loss_and_its_gradient_are_those_of_torch():
@@ -237,16 +260,18 @@ def test_a_part_of_the_numbers_is_dropped_and_of_their_gradients_the_same():
         assert (one & two).float().mean() == pytest.approx(0.75**2, abs=0.015)
 
 
-def test_the_number_of_threads_changes_no_bit_of_them(monkeypatch):
-    monkeypatch.setattr(training_cpu, "multiplies_tiles", lambda: False)
+def test_the_number_of_threads_changes_no_bit_of_them():
     ours, _, parameters = layers_of("norm")
     x, before, found = random_numbers(700, 1, 64), torch.get_num_threads(), []
     grad, inputs = (random_numbers(700, width).bfloat16() for width in (384, 320))
+    byte_ids, embedding = torch.arange(700)[None] % 256, random_numbers(256, 320).requires_grad_()
     try:
         for num_threads in (1, 3):
             torch.set_num_threads(num_threads)
             of_weight = training_cpu.grads_of_weight(grad, inputs)
-            found.append([*with_gradients(ours, x, parameters, torch.bfloat16), *of_weight])
+            read = training_cpu.embedded(byte_ids, embedding, embedding[0], None, inputs[None], 4)
+            of_embedding = torch.autograd.grad(read, embedding, inputs[None])
+            found.append([*with_gradients(ours, x, parameters, torch.bfloat16), *of_weight, *of_embedding])
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(one, three) for one, three in zip(*found, strict=True))

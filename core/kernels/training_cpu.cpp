@@ -24,42 +24,141 @@ inline __m512 power_of_e(const float* logits, float top, float log) {
   return power_of_two(_mm512_fmsub_ps(below, _mm512_set1_ps(kLog2E), _mm512_set1_ps(log)));
 }
 
-constexpr int64_t kRows = 512;                        // that are summed while their pairs are in the cache
-constexpr int64_t kOutputs = 128, kInputs = 256;      // of the part of a weight that one thread takes
-constexpr int64_t kTall = 4, kWide = 4, kLanes = 16;  // outputs and vectors of inputs whose sums stay in registers
+constexpr int64_t kLanes = 16, kWide = 4;  // vectors of inputs that lie side by side
+constexpr int64_t kTall = 4;               // outputs whose sums stay in registers, with those of so many vectors of inputs
+constexpr int64_t kDeep = 16;              // pairs of rows that are packed at a time
+constexpr int64_t kOutputs = 32, kInputs = 256;  // of the part of a weight that one thread takes at a time
+#ifdef BUILT_FOR_TILES
+constexpr int64_t kRows = 1024;  // whose pairs lie ready at a time; vectors take longer by them, and are near enough
+static_assert(kDeep == kPairs, "packed pairs fill whole tiles");
+#else
+constexpr int64_t kRows = 512;
+#endif
 
 struct Layer {
   const uint16_t *grad, *x;    // (rows, outputs) and (rows, inputs)
   float *of_weight, *of_bias;  // (outputs, inputs) and (outputs,)
+  __m512i* room;               // for the pairs of `kRows` rows and for sums
   int64_t num_rows, num_outputs, num_inputs;
+
+  static int64_t num_vectors(int64_t num_outputs, int64_t num_inputs) {
+    return (kRows / 2 * (num_outputs + num_inputs) + kRows / 2 / kDeep * num_outputs) / kLanes;
+  }
+  __m512i* outputs_from(int64_t output) const { return room + kRows / 2 * output / kLanes; }  // pairs of 16 outputs
+  __m512i* inputs_from(int64_t input) const {  // pairs of a vector of inputs, of which `kWide` alternate
+    return outputs_from(num_outputs) + kRows / 2 * (input / (kWide * kLanes)) * kWide + input / kLanes % kWide;
+  }
+  __m512* sums_of(int64_t deep) const {  // of the rows that are packed together
+    return reinterpret_cast<__m512*>(outputs_from(num_outputs + num_inputs)) + deep * num_outputs / kLanes;
+  }
 };
 
-// Pairs of rows, one or four vectors of columns after the other.
-struct Pairs {
-  alignas(64) __m512i outputs[kOutputs / kLanes][kRows / 2];
-  alignas(64) __m512i inputs[kInputs / kLanes / kWide][kRows / 2][kWide];
-};
-
-// Of 16 columns of two rows; the second one is zero behind the last.
-inline __m512i pair_of(const uint16_t* x, int64_t width, bool has_second) {
+// Of 16 columns of the first two of some rows; what is behind the last is zero.
+inline __m512i pair_of(const uint16_t* x, int64_t width, int64_t num_rows) {
   const auto load = [](const uint16_t* y) { return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(y))); };
-  return has_second ? _mm512_or_si512(load(x), _mm512_slli_epi32(load(x + width), 16)) : load(x);
+  if (num_rows > 1) return _mm512_or_si512(load(x), _mm512_slli_epi32(load(x + width), 16));
+  return num_rows > 0 ? load(x) : _mm512_setzero_si512();
 }
 
-// Adds what `num_pairs` pairs say of 4 outputs and 64 inputs to what is there.
-inline void add_tile(const uint32_t* outputs, const __m512i (*inputs)[kWide], int64_t num_pairs, float* found, int64_t stride) {
-  __m512 sums[kTall][kWide];
+// Packs 16 pairs of the rows from `first` on, and adds up their outputs.
+void pack(const Layer& layer, int64_t first, int64_t deep) {
+  const int64_t row = first + 2 * kDeep * deep, num_rows = layer.num_rows - row;
+  for (int64_t o = 0; o < layer.num_outputs; o += kOutputs) {
+    const int64_t num_groups = std::min(kOutputs, layer.num_outputs - o) / kLanes;  // one line of the memory, or half of one
+    __m512i pairs[kOutputs / kLanes][kDeep];
+    __m512 sums[kOutputs / kLanes] = {};
+    for (int64_t i = 0; i < kDeep; ++i) {
+      for (int64_t group = 0; group < num_groups; ++group) {
+        const uint16_t* grad = layer.grad + (row + 2 * i) * layer.num_outputs + o + group * kLanes;
+        const __m512i pair = pair_of(grad, layer.num_outputs, num_rows - 2 * i);
+        const __m512 upper = (__m512)_mm512_and_si512(pair, _mm512_set1_epi32(int32_t(0xffff0000)));
+        sums[group] = _mm512_add_ps(sums[group], _mm512_add_ps((__m512)_mm512_slli_epi32(pair, 16), upper));
+        pairs[group][i] = pair;
+      }
+    }
+    for (int64_t group = 0; group < num_groups; ++group) {
+#ifdef BUILT_FOR_TILES
+      transpose(pairs[group]);  // a tile of a left side: the pairs of one output after those of another
+#endif
+      std::copy_n(pairs[group], kDeep, layer.outputs_from(o + group * kLanes) + deep * kDeep);
+      layer.sums_of(deep)[o / kLanes + group] = sums[group];
+    }
+  }
+  for (int64_t i = 0; i < kDeep; ++i) {
+    for (int64_t k = 0; k < layer.num_inputs; k += kLanes) {
+      const __m512i pair = pair_of(layer.x + (row + 2 * i) * layer.num_inputs + k, layer.num_inputs, num_rows - 2 * i);
+      layer.inputs_from(k)[(deep * kDeep + i) * kWide] = pair;
+    }
+  }
+}
+
+#ifdef BUILT_FOR_TILES
+
+// What pairs say of 16 outputs, or of twice as many, and of 32 inputs; or that and what is there.
+template <bool kAdds, bool kTwice>
+inline void multiply_tiles(const __m512i* outputs, const __m512i* inputs, int64_t num_pairs, float* found, int64_t stride) {
+  constexpr int64_t kOutputBytes = sizeof *outputs, kInputBytes = kWide * sizeof *inputs;
+  const int64_t row_bytes = sizeof(float) * stride;
+  float* below = found + kLanes * stride;
+  asm volatile("" : : : "memory");  // as in `multiply_stack`
+  if (kAdds) {
+    _tile_loadd(0, found, row_bytes);
+    _tile_loadd(1, found + kLanes, row_bytes);
+    if (kTwice) _tile_loadd(2, below, row_bytes);
+    if (kTwice) _tile_loadd(3, below + kLanes, row_bytes);
+  } else {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+  for (int64_t i = 0; i < num_pairs; i += kPairs) {
+    _tile_loadd(4, outputs + i, kOutputBytes);
+    _tile_loadd(6, inputs + i * kWide, kInputBytes);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_loadd(7, inputs + i * kWide + 1, kInputBytes);
+    _tile_dpbf16ps(1, 4, 7);
+    if (!kTwice) continue;
+    _tile_loadd(5, outputs + kRows / 2 + i, kOutputBytes);  // the next 16
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+  }
+  _tile_stored(0, found, row_bytes);
+  _tile_stored(1, found + kLanes, row_bytes);
+  if (kTwice) _tile_stored(2, below, row_bytes);
+  if (kTwice) _tile_stored(3, below + kLanes, row_bytes);
+}
+
+// Of a part of a weight.
+template <bool kAdds>
+void multiply_part(const Layer& layer, int64_t output, int64_t input, int64_t num_pairs) {
+  const TileRegisters registers;
+  const auto multiply = output + kLanes < layer.num_outputs ? multiply_tiles<kAdds, true> : multiply_tiles<kAdds, false>;
+  for (int64_t k = input; k < std::min(input + kInputs, layer.num_inputs); k += 2 * kLanes) {
+    float* found = layer.of_weight + output * layer.num_inputs + k;
+    multiply(layer.outputs_from(output), layer.inputs_from(k), num_pairs, found, layer.num_inputs);
+  }
+}
+
+#else
+
+// What pairs say of 4 outputs and 64 inputs; or that and what is there.
+template <bool kAdds>
+inline void multiply_vectors(const uint32_t* outputs, const __m512i* inputs, int64_t num_pairs, float* found, int64_t stride) {
+  __m512 sums[kTall][kWide] = {};
+  if (kAdds) {
 #pragma GCC unroll 4
-  for (int64_t r = 0; r < kTall; ++r) {
+    for (int64_t r = 0; r < kTall; ++r) {
 #pragma GCC unroll 4
-    for (int64_t v = 0; v < kWide; ++v) sums[r][v] = _mm512_loadu_ps(found + r * stride + v * kLanes);
+      for (int64_t v = 0; v < kWide; ++v) sums[r][v] = _mm512_loadu_ps(found + r * stride + v * kLanes);
+    }
   }
   for (int64_t i = 0; i < num_pairs; ++i) {
 #pragma GCC unroll 4
     for (int64_t r = 0; r < kTall; ++r) {
       const __m512bh a = (__m512bh)_mm512_set1_epi32(int32_t(outputs[i * kLanes + r]));
 #pragma GCC unroll 4
-      for (int64_t v = 0; v < kWide; ++v) sums[r][v] = _mm512_dpbf16_ps(sums[r][v], a, (__m512bh)inputs[i][v]);
+      for (int64_t v = 0; v < kWide; ++v) sums[r][v] = _mm512_dpbf16_ps(sums[r][v], a, (__m512bh)inputs[i * kWide + v]);
     }
   }
 #pragma GCC unroll 4
@@ -69,40 +168,30 @@ inline void add_tile(const uint32_t* outputs, const __m512i (*inputs)[kWide], in
   }
 }
 
-// The part of the gradients that begins with this output and input.
-void differentiate(const Layer& layer, int64_t first_output, int64_t first_input) {
-  static thread_local Pairs pairs;
-  const int64_t num_outputs = std::min(kOutputs, layer.num_outputs - first_output);
-  const int64_t num_inputs = std::min(kInputs, layer.num_inputs - first_input);
-  float* found = layer.of_weight + first_output * layer.num_inputs + first_input;
-  for (int64_t o = 0; o < num_outputs; ++o) std::fill_n(found + o * layer.num_inputs, num_inputs, 0.0f);
-  __m512 sums[kOutputs / kLanes] = {};
-  for (int64_t first = 0; first < layer.num_rows; first += kRows) {
-    const int64_t num_pairs = (std::min(kRows, layer.num_rows - first) + 1) / 2;
-    for (int64_t i = 0; i < num_pairs; ++i) {
-      const int64_t row = first + 2 * i;
-      const bool has_second = row + 1 < layer.num_rows;
-      const uint16_t* grad = layer.grad + row * layer.num_outputs + first_output;
-      for (int64_t o = 0; o < num_outputs; o += kLanes) {
-        const __m512i pair = pair_of(grad + o, layer.num_outputs, has_second);
-        const __m512 upper = (__m512)_mm512_and_si512(pair, _mm512_set1_epi32(int32_t(0xffff0000)));
-        sums[o / kLanes] = _mm512_add_ps(sums[o / kLanes], _mm512_add_ps((__m512)_mm512_slli_epi32(pair, 16), upper));
-        pairs.outputs[o / kLanes][i] = pair;
-      }
-      const uint16_t* x = layer.x + row * layer.num_inputs + first_input;
-      for (int64_t k = 0; k < num_inputs; k += kLanes) {
-        pairs.inputs[k / kLanes / kWide][i][k / kLanes % kWide] = pair_of(x + k, layer.num_inputs, has_second);
-      }
-    }
-    for (int64_t k = 0; k < num_inputs; k += kWide * kLanes) {
-      for (int64_t o = 0; o < num_outputs; o += kTall) {
-        const uint32_t* outputs = reinterpret_cast<const uint32_t*>(pairs.outputs[o / kLanes]) + o % kLanes;
-        add_tile(outputs, pairs.inputs[k / kLanes / kWide], num_pairs, found + o * layer.num_inputs + k, layer.num_inputs);
-      }
+// Of a part of a weight.
+template <bool kAdds>
+void multiply_part(const Layer& layer, int64_t output, int64_t input, int64_t num_pairs) {
+  for (int64_t k = input; k < std::min(input + kInputs, layer.num_inputs); k += kWide * kLanes) {
+    for (int64_t o = output; o < std::min(output + kOutputs, layer.num_outputs); o += kTall) {
+      const uint32_t* outputs = reinterpret_cast<const uint32_t*>(layer.outputs_from(o / kLanes * kLanes)) + o % kLanes;
+      float* found = layer.of_weight + o * layer.num_inputs + k;
+      multiply_vectors<kAdds>(outputs, layer.inputs_from(k), num_pairs, found, layer.num_inputs);
     }
   }
-  if (first_input > 0) return;
-  for (int64_t o = 0; o < num_outputs; o += kLanes) _mm512_storeu_ps(layer.of_bias + first_output + o, sums[o / kLanes]);
+}
+
+#endif
+
+// What the packed rows, the first ones or further ones, say of a part of a weight and, with its first inputs, of the bias.
+template <bool kAdds>
+void differentiate(const Layer& layer, int64_t output, int64_t input, int64_t num_deep) {
+  multiply_part<kAdds>(layer, output, input, num_deep * kDeep);
+  if (input > 0) return;
+  for (int64_t o = output; o < std::min(output + kOutputs, layer.num_outputs); o += kLanes) {
+    __m512 sum = kAdds ? _mm512_loadu_ps(layer.of_bias + o) : _mm512_setzero_ps();
+    for (int64_t deep = 0; deep < num_deep; ++deep) sum = _mm512_add_ps(sum, layer.sums_of(deep)[o / kLanes]);
+    _mm512_storeu_ps(layer.of_bias + o, sum);
+  }
 }
 
 // A bijection of 32 bits that leaves no pattern of consecutive numbers (C. Wellons' "lowbias32").
@@ -114,7 +203,8 @@ inline __m512i mixed(__m512i x) {
 
 }  // namespace
 
-extern "C" int64_t training_is_supported() { return 1; }
+extern "C" int64_t is_supported() { return TileRegisters::are_allowed(); }
+extern "C" int64_t uses_tiles() { return kStack > kTile; }
 
 // Numbers are dropped where 32 bits, made of their index and a seed, are below `threshold`; the others are scaled. What is
 // dropped depends on nothing else, so that the gradient needs no memory of it.
@@ -144,13 +234,63 @@ extern "C" void differentiate_relu(uint16_t* grad, const uint16_t* activated, in
   }
 }
 
-// The gradients of a weight, whose outputs are whole vectors and inputs fours of them, and of its bias.
+// Bytes of room that `differentiate_weight` takes.
+extern "C" int64_t room_for_weight(int64_t num_outputs, int64_t num_inputs) {
+  return sizeof(__m512i) * Layer::num_vectors(num_outputs, num_inputs);
+}
+
+// The gradients of a weight, whose outputs are whole vectors and inputs fours of them, and of its bias; of one row or more.
 extern "C" void differentiate_weight(const uint16_t* grad, const uint16_t* x, int64_t num_rows, int64_t num_outputs,
-                                     int64_t num_inputs, float* of_weight, float* of_bias, int64_t num_threads) {
-  const Layer layer = {grad, x, of_weight, of_bias, num_rows, num_outputs, num_inputs};
+                                     int64_t num_inputs, float* of_weight, float* of_bias, __m512i* room, int64_t num_threads) {
+  const Layer layer = {grad, x, of_weight, of_bias, room, num_rows, num_outputs, num_inputs};
   const int64_t across = (num_inputs + kInputs - 1) / kInputs, down = (num_outputs + kOutputs - 1) / kOutputs;
-#pragma omp parallel for schedule(dynamic) num_threads(num_threads)
-  for (int64_t i = 0; i < across * down; ++i) differentiate(layer, i / across * kOutputs, i % across * kInputs);
+#pragma omp parallel num_threads(num_threads)
+  for (int64_t first = 0; first < num_rows; first += kRows) {
+    const int64_t num_deep = (std::min(kRows, num_rows - first) + 2 * kDeep - 1) / (2 * kDeep);
+#pragma omp for
+    for (int64_t deep = 0; deep < num_deep; ++deep) pack(layer, first, deep);
+    // The outputs pass by the same inputs, which stay near.
+#pragma omp for schedule(dynamic)
+    for (int64_t i = 0; i < across * down; ++i) {
+      (first == 0 ? differentiate<false> : differentiate<true>)(layer, i % down * kOutputs, i / down * kInputs, num_deep);
+    }
+  }
+}
+
+// What elements (N, width) of rows of a level read: the embedding of the byte before, or the pad where that is -1, the position of
+// their slot, unless there are none, and what their parents say.
+extern "C" void embed(const int64_t* byte_ids, const float* embedding, const float* pad, const float* positions,
+                      const uint16_t* from_parents, int64_t num_elements, int64_t row_length, int64_t width, uint16_t* found,
+                      int64_t num_threads) {
+#pragma omp parallel for num_threads(num_threads)
+  for (int64_t i = 0; i < num_elements; ++i) {
+    const float* own = byte_ids[i] < 0 ? pad : embedding + byte_ids[i] * width;
+    for (int64_t d = 0; d < width; d += 16) {
+      __m512 value = _mm512_loadu_ps(own + d);
+      if (positions != nullptr) value = _mm512_add_ps(value, _mm512_loadu_ps(positions + i % row_length * width + d));
+      store_bf16(found + i * width + d, _mm512_add_ps(value, load_bf16(from_parents + i * width + d)));
+    }
+  }
+}
+
+// From the gradient of what `embed` found those of embeddings, pad and positions; what parents say has the same as it.
+extern "C" void differentiate_embedding(const uint16_t* grad, const int64_t* byte_ids, int64_t num_elements, int64_t row_length,
+                                        int64_t width, float* of_embedding, float* of_pad, float* of_positions,
+                                        int64_t num_threads) {
+#pragma omp parallel for num_threads(num_threads)
+  for (int64_t d = 0; d < width; d += 16) {  // each thread all bytes, for no two may add to the same number
+    const auto add = [](float* sum, __m512 x) { _mm512_storeu_ps(sum, _mm512_add_ps(_mm512_loadu_ps(sum), x)); };
+    for (int64_t value = 0; value < kValues; ++value) _mm512_storeu_ps(of_embedding + value * width + d, _mm512_setzero_ps());
+    for (int64_t slot = 0; slot < row_length && of_positions != nullptr; ++slot) {
+      _mm512_storeu_ps(of_positions + slot * width + d, _mm512_setzero_ps());
+    }
+    _mm512_storeu_ps(of_pad + d, _mm512_setzero_ps());
+    for (int64_t i = 0; i < num_elements; ++i) {
+      const __m512 own = load_bf16(grad + i * width + d);
+      add((byte_ids[i] < 0 ? of_pad : of_embedding + byte_ids[i] * width) + d, own);
+      if (of_positions != nullptr) add(of_positions + i % row_length * width + d, own);
+    }
+  }
 }
 
 // The sums over the rows of `x` (N, width), of each part of them.
@@ -267,11 +407,15 @@ extern "C" void differentiate_nll(const float* logits, const int64_t* byte_ids, 
 
 #else
 
-extern "C" int64_t training_is_supported() { return 0; }
+extern "C" int64_t is_supported() { return 0; }
+extern "C" int64_t uses_tiles() { return 0; }
 
 extern "C" void drop(const void*, uint64_t, uint32_t, float, int64_t, void*, int64_t) {}
 extern "C" void differentiate_relu(void*, const void*, int64_t, int64_t, int64_t) {}
-extern "C" void differentiate_weight(const void*, const void*, int64_t, int64_t, int64_t, void*, void*, int64_t) {}
+extern "C" int64_t room_for_weight(int64_t, int64_t) { return 0; }
+extern "C" void differentiate_weight(const void*, const void*, int64_t, int64_t, int64_t, void*, void*, void*, int64_t) {}
+extern "C" void embed(const void*, const void*, const void*, const void*, const void*, int64_t, int64_t, int64_t, void*, int64_t) {}
+extern "C" void differentiate_embedding(const void*, const void*, int64_t, int64_t, int64_t, void*, void*, void*, int64_t) {}
 extern "C" void sum_rows(const void*, int64_t, int64_t, int64_t, void*, int64_t) {}
 extern "C" void normalize(const void*, const void*, const void*, const void*, float, int64_t, int64_t, void*, void*, void*, void*,
                           int64_t) {}

@@ -1,9 +1,8 @@
 """Training on a CPU that multiplies bf16: products by oneDNN, and between them as few passes over the memory as there can be.
 
 OneDNN adds the bias and takes the ReLU on the way; torch's product adds itself to the bias, which it has written before, and
-takes a tenth longer. The gradients of a weight and its bias are one product, added up and written in float32; where a processor
-multiplies tiles torch does that product faster, and the bias is a pass of its own. A sum and the norm of it are one pass, and so
-are their gradients.
+takes a tenth longer. The gradients of a weight and its bias are one product, added up and written in float32. A sum and the norm
+of it are one pass, so are their gradients, and so is all that a level below the first reads.
 Scores in bf16 take the sums and norms alone.
 """
 
@@ -17,10 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from core.kernels import has_onednn, load_library, multiplies_bf16, multiplies_tiles
+from core.kernels import RELU_SLOPE, has_onednn, load_tiled_library, multiplies_tiles
 
-_SLOPE = 1e-37  # of a ReLU for what is negative: oneDNN's own makes 0 of what is not a number
-_OUTPUTS, _INPUTS = 128, 256  # of the part of a weight whose gradient a thread makes
 _MANY_ROWS = 2048  # in a product, for which tiles of a weight are worth laying out first; for 1024 they are not
 _PART = 256  # rows of which a thread sums up what a bias gets, or a norm's weight and bias
 
@@ -51,6 +48,25 @@ def linear(x: Tensor, layer: nn.Linear) -> Tensor:
 def feed_forward(x: Tensor, ffn_in: nn.Linear, ffn_out: nn.Linear, squares: bool) -> Tensor:
     """ffn_out(relu(ffn_in(x))), or with the square of the ReLU, under autocast."""
     return _FeedForward.apply(x, ffn_in.weight, ffn_in.bias, ffn_out.weight, ffn_out.bias, squares)
+
+
+def embedded(
+    byte_ids: Tensor, embedding: Tensor, pad: Tensor, positions: Tensor | None, from_parents: Tensor, row_length: int
+) -> Tensor:
+    """What elements `(B, N, D)` of rows read, in bf16: a byte's embedding, their slot's position, and what their parents say.
+
+    Args:
+        byte_ids: `(B, N)`; -1 stands for the pad.
+        embedding: `(V, D)`, as `pad` `(D,)` in float32.
+        positions: `(L, D)`, if slots have any.
+        from_parents: `(B, N, D)`, bf16.
+
+    Raises:
+        IndexError: if there is no such byte.
+    """
+    if byte_ids.numel() and byte_ids.max() >= len(embedding):
+        raise IndexError(f"the byte value {int(byte_ids.max())} is not below {len(embedding)}")
+    return _Embedded.apply(byte_ids, embedding, pad, positions, from_parents, row_length)
 
 
 def add_normalized(x: Tensor, y: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
@@ -99,7 +115,7 @@ class _FeedForward(torch.autograd.Function):
         ctx, x: Tensor, in_weight: Tensor, in_bias: Tensor, out_weight: Tensor, out_bias: Tensor, squares: bool
     ) -> Tensor:
         rows, in_weight, out_weight = _rows(x), in_weight.bfloat16(), out_weight.bfloat16()
-        hidden = _product(rows, in_weight, in_bias, "leaky_relu", [_SLOPE])
+        hidden = _product(rows, in_weight, in_bias, "leaky_relu", [RELU_SLOPE])
         if squares:
             hidden.square_()
         ctx.save_for_backward(rows, in_weight, hidden, out_weight)
@@ -115,6 +131,29 @@ class _FeedForward(torch.autograd.Function):
         _run("differentiate_relu", grad_hidden, hidden, ctx.squares, hidden.numel())
         grad_x = (grad_hidden @ in_weight).view(grad.shape)
         return grad_x, *grads_of_weight(grad_hidden, x), *grads_of_weight(rows, hidden), None
+
+
+class _Embedded(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx, byte_ids: Tensor, embedding: Tensor, pad: Tensor, positions: Tensor | None, from_parents: Tensor, row_length: int
+    ) -> Tensor:
+        rows, byte_ids, out = _rows(from_parents), byte_ids.contiguous(), _room(from_parents)
+        parameters = [parameter if parameter is None else parameter.contiguous() for parameter in (embedding, pad, positions)]
+        _run("embed", byte_ids, *parameters, rows, len(rows), row_length, rows.shape[1], out)
+        ctx.save_for_backward(byte_ids)
+        ctx.shapes = [None if parameter is None else parameter.shape for parameter in parameters]
+        ctx.row_length = row_length
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (byte_ids,) = ctx.saved_tensors
+        rows = _rows(grad)
+        found = [None if shape is None else torch.empty(shape, dtype=torch.float32) for shape in ctx.shapes]
+        _run("differentiate_embedding", rows, byte_ids, len(rows), ctx.row_length, rows.shape[1], *found)
+        return None, *found, rows.view(grad.shape), None
 
 
 class _AddNormalized(torch.autograd.Function):
@@ -211,12 +250,13 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor, activation: str = "none", 
 def grads_of_weight(grad_NO: Tensor, x_NI: Tensor) -> tuple[Tensor, Tensor]:
     """Of a weight `(O, I)` and its bias: grad^T x, rounded to bf16 where torch multiplies, and the sums of grad over the rows."""
     (num_rows, outputs), inputs = grad_NO.shape, x_NI.shape[1]
-    # Ours does both at once, and rounds nothing to bf16, but has a thread for each whole part of a weight and knows no tiles.
-    has_parts = (outputs / _OUTPUTS) * (inputs / _INPUTS) >= torch.get_num_threads()
-    if outputs % 16 or inputs % 64 or not has_parts or multiplies_tiles():
+    # Ours does both at once and rounds nothing to bf16.
+    is_slower = multiplies_tiles() and not library().uses_tiles()
+    if num_rows == 0 or outputs % 16 or inputs % 64 or is_slower:
         return grad_NO.t() @ x_NI, _sum_rows(grad_NO)
     of_weight, of_bias = (torch.empty(size, dtype=torch.float32) for size in ((outputs, inputs), outputs))
-    _run("differentiate_weight", grad_NO, x_NI, num_rows, outputs, inputs, of_weight, of_bias)
+    room = torch.empty(library().room_for_weight(outputs, inputs), dtype=torch.uint8)
+    _run("differentiate_weight", grad_NO, x_NI, num_rows, outputs, inputs, of_weight, of_bias, room)
     return of_weight, of_bias
 
 
@@ -245,15 +285,16 @@ def _run(kernel: str, *arguments: Tensor | float | None) -> None:
 @cache
 def library() -> CDLL | None:
     """The built kernels; None where the processor, oneDNN or a compiler is missing. Looked for once per process."""
-    is_possible = multiplies_bf16() and has_onednn()
-    found = load_library(Path(__file__).with_name("training_cpu.cpp"), "-fopenmp") if is_possible else None
-    if found is None or not found.training_is_supported():
+    found = load_tiled_library(Path(__file__).with_name("training_cpu.cpp")) if has_onednn() else None
+    if found is None:
         return None
     pointer, count = c_void_p, c_int64
     signatures = {
         "drop": (pointer, c_uint64, c_uint32, c_float, count, pointer),
         "differentiate_relu": (*2 * [pointer], count, count),
-        "differentiate_weight": (*2 * [pointer], *3 * [count], *2 * [pointer]),
+        "differentiate_weight": (*2 * [pointer], *3 * [count], *3 * [pointer]),
+        "embed": (*5 * [pointer], *3 * [count], pointer),
+        "differentiate_embedding": (*2 * [pointer], *3 * [count], *3 * [pointer]),
         "sum_rows": (pointer, *3 * [count], pointer),
         "normalize": (*4 * [pointer], c_float, count, count, *4 * [pointer]),
         "differentiate_norm": (*6 * [pointer], *3 * [count], *3 * [pointer]),
@@ -263,4 +304,5 @@ def library() -> CDLL | None:
     for name, arguments in signatures.items():
         kernel = getattr(found, name)
         kernel.argtypes, kernel.restype = (*arguments, count), None
+    found.room_for_weight.argtypes, found.room_for_weight.restype = (count, count), count
     return found

@@ -89,6 +89,8 @@ class Unembedder(nn.Module):
 class Level(nn.Module):
     """One level: embeds its own elements, shifts them by one, adds the parent's word and runs a causal Transformer."""
 
+    has_kernels = False  # as attention's
+
     def __init__(self, config: MegaByteConfig, index: int) -> None:
         super().__init__()
         own = config.levels[index]
@@ -118,17 +120,37 @@ class Level(nn.Module):
 
         With `recompute` the backward pass runs each layer again instead of keeping what is inside it.
         """
-        shifted_BND = self._shifted_elements(byte_ids_BT, cache)
-        row_length = shifted_BND.shape[1] if self.is_top else self.row_length
-        x_BKLD = rearrange(shifted_BND, "b (k l) d -> b k l d", l=row_length)
+        row_length = self.row_length if not self.is_top else byte_ids_BT.shape[1] // self.span
+        x_BND = self._read_by_kernels(byte_ids_BT, from_parent_BND) if cache is None else None
+        if x_BND is None:
+            x_BND = self._read(byte_ids_BT, from_parent_BND, cache, row_length)
+        x_BKLD = rearrange(x_BND, "b (k l) d -> b k l d", l=row_length)
+        return rearrange(self.transformer(x_BKLD, cache, recompute), "b k l d -> b (k l) d")
+
+    def _read(self, byte_ids_BT: Tensor, from_parent_BND: Tensor | None, cache: LevelCache | None, row_length: int) -> Tensor:
+        """What goes into the Transformer, `(B, N, D)`: the elements before, positions and what parents say (Eq. 2, 4)."""
+        x_BKLD = rearrange(self._shifted_elements(byte_ids_BT, cache), "b (k l) d -> b k l d", l=row_length)
         if not self.is_top and not self.real_previous:
             pads = self.pad.expand(*x_BKLD.shape[:2], 1, -1).to(x_BKLD.dtype)
             x_BKLD = torch.cat((pads, x_BKLD[:, :, 1:]), dim=2)
         if self.positions is not None:
             x_BKLD = x_BKLD + self.positions
-        if from_parent_BND is not None:
-            x_BKLD = x_BKLD + rearrange(from_parent_BND, "b (k l) d -> b k l d", l=row_length)
-        return rearrange(self.transformer(x_BKLD, cache, recompute), "b k l d -> b (k l) d")
+        x_BND = rearrange(x_BKLD, "b k l d -> b (k l) d")
+        return x_BND if from_parent_BND is None else x_BND + from_parent_BND
+
+    def _read_by_kernels(self, byte_ids_BT: Tensor, from_parent_BND: Tensor | None) -> Tensor | None:
+        """The same in one pass and rounded, where elements are bytes and a kernel takes them; None elsewhere."""
+        if from_parent_BND is None or self.span > 1 or self.embedder.convs:
+            return None
+        kernels = cpu_kernels(self, from_parent_BND)
+        if kernels is None:
+            return None
+        before_BT = F.pad(byte_ids_BT[:, :-1], (1, 0), value=-1)
+        if not self.real_previous:
+            before_BT[:, :: self.row_length] = -1
+        return kernels.embedded(
+            before_BT, self.embedder.embedding.weight, self.pad, self.positions, from_parent_BND, self.row_length
+        )
 
     def _shifted_elements(self, byte_ids_BT: Tensor, cache: LevelCache | None) -> Tensor:
         """The pad, then the embedded elements but the last one, which is nobody's past (Eq. 2)."""
