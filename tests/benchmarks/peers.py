@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from core import bench
+from core.allocator import keep_freed_memory
 from core.bench import Work, engine_of_samples, flat_counterpart, random_model, random_stream, widened
 from core.learner import learning_precision, trains_in_bf16
 from core.likelihood import score, scoring_engine
@@ -162,6 +163,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="rounds that count (%(default)s)")
     parser.add_argument("--json", action="store_true", help="print one JSON object a part")
     options = parser.parse_args()
+    keep_freed_memory()  # as `python -m app` does
     if unknown := set(options.parts) - PARTS.keys():
         parser.error(f"{', '.join(sorted(unknown))}: choose from {', '.join(PARTS)}")
     for name in options.parts or PARTS:
