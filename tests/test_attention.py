@@ -15,14 +15,12 @@ from core.kernels import attention
 from core.kernels.attention import attend_causally, can_attend
 from core.models import MegaByte
 from core.models.layers import Rotary, attend, rotate
+from tests.kernel_builds import BUILDS, use_build
 
 
-@pytest.fixture
-def kernel(monkeypatch):
-    """Skips where there is no compiler, or no processor that multiplies bf16; torch is never thought faster."""
-    if attention.library() is None:
-        pytest.skip("this machine cannot have the kernel")
-    monkeypatch.setattr(attention, "multiplies_tiles", lambda: False)
+@pytest.fixture(params=BUILDS)
+def kernel(request, monkeypatch):
+    use_build(request.param, [attention], monkeypatch)
 
 
 def queries_keys_values(num_sequences: int, num_heads: int, length: int, scale: float = 1.0) -> list[torch.Tensor]:
@@ -33,7 +31,7 @@ def queries_keys_values(num_sequences: int, num_heads: int, length: int, scale: 
 
 
 @pytest.mark.usefixtures("kernel")
-@pytest.mark.parametrize("length", [1, 2, 33, 63, 64, 65, 97, 113, 200, 517])
+@pytest.mark.parametrize("length", [1, 2, 5, 12, 33, 63, 64, 65, 97, 113, 200, 517])
 @pytest.mark.parametrize("scale", [0.1, 1.0, 4.0])
 def test_it_is_as_near_to_float32_as_the_kernel_of_torch(length, scale):
     q, k, v = queries_keys_values(2, 3, length, scale)
@@ -45,7 +43,7 @@ def test_it_is_as_near_to_float32_as_the_kernel_of_torch(length, scale):
 
 
 @pytest.mark.usefixtures("kernel")
-@pytest.mark.parametrize("length", [1, 63, 64, 65, 97, 200, 517])
+@pytest.mark.parametrize("length", [1, 5, 12, 63, 64, 65, 97, 200, 517])
 @pytest.mark.parametrize("scale", [0.1, 1.0, 4.0])
 def test_its_gradients_are_as_near_to_float32_as_those_of_torch(length, scale, monkeypatch):
     inputs, grad = queries_keys_values(2, 3, length, scale), queries_keys_values(2, 3, length)[0]

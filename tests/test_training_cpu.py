@@ -15,10 +15,17 @@ from core.kernels.attention import attend_to_placed
 from core.learner import MeanNll
 from core.models import MegaByte
 from core.models.layers import Rotary, rotate
+from tests.kernel_builds import BUILDS, use_build
 
 pytestmark = pytest.mark.skipif(
     training_cpu.library() is None or attention.library() is None, reason="this machine cannot have the kernels"
 )
+
+
+@pytest.fixture(params=BUILDS, autouse=True)
+def kernels(request, monkeypatch):
+    use_build(request.param, [training_cpu, attention], monkeypatch)
+
 
 LEVELS = (LevelConfig(dim=128, num_layers=2, num_heads=2, patch_size=4), LevelConfig(dim=64, num_layers=1, num_heads=1))
 PAPER = MegaByteConfig(levels=LEVELS, max_seq_len=1024, init_std=0.1)
@@ -133,26 +140,33 @@ def test_a_weight_is_laid_out_for_many_rows_and_makes_the_same_products(name, mo
     assert all(own <= 1.3 * their + 1e-3 for own, their in zip(off, plain_off, strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("config", [PAPER, RECIPE, replace(RECIPE, real_previous=True)], ids=["paper", "recipe", "real previous"])
-def test_a_level_reads_the_same_by_them(config):
+def test_a_level_reads_the_same_by_them(config, dtype):
     torch.manual_seed(0)
     level = MegaByte(config).levels[1]
     nn.init.normal_(level.pad)
+    level.to(torch.bfloat16).to(dtype)
     level.has_kernels = True
-    byte_ids, from_parents = torch.randint(256, (3, 100)), random_numbers(3, 100, 64)
+    byte_ids, from_parents = torch.randint(256, (3, 100), dtype=torch.int32), random_numbers(3, 100, 64)
     parameters = [p for p in (level.embedder.embedding.weight, level.pad, level.positions) if p is not None]
-    plain = with_gradients(lambda x: level._read(byte_ids, x, None, 4), from_parents, parameters, torch.float32)
     ours = with_gradients(lambda x: level._read_by_kernels(byte_ids, x), from_parents, parameters, torch.bfloat16)
-    assert torch.equal(ours[0], plain[0].bfloat16())
-    for own, exact in zip(ours[1:], plain[1:], strict=True):
-        torch.testing.assert_close(own, exact, rtol=1e-5, atol=1e-5)
+    level.double()
+    parameters = [p for p in (level.embedder.embedding.weight, level.pad, level.positions) if p is not None]
+    exact = with_gradients(lambda x: level._read(byte_ids, x, None, 4), from_parents, parameters, torch.float64)
+    torch.testing.assert_close(ours[0].double(), exact[0], rtol=2**-8, atol=1e-6)
+    tolerance = 2**-8 if dtype == torch.bfloat16 else 1e-5  # to which gradients are rounded
+    for own, wanted in zip(ours[1:], exact[1:], strict=True):
+        torch.testing.assert_close(own.double(), wanted.double(), rtol=tolerance, atol=tolerance)
 
 
-def test_a_value_that_is_no_byte_is_read_by_no_level():
-    level = MegaByte(PAPER).levels[1]
-    level.has_kernels = True
-    with torch.autocast("cpu", torch.bfloat16), pytest.raises(IndexError, match="256 is not below 256"):
-        level._read_by_kernels(torch.tensor([[0, 256, 0, 0]]), torch.zeros(1, 4, 64, dtype=torch.bfloat16))
+@pytest.mark.parametrize("value", [256, -1, -100])
+@pytest.mark.parametrize("place", [0, 3])
+def test_a_value_that_is_no_byte_is_read_by_no_level(value, place):
+    level, byte_ids = MegaByte(PAPER).levels[1], torch.zeros(1, 4, dtype=torch.int64)
+    level.has_kernels, byte_ids[0, place] = True, value
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(IndexError, match=f"0..255, not in .*{value}"):
+        level._read_by_kernels(byte_ids, torch.zeros(1, 4, 64, dtype=torch.bfloat16))
 
 
 def test_the_loss_and_its_gradient_are_those_of_torch():
@@ -189,8 +203,15 @@ def test_attention_to_placed_keys_is_as_near_to_float32_as_that_of_torch(length,
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize(
     ("config", "length"),
-    [(PAPER, 900), (RECIPE, 900), (WITH_MEMORY, 900), (WITH_MEMORY, 4), (replace(PAPER, levels=LEVELS[1:]), 200)],
-    ids=["paper", "recipe", "memory", "one row", "one level"],
+    [
+        (PAPER, 900),
+        (RECIPE, 900),
+        (WITH_MEMORY, 900),
+        (WITH_MEMORY, 4),
+        (replace(RECIPE, levels=(replace(LEVELS[0], patch_size=2), *LEVELS)), 900),
+        (replace(PAPER, levels=LEVELS[1:]), 200),
+    ],
+    ids=["paper", "recipe", "memory", "one row", "three levels", "one level"],
 )
 def test_a_model_learns_the_same_with_them(config, length, recompute, monkeypatch):
     torch.manual_seed(0)
@@ -202,11 +223,13 @@ def test_a_model_learns_the_same_with_them(config, length, recompute, monkeypatc
 
     exact = loss_and_gradients("fp32")
     calls: list[str] = []
-    for name in ("linear", "feed_forward", "add_normalized", "normalized", "logits", "nll"):
+    used = {"linear", "feed_forward", "add_normalized", "normalized", "logits", "nll"}
+    used |= {"embedded"} if len(config.levels) > 1 else set()
+    for name in used:
         kernel = getattr(training_cpu, name)
         monkeypatch.setattr(training_cpu, name, lambda *args, name=name, kernel=kernel: calls.append(name) or kernel(*args))
     ours = errors(loss_and_gradients("bf16"), exact)
-    assert set(calls) == {"linear", "feed_forward", "add_normalized", "normalized", "logits", "nll"}
+    assert set(calls) == used
     monkeypatch.setattr(attention, "library", lambda: None)
     monkeypatch.setattr(training_cpu, "library", lambda: None)
     for module in model.modules():
@@ -263,13 +286,13 @@ def test_a_part_of_the_numbers_is_dropped_and_of_their_gradients_the_same():
 def test_the_number_of_threads_changes_no_bit_of_them():
     ours, _, parameters = layers_of("norm")
     x, before, found = random_numbers(700, 1, 64), torch.get_num_threads(), []
-    grad, inputs = (random_numbers(700, width).bfloat16() for width in (384, 320))
-    byte_ids, embedding = torch.arange(700)[None] % 256, random_numbers(256, 320).requires_grad_()
+    grad, inputs = (random_numbers(2100, width).bfloat16() for width in (384, 320))
+    byte_ids, embedding = torch.arange(2100)[None] % 257 - 1, random_numbers(256, 320).requires_grad_()
     try:
         for num_threads in (1, 3):
             torch.set_num_threads(num_threads)
             of_weight = training_cpu.grads_of_weight(grad, inputs)
-            read = training_cpu.embedded(byte_ids, embedding, embedding[0], None, inputs[None], 4)
+            read = training_cpu.embedded(byte_ids, embedding, embedding[0], embedding[:4], inputs[None], 4)
             of_embedding = torch.autograd.grad(read, embedding, inputs[None])
             found.append([*with_gradients(ours, x, parameters, torch.bfloat16), *of_weight, *of_embedding])
     finally:
@@ -283,6 +306,18 @@ def test_few_numbers_behind_a_relu_are_denormal(name):
     assert (hidden_NF.abs() < 1e-10).float().mean() > 0.4  # what was negative
     is_denormal = (hidden_NF != 0) & (hidden_NF.abs() < torch.finfo(torch.bfloat16).tiny)
     assert is_denormal.float().mean() < 1e-3
+
+
+@pytest.mark.parametrize("name", ["relu", "relu2"])
+def test_of_what_is_negative_for_all_rows_nothing_is_learned(name):
+    ours, _, parameters = layers_of(name)
+    with torch.no_grad():
+        parameters[1][3] = -1e3
+    out = ours(random_numbers(500, 1, 64).bfloat16())
+    of_weight, of_bias = torch.autograd.grad(out, parameters[:2], torch.ones_like(out))
+    assert (of_weight[3] == 0).all()
+    assert of_bias[3] == 0
+    assert (of_bias != 0).sum() == len(of_bias) - 1
 
 
 @pytest.mark.parametrize("name", ["relu", "relu2"])

@@ -21,8 +21,9 @@ import torch
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd", "-pthread")
 _LINK_FLAGS = ("-shared", "-fPIC")
 
-# Of a ReLU for what is negative: oneDNN's own makes 0 of what is not a number. Far below the rounding of what is positive, and it
-# and its square far above the numbers that lose digits, which Intel's processors multiply a hundred times as slowly.
+# Of a ReLU for what is negative: oneDNN's own makes 0 of what is not a number. Far below the rounding of what is positive; and
+# products by it, and most of their squares, are no numbers that lose digits, with which Intel's processors take a hundred times
+# as long.
 RELU_SLOPE = 1e-15
 
 _building: dict[Path, threading.Lock] = {}  # by source: whoever needs a library that is being built waits for it

@@ -331,6 +331,9 @@ struct ShortHead {
       load_head(shape.row(keys, index, i), 0, k[i]);
       load_head(shape.row(values, index, i), 0, v[i]);
     }
+    // What is read of the others has no weight; in what lies there by chance are numbers that processors are slow with.
+    for (int64_t i = shape.length; i < kMost; ++i) std::fill_n(k[i], kParts, _mm512_setzero_ps());
+    for (int64_t i = shape.length; i < kMost; ++i) std::fill_n(v[i], kParts, _mm512_setzero_ps());
     for (int64_t i = 0; i < shape.length; ++i) weigh(i);
   }
 

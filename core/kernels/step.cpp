@@ -417,7 +417,7 @@ void make_byte(const Rows& rows, int64_t first) {
 
 }  // namespace
 
-extern "C" int64_t step_is_supported() { return 1; }
+extern "C" int64_t is_supported() { return 1; }
 
 extern "C" void step_rows(const Rows* rows, int64_t first, int64_t num_threads) {
   const Level& level = rows->model->levels[first];
@@ -428,7 +428,7 @@ extern "C" void step_rows(const Rows* rows, int64_t first, int64_t num_threads) 
 
 #else
 
-extern "C" int64_t step_is_supported() { return 0; }
+extern "C" int64_t is_supported() { return 0; }
 extern "C" void step_rows(const void*, int64_t, int64_t) {}
 
 #endif

@@ -31,7 +31,7 @@ def blocks_shape(weight_RC: Tensor) -> tuple[int, ...]:
 def library() -> CDLL | None:
     """The built kernel; None where the processor or a compiler is missing. Looked for once per process."""
     found = load_library(Path(__file__).with_name("step.cpp"), "-fopenmp") if multiplies_bf16() else None
-    if found is None or not found.step_is_supported():
+    if found is None or not found.is_supported():
         return None
     found.step_rows.argtypes, found.step_rows.restype = (c_void_p, c_int64, c_int64), None
     return found

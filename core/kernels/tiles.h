@@ -122,6 +122,7 @@ inline void multiply_stack(const uint32_t (*rows)[kDepth], const __m512i* block,
 constexpr int64_t kStack = kTile;
 
 struct TileRegisters {
+  TileRegisters() {}  // else a compiler finds it unused
   static bool are_allowed() { return true; }
 };
 
@@ -149,7 +150,8 @@ inline void transpose(__m512i* rows) {
     }
   }
   for (int64_t c = 0; c < 4; ++c) {
-    const __m512i even = _mm512_shuffle_i32x4(fours[c], fours[4 + c], 0x88), odd = _mm512_shuffle_i32x4(fours[c], fours[4 + c], 0xdd);
+    const __m512i even = _mm512_shuffle_i32x4(fours[c], fours[4 + c], 0x88);
+    const __m512i odd = _mm512_shuffle_i32x4(fours[c], fours[4 + c], 0xdd);
     const __m512i even_below = _mm512_shuffle_i32x4(fours[8 + c], fours[12 + c], 0x88);
     const __m512i odd_below = _mm512_shuffle_i32x4(fours[8 + c], fours[12 + c], 0xdd);
     rows[c] = _mm512_shuffle_i32x4(even, even_below, 0x88);

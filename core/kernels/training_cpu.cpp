@@ -7,6 +7,7 @@
 #if defined(__AVX512BF16__) && defined(__AVX512F__)
 
 #include <algorithm>
+#include <vector>
 
 #include "heads.h"
 #include "tiles.h"
@@ -24,15 +25,16 @@ inline __m512 power_of_e(const float* logits, float top, float log) {
   return power_of_two(_mm512_fmsub_ps(below, _mm512_set1_ps(kLog2E), _mm512_set1_ps(log)));
 }
 
-constexpr int64_t kLanes = 16, kWide = 4;  // vectors of inputs that lie side by side
-constexpr int64_t kTall = 4;               // outputs whose sums stay in registers, with those of so many vectors of inputs
-constexpr int64_t kDeep = 16;              // pairs of rows that are packed at a time
+constexpr int64_t kLanes = 16;
+constexpr int64_t kWide = 4;  // vectors of inputs that lie side by side
+constexpr int64_t kDeep = 16;                    // pairs of rows that are packed at a time
 constexpr int64_t kOutputs = 32, kInputs = 256;  // of the part of a weight that one thread takes at a time
 #ifdef BUILT_FOR_TILES
-constexpr int64_t kRows = 1024;  // whose pairs lie ready at a time; vectors take longer by them, and are near enough
+constexpr int64_t kRows = 1024;  // whose pairs lie ready at a time
 static_assert(kDeep == kPairs, "packed pairs fill whole tiles");
 #else
 constexpr int64_t kRows = 512;
+constexpr int64_t kTall = 4;  // outputs whose sums stay in registers, with those of four vectors of inputs
 #endif
 
 struct Layer {
@@ -55,7 +57,9 @@ struct Layer {
 
 // Of 16 columns of the first two of some rows; what is behind the last is zero.
 inline __m512i pair_of(const uint16_t* x, int64_t width, int64_t num_rows) {
-  const auto load = [](const uint16_t* y) { return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(y))); };
+  const auto load = [](const uint16_t* y) {
+    return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(y)));
+  };
   if (num_rows > 1) return _mm512_or_si512(load(x), _mm512_slli_epi32(load(x + width), 16));
   return num_rows > 0 ? load(x) : _mm512_setzero_si512();
 }
@@ -224,11 +228,13 @@ extern "C" void drop(const uint16_t* x, uint64_t seed, uint32_t threshold, float
 }
 
 // From the gradient of what came out of a ReLU, or of its square, in place that of what went in.
-extern "C" void differentiate_relu(uint16_t* grad, const uint16_t* activated, int64_t squares, int64_t count, int64_t num_threads) {
+extern "C" void differentiate_relu(uint16_t* grad, const uint16_t* activated, int64_t squares, int64_t count,
+                                   int64_t num_threads) {
+  const __m512 least = _mm512_set1_ps(squares ? 1e-20f : 0.0f);  // squares of what was negative lie far below
 #pragma omp parallel for num_threads(num_threads)
   for (int64_t i = 0; i < count; i += 16) {
     const __m512 y = load_bf16(activated + i);
-    __m512 x = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(y, _mm512_setzero_ps(), _CMP_NLE_UQ), load_bf16(grad + i));
+    __m512 x = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(y, least, _CMP_NLE_UQ), load_bf16(grad + i));
     if (squares) x = _mm512_mul_ps(x, _mm512_mul_ps(_mm512_set1_ps(2.0f), _mm512_sqrt_ps(y)));
     store_bf16(grad + i, x);
   }
@@ -257,8 +263,8 @@ extern "C" void differentiate_weight(const uint16_t* grad, const uint16_t* x, in
   }
 }
 
-// What elements (N, width) of rows of a level read: the embedding of the byte before, or the pad where that is -1, the position of
-// their slot, unless there are none, and what their parents say.
+// What elements (N, width) of rows of a level read: the embedding of the byte before, or the pad where that is -1, the position
+// of their slot, unless there are none, and what their parents say.
 extern "C" void embed(const int64_t* byte_ids, const float* embedding, const float* pad, const float* positions,
                       const uint16_t* from_parents, int64_t num_elements, int64_t row_length, int64_t width, uint16_t* found,
                       int64_t num_threads) {
@@ -273,22 +279,31 @@ extern "C" void embed(const int64_t* byte_ids, const float* embedding, const flo
   }
 }
 
-// From the gradient of what `embed` found those of embeddings, pad and positions; what parents say has the same as it.
+// From the gradient of what `embed` found those of embeddings, pad and positions, each part of the rows added up by itself; what
+// parents say has the same as it.
 extern "C" void differentiate_embedding(const uint16_t* grad, const int64_t* byte_ids, int64_t num_elements, int64_t row_length,
-                                        int64_t width, float* of_embedding, float* of_pad, float* of_positions,
+                                        int64_t width, int64_t part, float* of_embedding, float* of_pad, float* of_positions,
                                         int64_t num_threads) {
+  const int64_t num_slots = of_positions == nullptr ? 0 : row_length;
 #pragma omp parallel for num_threads(num_threads)
   for (int64_t d = 0; d < width; d += 16) {  // each thread all bytes, for no two may add to the same number
+    const auto clear = [](float* sum) { _mm512_storeu_ps(sum, _mm512_setzero_ps()); };
     const auto add = [](float* sum, __m512 x) { _mm512_storeu_ps(sum, _mm512_add_ps(_mm512_loadu_ps(sum), x)); };
-    for (int64_t value = 0; value < kValues; ++value) _mm512_storeu_ps(of_embedding + value * width + d, _mm512_setzero_ps());
-    for (int64_t slot = 0; slot < row_length && of_positions != nullptr; ++slot) {
-      _mm512_storeu_ps(of_positions + slot * width + d, _mm512_setzero_ps());
-    }
-    _mm512_storeu_ps(of_pad + d, _mm512_setzero_ps());
-    for (int64_t i = 0; i < num_elements; ++i) {
-      const __m512 own = load_bf16(grad + i * width + d);
-      add((byte_ids[i] < 0 ? of_pad : of_embedding + byte_ids[i] * width) + d, own);
-      if (of_positions != nullptr) add(of_positions + i % row_length * width + d, own);
+    for (int64_t value = 0; value < kValues; ++value) clear(of_embedding + value * width + d);
+    for (int64_t slot = 0; slot < num_slots; ++slot) clear(of_positions + slot * width + d);
+    clear(of_pad + d);
+    std::vector<__m512> slots(num_slots);
+    for (int64_t first = 0; first < num_elements; first += part) {
+      __m512 pads = _mm512_setzero_ps();
+      std::fill(slots.begin(), slots.end(), _mm512_setzero_ps());
+      for (int64_t i = first; i < std::min(first + part, num_elements); ++i) {
+        const __m512 own = load_bf16(grad + i * width + d);
+        if (byte_ids[i] < 0) pads = _mm512_add_ps(pads, own);
+        if (byte_ids[i] >= 0) add(of_embedding + byte_ids[i] * width + d, own);
+        if (num_slots > 0) slots[i % row_length] = _mm512_add_ps(slots[i % row_length], own);
+      }
+      add(of_pad + d, pads);
+      for (int64_t slot = 0; slot < num_slots; ++slot) add(of_positions + slot * width + d, slots[slot]);
     }
   }
 }
@@ -375,8 +390,8 @@ extern "C" void differentiate_norm(const uint16_t* grad, const uint16_t* others,
   }
 }
 
-// -ln p of byte values by their logits (N, 256), or not a number for what is no byte; of each its highest logit, and to the base 2
-// the logarithm of the sum of e^(logit - highest).
+// -ln p of byte values by their logits (N, 256), or not a number for what is no byte; of each its highest logit, and to the base
+// 2 the logarithm of the sum of e^(logit - highest).
 extern "C" void nll(const float* logits, const int64_t* byte_ids, float* tops, float* logs, float* found, int64_t num_bytes,
                     int64_t num_threads) {
 #pragma omp parallel for num_threads(num_threads)
@@ -414,8 +429,10 @@ extern "C" void drop(const void*, uint64_t, uint32_t, float, int64_t, void*, int
 extern "C" void differentiate_relu(void*, const void*, int64_t, int64_t, int64_t) {}
 extern "C" int64_t room_for_weight(int64_t, int64_t) { return 0; }
 extern "C" void differentiate_weight(const void*, const void*, int64_t, int64_t, int64_t, void*, void*, void*, int64_t) {}
-extern "C" void embed(const void*, const void*, const void*, const void*, const void*, int64_t, int64_t, int64_t, void*, int64_t) {}
-extern "C" void differentiate_embedding(const void*, const void*, int64_t, int64_t, int64_t, void*, void*, void*, int64_t) {}
+extern "C" void embed(const void*, const void*, const void*, const void*, const void*, int64_t, int64_t, int64_t, void*,
+                      int64_t) {}
+extern "C" void differentiate_embedding(const void*, const void*, int64_t, int64_t, int64_t, int64_t, void*, void*, void*,
+                                        int64_t) {}
 extern "C" void sum_rows(const void*, int64_t, int64_t, int64_t, void*, int64_t) {}
 extern "C" void normalize(const void*, const void*, const void*, const void*, float, int64_t, int64_t, void*, void*, void*, void*,
                           int64_t) {}

@@ -6,7 +6,7 @@ of it are one pass, so are their gradients, and so is all that a level below the
 Scores in bf16 take the sums and norms alone.
 """
 
-# Shapes: N elements, D width, F inner width of the feed-forward layer.
+# Shapes: B sequences, N elements, L elements of a row, D width, V values of a byte; I inputs and O outputs of a layer.
 
 from collections.abc import Sequence
 from ctypes import CDLL, c_float, c_int64, c_uint32, c_uint64, c_void_p
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from core.kernels import RELU_SLOPE, has_onednn, load_tiled_library, multiplies_tiles
 
 _MANY_ROWS = 2048  # in a product, for which tiles of a weight are worth laying out first; for 1024 they are not
-_PART = 256  # rows of which a thread sums up what a bias gets, or a norm's weight and bias
+_PART = 256  # rows of which a thread sums up what biases, norms, pads and positions get
 
 
 def can_take(x: Tensor) -> bool:
@@ -56,16 +56,16 @@ def embedded(
     """What elements `(B, N, D)` of rows read, in bf16: a byte's embedding, their slot's position, and what their parents say.
 
     Args:
-        byte_ids: `(B, N)`; -1 stands for the pad.
-        embedding: `(V, D)`, as `pad` `(D,)` in float32.
+        byte_ids: `(B, N)`, int64: bytes, or -1 for the pad. Nothing else is looked for.
+        embedding: `(256, D)`.
+        pad: `(D,)`.
         positions: `(L, D)`, if slots have any.
         from_parents: `(B, N, D)`, bf16.
-
-    Raises:
-        IndexError: if there is no such byte.
+        row_length: L, which N is a multiple of.
     """
-    if byte_ids.numel() and byte_ids.max() >= len(embedding):
-        raise IndexError(f"the byte value {int(byte_ids.max())} is not below {len(embedding)}")
+    assert byte_ids.shape == from_parents.shape[:-1]
+    assert byte_ids.dtype == torch.int64
+    assert len(embedding) == 256
     return _Embedded.apply(byte_ids, embedding, pad, positions, from_parents, row_length)
 
 
@@ -139,7 +139,7 @@ class _Embedded(torch.autograd.Function):
         ctx, byte_ids: Tensor, embedding: Tensor, pad: Tensor, positions: Tensor | None, from_parents: Tensor, row_length: int
     ) -> Tensor:
         rows, byte_ids, out = _rows(from_parents), byte_ids.contiguous(), _room(from_parents)
-        parameters = [parameter if parameter is None else parameter.contiguous() for parameter in (embedding, pad, positions)]
+        parameters = [None if parameter is None else parameter.float().contiguous() for parameter in (embedding, pad, positions)]
         _run("embed", byte_ids, *parameters, rows, len(rows), row_length, rows.shape[1], out)
         ctx.save_for_backward(byte_ids)
         ctx.shapes = [None if parameter is None else parameter.shape for parameter in parameters]
@@ -152,7 +152,7 @@ class _Embedded(torch.autograd.Function):
         (byte_ids,) = ctx.saved_tensors
         rows = _rows(grad)
         found = [None if shape is None else torch.empty(shape, dtype=torch.float32) for shape in ctx.shapes]
-        _run("differentiate_embedding", rows, byte_ids, len(rows), ctx.row_length, rows.shape[1], *found)
+        _run("differentiate_embedding", rows, byte_ids, len(rows), ctx.row_length, rows.shape[1], _PART, *found)
         return None, *found, rows.view(grad.shape), None
 
 
@@ -294,7 +294,7 @@ def library() -> CDLL | None:
         "differentiate_relu": (*2 * [pointer], count, count),
         "differentiate_weight": (*2 * [pointer], *3 * [count], *3 * [pointer]),
         "embed": (*5 * [pointer], *3 * [count], pointer),
-        "differentiate_embedding": (*2 * [pointer], *3 * [count], *3 * [pointer]),
+        "differentiate_embedding": (*2 * [pointer], *4 * [count], *3 * [pointer]),
         "sum_rows": (pointer, *3 * [count], pointer),
         "normalize": (*4 * [pointer], c_float, count, count, *4 * [pointer]),
         "differentiate_norm": (*6 * [pointer], *3 * [count], *3 * [pointer]),

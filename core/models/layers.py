@@ -320,7 +320,10 @@ def linear_relu(x: Tensor, layer: nn.Module) -> Tensor:
 
 
 def cpu_kernels(module: nn.Module, x: Tensor) -> ModuleType | None:
-    """What makes sums, norms, dropout and logits in this pass, if it is not torch: on a GPU a compiler joins those better."""
+    """What makes sums, norms, dropout and logits in this pass, if it is not torch, and what a level reads.
+
+    On a GPU a compiler joins those better.
+    """
     return None if x.is_cuda else _training_kernels(module, x)
 
 

@@ -139,13 +139,17 @@ class Level(nn.Module):
         return x_BND if from_parent_BND is None else x_BND + from_parent_BND
 
     def _read_by_kernels(self, byte_ids_BT: Tensor, from_parent_BND: Tensor | None) -> Tensor | None:
-        """The same in one pass and rounded, where elements are bytes and a kernel takes them; None elsewhere."""
-        if from_parent_BND is None or self.span > 1 or self.embedder.convs:
-            return None
-        kernels = cpu_kernels(self, from_parent_BND)
+        """The same in one pass and rounded, where elements are bytes and a kernel takes them; None elsewhere.
+
+        Raises:
+            IndexError: if there is no such byte.
+        """
+        kernels = cpu_kernels(self, from_parent_BND) if self.span == 1 and from_parent_BND is not None else None
         if kernels is None:
             return None
-        before_BT = F.pad(byte_ids_BT[:, :-1], (1, 0), value=-1)
+        if byte_ids_BT.numel() and (byte_ids_BT.min() < 0 or byte_ids_BT.max() >= NUM_BYTE_VALUES):
+            raise IndexError(f"byte values lie in 0..{NUM_BYTE_VALUES - 1}, not in {byte_ids_BT.min()}..{byte_ids_BT.max()}")
+        before_BT = F.pad(byte_ids_BT[:, :-1].long(), (1, 0), value=-1)
         if not self.real_previous:
             before_BT[:, :: self.row_length] = -1
         return kernels.embedded(
