@@ -21,6 +21,7 @@ from PIL import Image
 from app.__main__ import main
 from app.jobs import JobStore
 from app.service import Service
+from app.without_stubs import import_page
 from core import native
 from core.checkpoint import export_model, model_tensors
 from core.config import AudioCodecConfig, Config, ImageCodecConfig, LevelConfig, MegaByteConfig, TextCodecConfig
@@ -58,6 +59,11 @@ TINY_CONFIGS = {
         codec=TextCodecConfig(),
     ),
 }
+
+
+def pytest_collection(session: pytest.Session) -> None:
+    if session.config.args_source is pytest.Config.ArgsSource.TESTPATHS:
+        import_page()  # many of all modules import Gradio; this way it takes half as long
 
 
 @pytest.fixture(scope="session")
