@@ -44,7 +44,14 @@ def open_page(browser: Any, profiles: list[Any], page_server: PageProcess) -> It
     """
     page_url, used, complaints = page_server.url, [], []
 
-    def open_page(width: int = 1280, height: int = 900, color_scheme: str = "light", url: str = page_url) -> Any:
+    def open_page(
+        width: int = 1280,
+        height: int = 900,
+        color_scheme: str = "light",
+        url: str = page_url,
+        script: str = "",
+        greeted: str = "localStorage.getItem('megabyte-visitor')",
+    ) -> Any:
         if len(used) == len(profiles):
             profiles.append(browser.new_context(viewport={"width": 1280, "height": 900}))
             # A page that stays open, without scripts: with the last page of a profile goes its process and all it compiled.
@@ -57,9 +64,10 @@ def open_page(browser: Any, profiles: list[Any], page_server: PageProcess) -> It
         page.emulate_media(color_scheme=color_scheme)
         kept = {"origin": page_url.rstrip("/"), "storageTypes": "all"}
         profile.new_cdp_session(page).send("Storage.clearDataForOrigin", kept)
+        page.add_init_script(script)
         page.goto(url)
         if url == page_url:
-            page.wait_for_function("localStorage.getItem('megabyte-visitor')")  # its events are bound, the first has run
+            page.wait_for_function(greeted)  # its events are bound, the first has run
         return page
 
     def watch(page: Any) -> None:

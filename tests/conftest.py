@@ -2,8 +2,10 @@
 
 import functools
 import os
+import sys
 import wave
 from collections.abc import Callable, Iterator
+from multiprocessing import forkserver
 from pathlib import Path
 
 # Read when torch is imported, also in the processes that tests start: threads that wait sleep, so a busy machine stays quick.
@@ -13,12 +15,13 @@ import numpy as np
 import pytest
 import torch
 from browsing import browser, open_page, profiles  # noqa: F401  fixtures for every module
-from page_server import PageProcess, page_process
+from page_server import PageProcess, starting_page
 from PIL import Image
 
 from app.__main__ import main
 from app.jobs import JobStore
 from app.service import Service
+from app.without_stubs import import_page
 from core import native
 from core.checkpoint import export_model, model_tensors
 from core.config import AudioCodecConfig, Config, ImageCodecConfig, LevelConfig, MegaByteConfig, TextCodecConfig
@@ -56,6 +59,11 @@ TINY_CONFIGS = {
         codec=TextCodecConfig(),
     ),
 }
+
+
+def pytest_collection(session: pytest.Session) -> None:
+    if session.config.args_source is pytest.Config.ArgsSource.TESTPATHS:
+        import_page()  # many of all modules import Gradio; this way it takes half as long
 
 
 @pytest.fixture(scope="session")
@@ -110,10 +118,25 @@ def store() -> Iterator[JobStore]:
 
 
 @pytest.fixture(scope="session")
-def page_server(tiny_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[PageProcess]:
-    """The page, served with the tiny models in a process of its own."""
-    with page_process(tiny_models, tmp_path_factory.mktemp("page")) as page:
+def _starting_page(tiny_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[PageProcess]:
+    with starting_page(tiny_models, tmp_path_factory.mktemp("page")) as page:
         yield page
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _slow_starts_beside_the_first_tests(request: pytest.FixtureRequest) -> None:
+    """Each takes a processor for seconds, and nothing waits for it before the first test that needs it."""
+    if "tests.forked_run" in sys.modules:
+        forkserver.ensure_running()
+    if any("page_server" in item.fixturenames for item in request.session.items):
+        request.getfixturevalue("_starting_page")
+
+
+@pytest.fixture(scope="session")
+def page_server(_starting_page: PageProcess) -> PageProcess:
+    """The page, served with the tiny models in a process of its own."""
+    _starting_page.wait()
+    return _starting_page
 
 
 @pytest.fixture(scope="session")

@@ -200,19 +200,6 @@ def test_eight_growing_texts_are_painted_by_what_is_new_and_stay_readable(browse
     page.close()
 
 
-def test_a_reload_finds_the_completion_at_work(open_page):
-    page = open_complete(open_page)
-    page.get_by_label("Typed text").check()
-    page.fill("#complete-text textarea", "The lamp")
-    ask_for_minutes_of_work(page)
-    page.click("#complete-start")
-    page.wait_for_function("document.querySelector('#results-view .made')?.textContent.length > 10")
-    page.reload()
-    page.wait_for_function("document.querySelector('#results-view .made')?.textContent.length > 10")
-    page.click("#complete-stop")
-    page.wait_for_selector("#results-view .caption:has-text('stopped after')")
-
-
 def test_a_cut_png_and_a_cut_wav_are_opened_and_completed(open_page, make_png, make_wav, tmp_path):
     path = make_png(width=16, height=16)
     whole = np.asarray(Image.open(path).convert("RGB"))

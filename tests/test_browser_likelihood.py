@@ -1,5 +1,6 @@
 """The Likelihood tab in a real headless Chromium: linked views, measures, comparison, exports, long files, keyboard, phone."""
 
+import re
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -22,6 +23,11 @@ def score(page: Any, *paths: Path) -> None:
     upload(page, *paths)
     page.wait_for_selector("#hex-view[data-ready]")
     page.wait_for_selector("#message-view [data-state=done]", state="attached")
+
+
+def open_complete(page: Any) -> None:
+    page.get_by_role("tab", name="Complete").click()
+    page.wait_for_selector("#complete-start", state="visible")
 
 
 def status(page: Any) -> str:
@@ -199,7 +205,7 @@ def test_an_export_opens_offline_with_the_same_views(open_page, service, make_wa
         np.testing.assert_array_equal(arrays["bits"], result.bits)
 
 
-def test_hostile_content_stays_text_here_and_in_the_exported_page(open_page, tmp_path):
+def test_hostile_names_and_contents_stay_text_here_and_in_the_exported_page(open_page, tmp_path):
     path = tmp_path / f"{HOSTILE}.txt"
     path.write_text(f"{HOSTILE}</script><script>window.hacked=1</script>")
     page = open_page()
@@ -212,6 +218,11 @@ def test_hostile_content_stays_text_here_and_in_the_exported_page(open_page, tmp
     download.value.save_as(saved)
     offline = open_page(url=saved.as_uri())
     offline.wait_for_selector("#hex-view[data-ready]")
+    open_complete(page)
+    page.get_by_label("Typed text").check()
+    page.fill("#complete-text textarea", HOSTILE)
+    page.wait_for_selector("#prompt-view .words")
+    assert page.text_content("#prompt-view .words") == HOSTILE
     assert [tab.evaluate("window.hacked") for tab in (page, offline)] == [None, None]
 
 
@@ -237,17 +248,6 @@ def test_a_long_scoring_gives_way_to_a_stop_and_to_another_file(open_page, make_
     page.wait_for_selector("#text-view[data-ready]")
     assert "lamp.txt" in page.inner_text("#headline-view .subtitle")
     page.wait_for_selector("#score-stop[disabled]")
-
-
-def test_scores_are_there_again_after_a_reload_and_in_no_other_visitor_s_page(open_page, make_text):
-    page = open_page()
-    score(page, make_text("mine.txt"))
-    page.reload()
-    page.wait_for_selector("#hex-view[data-ready]")
-    assert "mine.txt" in page.inner_text("#headline-view .subtitle")
-    other = open_page()
-    other.wait_for_timeout(500)
-    assert other.locator("#message-view .message.empty").is_visible()
 
 
 @pytest.mark.parametrize(
@@ -287,8 +287,9 @@ def test_the_tab_is_used_with_the_keyboard_alone(open_page, make_png):
     assert status(page).startswith("byte 47 ")
 
 
-def test_phone_has_no_sideways_scroll(open_page, make_wav, make_png, make_text):
-    page = open_page(width=390, height=844)
+@pytest.mark.parametrize("color_scheme", ["dark", pytest.param("light", marks=pytest.mark.slow)])
+def test_phone_has_no_sideways_scroll(open_page, make_wav, make_png, make_text, color_scheme):
+    page = open_page(width=390, height=844, color_scheme=color_scheme)
     score(page, make_png(), make_wav(), make_text())
     for row, view in enumerate(["picture", "waveform", "text"], start=1):
         page.click(f"#files-view tbody tr:nth-child({row}) button")
@@ -302,3 +303,8 @@ def test_phone_has_no_sideways_scroll(open_page, make_wav, make_png, make_text):
     page.evaluate("document.querySelector('#headline-view').scrollIntoView()")
     inspector = page.locator("#inspector-view").bounding_box()
     assert inspector["y"] + inspector["height"] <= 844  # the line about the cursor stays in sight
+    open_complete(page)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    background = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    brightness = sum(int(part) for part in re.findall(r"\d+", background)[:3]) / 3
+    assert (brightness > 128) == (color_scheme == "light")

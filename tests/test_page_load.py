@@ -1,6 +1,5 @@
 """Many users of the page at once: no error, the bytes of their own seeds, no memory lost."""
 
-import asyncio
 import json
 import subprocess
 import sys
@@ -9,14 +8,12 @@ import urllib.request
 from contextlib import nullcontext
 from pathlib import Path
 
-import gradio as gr
 import numpy as np
 import pytest
-from gradio.state_holder import SessionState
 from page_server import ROOT, PageProcess, page_process
 
-from app import ui
 from tests.forked_run import PROCESSES
+from tests.page_session import events_of_a_session
 
 
 def load(page: PageProcess, weights: Path, num_users: int, seconds: float) -> dict:
@@ -53,22 +50,6 @@ def seconds_of_page(url: str) -> float:
 
 def p95(values: list[float]) -> float:
     return sorted(values)[int(0.95 * len(values))]
-
-
-def events_of_a_session() -> None:
-    with ui.Page() as page:
-        gr.Button().click(lambda: None, None, [gr.JSON(), gr.JSON()])
-    state, [event] = SessionState(page), page.fns.values()
-
-    async def happen() -> None:
-        for number in range(10):
-            await page.postprocess_data(event, [gr.skip(), gr.skip()], state)
-            await page.postprocess_data(event, [{"number": number}, {}], state)
-
-    before = set(state.blocks_config.blocks)
-    asyncio.run(happen())
-    assert set(state.blocks_config.blocks) == before, "components"
-    assert set(state.config_values) <= before, "values"
 
 
 def test_a_session_does_not_grow_with_its_events():

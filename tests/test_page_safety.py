@@ -40,6 +40,27 @@ WRONG = [
 ]  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def without_network(tiny_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[subprocess.Popen]:
+    """A page and a script in a network of their own with nothing in it where that is permitted.
+
+    The page's own watch stands for it elsewhere.
+    """
+    command = [sys.executable, Path(__file__).with_name("offline.py"), tiny_models, tmp_path_factory.mktemp("offline")]
+    if subprocess.run(["unshare", "-n", "true"], capture_output=True).returncode == 0:
+        command = ["unshare", "-n", *command, "alone"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        yield process
+        process.kill()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _it_starts_beside_the_other_tests(request: pytest.FixtureRequest) -> None:
+    of_module = (item for item in request.session.items if item.path == request.path)
+    if any("without_network" in item.fixturenames for item in of_module):
+        request.getfixturevalue("without_network")
+
+
 def get(page: PageProcess, path: str) -> tuple[int, bytes, dict[str, str]]:
     """Status, body and headers, with the path sent as it is and no redirect followed."""
     address = urllib.parse.urlsplit(page.url)
@@ -356,11 +377,7 @@ def test_hostile_text_stays_the_same_text(page_server, page_url, tmp_path, count
     assert not (ROOT / "made").exists()
 
 
-def test_everything_works_without_a_network(tiny_models, tmp_path):
-    """In a network of its own with nothing in it where that is permitted; the page's own watch stands for it elsewhere."""
-    command = [sys.executable, Path(__file__).with_name("offline.py"), tiny_models, tmp_path]
-    if subprocess.run(["unshare", "-n", "true"], capture_output=True).returncode == 0:
-        command = ["unshare", "-n", *command, "alone"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert "bits per byte" in done.stdout
+def test_everything_works_without_a_network(without_network):
+    out, err = without_network.communicate(timeout=120)
+    assert without_network.returncode == 0, err
+    assert "bits per byte" in out

@@ -5,6 +5,8 @@ import re
 import subprocess
 import sys
 import wave
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -17,21 +19,46 @@ PAGE_SCRIPTS = [code for kind, code in BLOCKS if kind == "python page"]
 QUICK_COMMANDS = [line for kind, code in BLOCKS if kind == "sh quick" for line in code.splitlines()]
 
 
-@pytest.fixture(params=["cut short", pytest.param("whole", marks=pytest.mark.slow)])
-def checkout(request, tmp_path: Path) -> Path:
+@pytest.fixture(scope="module", params=["cut short", pytest.param("whole", marks=pytest.mark.slow)])
+def samples(request) -> str:
+    """Whether the samples are whole."""
+    return request.param
+
+
+def make_checkout(folder: Path, samples: str) -> None:
     """A folder that looks like the checkout, so that what a block writes does not land in the real one.
 
     The models and the commands are the real ones. The samples are cut short or whole.
     """
     for name in ("core", "weights"):
-        (tmp_path / name).symlink_to(ROOT / name)
-    (tmp_path / "app").mkdir()
+        (folder / name).symlink_to(ROOT / name)
+    (folder / "app").mkdir()
     for path in (ROOT / "app").iterdir():
-        (tmp_path / "app" / path.name).symlink_to(path)
-    if request.param == "cut short":
-        (tmp_path / "app" / "samples").unlink()
-        cut_samples(tmp_path / "app" / "samples")
+        (folder / "app" / path.name).symlink_to(path)
+    if samples == "cut short":
+        (folder / "app" / "samples").unlink()
+        cut_samples(folder / "app" / "samples")
+
+
+@pytest.fixture
+def checkout(samples: str, tmp_path: Path) -> Path:
+    make_checkout(tmp_path, samples)
     return tmp_path
+
+
+@pytest.fixture(scope="module")
+def begun(samples: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, tuple[Path, Future[str]]]]:
+    """All blocks and commands with their checkouts, two at a time: most of what they do is to import, on one processor."""
+    calls = {code: [sys.executable, "-c", code] for code in PYTHON_BLOCKS}
+    calls |= {command: ["bash", "-c", command] for command in QUICK_COMMANDS}
+    with ThreadPoolExecutor(2) as pool:
+        work = {}
+        for name, arguments in calls.items():
+            folder = tmp_path_factory.mktemp("checkout")
+            make_checkout(folder, samples)
+            work[name] = folder, pool.submit(run, arguments, folder)
+        yield work
+        pool.shutdown(cancel_futures=True)
 
 
 def cut_samples(folder: Path) -> None:
@@ -61,9 +88,10 @@ def test_readme_shows_both_kinds():
 
 
 @pytest.mark.parametrize("code", PYTHON_BLOCKS)
-def test_python_block_runs(code, checkout):
-    assert "bits per byte" in run([sys.executable, "-c", code], checkout)
-    assert (checkout / "completed.png").stat().st_size > 0
+def test_python_block_runs(code, begun):
+    folder, said = begun[code]
+    assert "bits per byte" in said.result()
+    assert (folder / "completed.png").stat().st_size > 0
 
 
 @pytest.mark.parametrize("code", PAGE_SCRIPTS)
@@ -77,8 +105,9 @@ def test_the_script_for_the_page_runs(code, checkout, page_url):
 
 
 @pytest.mark.parametrize("command", QUICK_COMMANDS)
-def test_quick_command_runs(command, checkout):
-    assert run(["bash", "-c", command], checkout)
+def test_quick_command_runs(command, begun):
+    _, said = begun[command]
+    assert said.result()
 
 
 def test_the_two_commands_stand_before_everything_else():
