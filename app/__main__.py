@@ -42,7 +42,14 @@ def run_ui(args: argparse.Namespace) -> int:
     ui = import_page()
     from app.service import Service
 
-    ui.launch(Service(args.device, listed_only=True), args.host, args.port, not args.no_browser)
+    try:
+        ui.launch(Service(args.device, listed_only=True), args.host, args.port, not args.no_browser)
+    except SystemExit as ended:
+        # All is put away. Threads that followed jobs may be inside torch still, and it aborts the process if they come back
+        # while the interpreter takes itself apart.
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os._exit(ended.code)
     return 0
 
 
