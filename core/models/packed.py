@@ -21,7 +21,8 @@ from core.kernels import RELU_SLOPE, has_onednn
 from core.kernels import step as kernel
 from core.kernels.gpu import can_fuse
 from core.models.layers import QK_EPSILON, Block, Slots, Transformer, linear_relu
-from core.models.megabyte import Level, MegaByte, Unembedder
+from core.models.megabyte import Level, MegaByte
+from core.models.patches import Unembedder
 
 # That oneDNN's layout is chosen for; products of any other number are right as well.
 _FEW_ROWS = 16
